@@ -1,0 +1,274 @@
+"""Outputs of the networks: what a head's numbers mean, with `log_prob`, `mode`, `sample` and `entropy`.
+
+Randomness enters as an argument (`noise`), so that a whole sequence's noise can be drawn at once, a step can be
+compiled or captured, and recorded draws can be replayed. Everything here is computed in float32.
+"""
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+
+from tools import symexp, symlog
+
+
+class OneHot:
+    """Independent one-hot categoricals over the last axis, mixed with the uniform distribution.
+
+    probs = (1 - unimix) softmax(logits) + unimix / K (DreamerV3, section "World model learning").
+
+    Args:
+      logits: (..., K)
+      unimix: share of the uniform distribution, 0 for a plain categorical.
+    """
+
+    def __init__(self, logits, unimix=0.0):
+        logits = logits.float()
+        if unimix:
+            self.probs = (1 - unimix) * logits.softmax(-1) + unimix / logits.shape[-1]
+            self.logits = self.probs.log()
+        else:
+            self.logits = logits.log_softmax(-1)
+            self.probs = self.logits.exp()
+
+    def detach(self):
+        """The same distribution without gradient."""
+        other = object.__new__(OneHot)
+        other.probs, other.logits = self.probs.detach(), self.logits.detach()
+        return other
+
+    @staticmethod
+    def noise(shape, device=None):
+        """Noise for `sample`: uniform variables, one for each group; shape is the batch shape (...)."""
+        return torch.rand(shape, device=device)
+
+    def sample(self, noise):
+        """A one-hot draw (..., K), by inverting the cumulative distribution at noise (...), straight-through."""
+        index = (noise[..., None] >= self.probs.detach().cumsum(-1)[..., :-1]).sum(-1)
+        return self.straight_through(index)
+
+    def mode(self):
+        """The most likely one-hot vector (..., K), straight-through."""
+        return self.straight_through(self.probs.argmax(-1))
+
+    def straight_through(self, index):
+        """The one-hot of a class index (...), with the gradient of the probabilities."""
+        classes = torch.arange(self.probs.shape[-1], device=index.device)
+        return (index[..., None] == classes).float() + (self.probs - self.probs.detach())
+
+    def log_prob(self, value):
+        """Log-probability (...) of one-hot vectors (..., K)."""
+        return (self.logits * value).sum(-1)
+
+    def entropy(self):
+        """Entropy in nats (...)."""
+        return -(self.probs * self.logits).sum(-1)
+
+    def kl(self, other):
+        """KL(self || other) in nats (...)."""
+        return (self.probs * (self.logits - other.logits)).sum(-1)
+
+
+class MultiOneHot:
+    """One or more one-hot variables of their own widths, side by side in one vector: a (multi-)discrete action.
+
+    Args:
+      logits: (..., sum(classes))
+      classes: number of classes of each variable.
+      unimix: share of the uniform distribution.
+    """
+
+    def __init__(self, logits, classes, unimix=0.0):
+        self.classes = list(classes)
+        self.parts = [OneHot(part, unimix) for part in logits.split(self.classes, -1)]
+
+    def sample(self, noise):
+        """noise: (..., number of variables), uniform."""
+        parts = zip(self.parts, noise.unbind(-1), strict=True)
+        return torch.cat([part.sample(part_noise) for part, part_noise in parts], -1)
+
+    def mode(self):
+        return torch.cat([part.mode() for part in self.parts], -1)
+
+    def log_prob(self, value):
+        parts = zip(self.parts, value.split(self.classes, -1), strict=True)
+        return sum(part.log_prob(part_value) for part, part_value in parts)
+
+    def entropy(self):
+        return sum(part.entropy() for part in self.parts)
+
+
+def one_hots(index, classes):
+    """(..., n) integers, the i-th below classes[i] -> their one-hots side by side (..., sum(classes)) float32."""
+    parts = zip(index.long().unbind(-1), classes, strict=True)
+    return torch.cat([F.one_hot(part, size) for part, size in parts], -1).float()
+
+
+class Classes(MultiOneHot):
+    """A vector of integers, as an observation: `log_prob` and `mode` speak of (..., n) indices."""
+
+    def mode(self):
+        return torch.stack([part.probs.argmax(-1) for part in self.parts], -1)
+
+    def log_prob(self, value):
+        value = value.reshape(*self.parts[0].probs.shape[:-1], len(self.classes))
+        return super().log_prob(one_hots(value, self.classes))
+
+
+class BoundedNormal:
+    """Diagonal normal over the last axis: mean tanh(m), stddev (max - min) sigmoid(s + 2) + min, not squashed.
+
+    Args:
+      mean, stddev: (..., A) raw network outputs.
+      min_std, max_std: bounds of the standard deviation.
+    """
+
+    def __init__(self, mean, stddev, min_std, max_std):
+        self.mean = mean.float().tanh()
+        self.stddev = (max_std - min_std) * torch.sigmoid(stddev.float() + 2) + min_std
+
+    @staticmethod
+    def noise(shape, device=None):
+        """Noise for `sample`: standard normal variables of the sample's shape."""
+        return torch.randn(shape, device=device)
+
+    def sample(self, noise):
+        return self.mean + self.stddev * noise
+
+    def mode(self):
+        return self.mean
+
+    def log_prob(self, value):
+        z = (value - self.mean) / self.stddev
+        return (-0.5 * z.square() - self.stddev.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    def entropy(self):
+        return (self.stddev.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+
+
+class Joint:
+    """Independent distributions side by side on the last axis: the actions of a dict of keys.
+
+    Args:
+      parts: one distribution per action key, in sorted order of the keys.
+      widths: width of each on the last axis; noises: width of each one's noise.
+    """
+
+    def __init__(self, parts, widths, noises):
+        self.parts = parts
+        self.widths, self.noises = list(widths), list(noises)
+
+    def sample(self, noise):
+        parts = zip(self.parts, noise.split(self.noises, -1), strict=True)
+        return torch.cat([part.sample(part_noise) for part, part_noise in parts], -1)
+
+    def mode(self):
+        return torch.cat([part.mode() for part in self.parts], -1)
+
+    def log_prob(self, value):
+        parts = zip(self.parts, value.split(self.widths, -1), strict=True)
+        return sum(part.log_prob(part_value) for part, part_value in parts)
+
+    def entropy(self):
+        return sum(part.entropy() for part in self.parts)
+
+
+@functools.cache
+def symexp_bins(count, device=None):
+    """Exactly antisymmetric bin positions symexp(linspace(-20, 20, count)), in raw units: (count,)."""
+    half = symexp(torch.linspace(-20, 0, (count + 1) // 2)) if count % 2 else None
+    if half is None:
+        half = symexp(torch.linspace(-20, 20, count)[: count // 2])
+    return torch.cat([half, -half.flip(0)[count % 2 :]]).to(device)
+
+
+class TwoHot:
+    """A categorical over bins that stands for a real number (DreamerV3, eq. 9-10, released form).
+
+    A target's weight is shared by its two neighbouring bins, by distance in raw units.
+
+    Args:
+      logits: (..., bins)
+      bins: (bins,) ascending positions.
+    """
+
+    def __init__(self, logits, bins):
+        self.logits = logits.float().log_softmax(-1)
+        self.bins = bins
+
+    def mode(self):
+        """The mean (...), summed in mirrored pairs so that uniform logits give exactly 0."""
+        terms = self.logits.exp() * self.bins
+        count = terms.shape[-1]
+        half = count // 2
+        pairs = terms[..., :half].flip(-1) + terms[..., count - half :]
+        total = pairs.sum(-1)
+        return total + terms[..., half] if count % 2 else total
+
+    def log_prob(self, value):
+        """Negative cross-entropy (...) to the two-hot encoding of value (...)."""
+        above = torch.searchsorted(self.bins, value.detach().contiguous(), right=True)
+        below = (above - 1).clamp(min=0)
+        above = above.clamp(max=len(self.bins) - 1)
+        to_below = (value - self.bins[below]).abs()
+        to_above = (self.bins[above] - value).abs()
+        share = torch.where(below == above, 1.0, to_above / (to_below + to_above))
+        picked = self.logits.gather(-1, torch.stack([below, above], -1))
+        return share * picked[..., 0] + (1 - share) * picked[..., 1]
+
+
+class Bernoulli:
+    """A binary variable that accepts soft targets.
+
+    Args:
+      logit: (..., 1)
+    """
+
+    def __init__(self, logit):
+        self.logit = logit.float().squeeze(-1)
+
+    def mean(self):
+        """Probability of 1 (...)."""
+        return torch.sigmoid(self.logit)
+
+    def mode(self):
+        return (self.logit > 0).float()
+
+    def log_prob(self, value):
+        return value * F.logsigmoid(self.logit) + (1 - value) * F.logsigmoid(-self.logit)
+
+
+class SymlogMSE:
+    """A vector predicted in symlog space; log_prob is minus the squared error, with neither 1/2 nor constant.
+
+    Args:
+      mean: (..., n) in symlog space.
+    """
+
+    def __init__(self, mean):
+        self.mean = mean.float()
+
+    def mode(self):
+        return symexp(self.mean)
+
+    def log_prob(self, value):
+        return -(self.mean - symlog(value.reshape(self.mean.shape))).square().sum(-1)
+
+
+class ImageMSE:
+    """An image predicted in [0, 1]; log_prob is minus the squared error summed over the image.
+
+    Args:
+      mean: (..., H, W, C) in [0, 1].
+    """
+
+    def __init__(self, mean):
+        self.mean = mean.float()
+
+    def mode(self):
+        return self.mean
+
+    def log_prob(self, value):
+        """value: (..., H, W, C), uint8 0..255."""
+        return -(self.mean - value.float() / 255).square().sum((-3, -2, -1))

@@ -1,0 +1,450 @@
+"""Train, evaluate and resume agents of the Dreamer family: python3 dreamer.py --configs dmc_vision --task dmc_walker_walk.
+
+Read from top to bottom: a run makes its environments, its replay and its agent, and then alternates acting,
+learning, evaluating and saving until it has seen `steps` environment frames.
+"""
+
+import math
+import pathlib
+import signal
+import sys
+
+import imageio.v2 as imageio
+import numpy as np
+import torch
+
+from agent import Dreamer
+from config import load_config
+from envs import make_envs
+from exploration import Random
+from logger import Logger, Progress
+from replay import EpisodeWriter, Replay
+from tools import (
+    Every,
+    Rates,
+    Ratio,
+    UserError,
+    atomic_save,
+    derive_seed,
+    get_rng_state,
+    seed_everything,
+    set_rng_state,
+)
+
+CONFIGS = pathlib.Path(__file__).parent / "configs.yaml"
+
+
+def main(argv=None):
+    """Run the command line; returns the exit status."""
+    try:
+        config = load_config(sys.argv[1:] if argv is None else argv, CONFIGS)
+        return Run(config).main()
+    except UserError as error:
+        print(f"dreamer.py: {error}", file=sys.stderr)
+        return 2
+
+
+class Run:
+    """One run: everything it needs, its counters, and the loop.
+
+    Args:
+      config: the whole configuration.
+    """
+
+    def __init__(self, config):
+        self.config = config
+        self.logdir = pathlib.Path(config.logdir).expanduser()
+        self.device = choose_device(config.device)
+        self.prepare_machine()
+        self.stopped = None
+        self.closing = []
+        try:
+            self.build()
+        except BaseException:
+            self.close()
+            raise
+
+    def prepare_machine(self):
+        if self.config.threads:
+            torch.set_num_threads(self.config.threads)
+        torch.set_flush_denormal(True)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.config.precision != "32"
+        seed_everything(self.config.seed)
+
+    # -- environments, replay, agent
+
+    def build(self):
+        config = self.config
+        self.envs = self.open_envs("train", config.envs)
+        self.eval_envs = self.open_envs("eval", min(config.eval_envs, config.eval_episode_num))
+        self.agent = Dreamer(
+            self.envs.obs_space, self.envs.act_space, config, self.device, choose_dtype(config.precision, self.device)
+        )
+        self.random = Random(self.agent.act_spec, derive_seed(config.seed, 3))
+        self.replay = Replay(
+            step_layout(self.envs.obs_space, self.agent.act_spec),
+            self.agent.latent_size,
+            config.envs,
+            self.capacity(),
+            config.batch_length,
+            derive_seed(config.seed, 4),
+        )
+        self.obs, self.memory = None, None
+        self.action = {key: np.zeros((config.envs, n), np.float32) for key, n in self.agent.act_spec.widths.items()}
+        self.agent_steps = self.updates = self.episodes = 0
+        self.returns, self.last_return = np.zeros(config.envs), None
+        self.metrics = Metrics(self.device)
+        self.ratio = Ratio(config.train_ratio / (config.batch_size * config.batch_length))
+        self.clocks = {
+            "ratio": self.ratio,
+            "log": Every(config.log_every),
+            "eval": Every(config.eval_every, first=False),
+            "save": Every(config.save_every, first=False),
+        }
+        self.logdir.mkdir(parents=True, exist_ok=True)
+        config.save(self.logdir / "config.yaml")
+        self.writer = EpisodeWriter(self.logdir / "train_eps", config.envs, config.dataset_size)
+        self.eval_writer = EpisodeWriter(self.logdir / "eval_eps", len(self.eval_envs), config.dataset_size)
+        self.restore()
+        self.logger = Logger(self.logdir, self.step)
+        self.rates = Rates(fps=self.step, updates_per_second=self.updates)
+        self.progress = Progress(config.steps, step=self.step, updates=self.updates)
+        self.closing += [self.progress.close, self.logger.close]
+
+    def open_envs(self, mode, count):
+        envs = make_envs(self.config, mode, count)
+        self.closing.append(envs.close)
+        return envs
+
+    def capacity(self):
+        """Steps of the rings: the whole run if it is shorter than dataset_size."""
+        config = self.config
+        if config.offline_traindir:
+            return config.dataset_size
+        longest = 1.1 * config.steps / config.action_repeat + config.prefill + config.envs * (config.batch_length + 2)
+        return min(config.dataset_size, math.ceil(longest))
+
+    @property
+    def step(self):
+        """Environment frames so far, action repeat included."""
+        return self.agent_steps * self.config.action_repeat
+
+    # -- the loop
+
+    def main(self):
+        """Do what `script` says; returns the exit status."""
+        handlers = {sign: signal.signal(sign, self.stop) for sign in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            {"train": self.train, "train_offline": self.train_offline, "eval_only": self.evaluate}[self.config.script]()
+        except NonFiniteLoss as error:
+            print(f"dreamer.py: {error}; the last good checkpoint is {self.logdir / 'latest.pt'}", file=sys.stderr)
+            return 1
+        finally:
+            for sign, handler in handlers.items():
+                signal.signal(sign, handler)
+            self.close()
+        return 128 + self.stopped if self.stopped else 0
+
+    def stop(self, number, frame):
+        """Signal handler: end after the step in hand, with a checkpoint. A second signal ends at once."""
+        if self.stopped:
+            raise KeyboardInterrupt
+        self.stopped = number
+
+    def close(self):
+        for close in reversed(self.closing):
+            close()
+
+    def train(self):
+        """Act and learn in turns, so that each agent step is followed by its exact share of updates."""
+        while self.running():
+            if self.clocks["eval"](self.step):
+                self.evaluate()
+            self.collect()
+            if self.filled():
+                for _ in range(self.ratio(self.agent_steps)):
+                    self.update()
+            self.housekeeping()
+        self.finish()
+
+    def train_offline(self):
+        """Learn from the replay alone, as many updates as `steps` frames would bring."""
+        if not self.replay.ready():
+            raise UserError("--script train_offline needs --offline_traindir with episodes of this task")
+        while self.running():
+            self.agent_steps += self.config.envs
+            for _ in range(self.ratio(self.agent_steps)):
+                self.update()
+            if self.clocks["eval"](self.step):
+                self.evaluate()
+            self.housekeeping()
+        self.finish()
+
+    def running(self):
+        return self.step < self.config.steps and not self.stopped
+
+    def filled(self):
+        """Whether enough was collected to learn from."""
+        enough = self.agent_steps >= self.config.prefill or self.config.offline_traindir
+        return enough and self.replay.ready()
+
+    def housekeeping(self):
+        self.progress.update(self.step, self.updates, self.last_return)
+        if self.clocks["log"](self.step):
+            self.log()
+        if self.clocks["save"](self.step):
+            self.save()
+
+    def finish(self):
+        """What remains when the last frame was seen, or a signal came."""
+        self.log()
+        if not self.stopped:
+            self.evaluate()
+            self.record_video()
+        for index in range(self.config.envs if self.config.script == "train" else 0):
+            self.close_episode(index, self.writer.flush(index))
+        self.save()
+
+    # -- acting
+
+    def collect(self):
+        """One step in every environment; steps and their latents go to the replay and, in episodes, to disk."""
+        if self.obs is None:
+            self.obs = self.envs.reset()
+        if self.filled():
+            actions, self.memory = self.agent.act(self.obs, self.memory)
+            latents = self.agent.latents(self.memory)
+        else:
+            actions, self.memory = self.random.act(self.obs)
+            latents = [None] * len(self.envs)
+        for index in range(len(self.envs)):
+            self.add_step(index, latents[index])
+        self.action = actions
+        self.agent_steps += int((~self.obs["is_last"]).sum())
+        self.obs = self.envs.step(actions)
+
+    def add_step(self, index, latent):
+        """Store the current step of one environment: its observation and the action that led to it."""
+        step = {key: self.obs[key][index] for key in self.replay.layout if key in self.obs}
+        for key, action in self.action.items():
+            step[key] = action[index] * ~self.obs["is_first"][index]
+        self.replay.add(index, step, latent)
+        file = self.writer.add(index, step)
+        self.returns[index] = step["reward"] + self.returns[index] * ~step["is_first"]
+        if file:
+            self.episodes += 1
+            self.close_episode(index, file)
+            self.report_episode("train", self.returns[index], file[1], self.obs, index)
+            self.last_return = self.returns[index]
+
+    def close_episode(self, index, file):
+        if file:
+            self.replay.streams[index].close_episode(*file)
+
+    def report_episode(self, mode, score, length, obs, index):
+        """Log a finished episode of `length` stored steps; its length in metrics counts the actions."""
+        extra = {key: float(value[index]) for key, value in obs.items() if key.startswith("log_")}
+        self.logger.score(self.step, mode, float(score), length - 1, **extra)
+        if mode == "train":
+            scalars = {"train_return": score, "train_length": length - 1, "train_episodes": self.episodes}
+            self.logger.scalars({**scalars, **extra}, self.step)
+
+    # -- learning
+
+    def update(self):
+        """One gradient step on a batch from the replay, and its fresh latents back into the replay."""
+        batch, places = self.replay.sample(self.config.batch_size)
+        states, metrics = self.agent.update(*self.agent.batch(batch))
+        self.replay.refresh(places, *self.agent.compress(states))
+        self.metrics.add(metrics, self.step)
+        self.updates += 1
+
+    # -- evaluating
+
+    def evaluate(self):
+        """Play `eval_episode_num` episodes in environments of their own; returns their mean return, or None."""
+        envs, config = self.eval_envs, self.config
+        quota = np.array([len(part) for part in np.array_split(np.arange(config.eval_episode_num), len(envs))])
+        scores, lengths, done = [], [], np.zeros(len(envs), int)
+        obs, memory, returns = envs.reset(), None, np.zeros(len(envs))
+        actions = {key: np.zeros((len(envs), n), np.float32) for key, n in self.agent.act_spec.widths.items()}
+        while (done < quota).any() and not self.stopped:
+            for index in np.flatnonzero(done < quota):
+                step = {key: obs[key][index] for key in self.replay.layout if key in obs}
+                step |= {key: action[index] * ~obs["is_first"][index] for key, action in actions.items()}
+                returns[index] = step["reward"] + returns[index] * ~step["is_first"]
+                file = self.eval_writer.add(index, step)
+                if file:
+                    scores.append(float(returns[index]))
+                    lengths.append(file[1] - 1)
+                    done[index] += 1
+                    self.report_episode("eval", returns[index], file[1], obs, index)
+            actions, memory = self.agent.act(obs, memory, config.eval_mode)
+            obs = envs.step(actions)
+        if not scores:
+            return None
+        result = {"eval_return": np.mean(scores), "eval_length": np.mean(lengths), "eval_episodes": len(scores)}
+        self.logger.scalars(result, self.step)
+        if config.video_pred_log and self.agent.obs_spec.images and self.replay.ready():
+            self.log_open_loop()
+        self.logger.flush()
+        self.progress.message(
+            f"step {self.step:,}: eval_return {result['eval_return']:.1f} over {len(scores)} episodes"
+        )
+        return result["eval_return"]
+
+    def log_open_loop(self):
+        """Videos of replayed sequences, as TensorBoard GIFs and under openloop/<key>/: truth | model | error."""
+        batch, _ = self.replay.sample(min(6, self.config.batch_size), fresh=False)
+        for key, video in self.agent.open_loop(*self.agent.batch(batch)).items():
+            self.logger.video(f"openloop/{key}", video, self.step, fps=10)
+            folder = self.logdir / "openloop" / key
+            folder.mkdir(parents=True, exist_ok=True)
+            imageio.mimwrite(folder / f"{self.step:09d}.gif", list(video), duration=100, loop=0)
+
+    def record_video(self):
+        """Play one episode on film, if the environment can be filmed: logdir/videos/<step>.mp4."""
+        frames, obs, memory = [], self.eval_envs.reset(), None
+        try:
+            while not obs["is_last"][0] and len(frames) < 2000:
+                frames.append(self.eval_envs.render(0))
+                actions, memory = self.agent.act(obs, memory, self.config.eval_mode)
+                obs = self.eval_envs.step(actions)
+        except UserError as error:
+            self.progress.message(f"no video: {error}")
+            return
+        path = self.logdir / "videos" / f"{self.step:09d}.mp4"
+        path.parent.mkdir(exist_ok=True)
+        imageio.mimwrite(path, frames, fps=30, macro_block_size=2)
+        self.progress.message(f"video: {path}")
+
+    # -- logging and saving
+
+    def log(self):
+        self.metrics.drain()
+        scalars = self.metrics.means()
+        scalars |= {"updates": self.updates, "replay_steps": len(self.replay)}
+        scalars |= self.rates(fps=self.step, updates_per_second=self.updates)
+        self.logger.scalars(scalars, self.step)
+        self.logger.flush()
+
+    def save(self):
+        """Write a checkpoint that `restore` goes on from; the latents go to a file of their own beside it."""
+        self.metrics.drain()
+        latents = f"replay-{self.updates}.pt"
+        atomic_save(self.logdir / latents, self.replay.save())
+        checkpoint = {
+            "agent": self.agent.save(),
+            "counters": {"agent_steps": self.agent_steps, "updates": self.updates, "episodes": self.episodes},
+            "clocks": {name: clock.state_dict() for name, clock in self.clocks.items()},
+            "rng": get_rng_state(),
+            "random": self.random.rng.bit_generator.state,
+            "replay": latents,
+        }
+        atomic_save(self.logdir / "latest.pt", checkpoint)
+        for old in self.logdir.glob("replay-*.pt"):
+            if old.name != latents:
+                old.unlink()
+
+    def restore(self):
+        """Go on from the logdir's checkpoint and episodes, if it has any."""
+        config, path = self.config, self.logdir / "latest.pt"
+        saved = load_checkpoint(path) if path.exists() else None
+        latents = torch.load(self.logdir / saved["replay"], weights_only=True) if saved else None
+        offline = config.offline_traindir and pathlib.Path(config.offline_traindir).expanduser()
+        paths = [*(sorted(offline.glob("*.npz")) if offline else []), *self.writer.paths()]
+        self.replay.restore(latents, paths, lambda text: print(f"dreamer.py: warning: {text}", file=sys.stderr))
+        if saved is None:
+            if config.from_checkpoint:
+                self.agent.load(load_checkpoint(config.from_checkpoint)["agent"])
+            return
+        self.agent.load(saved["agent"])
+        for name, value in saved["counters"].items():
+            setattr(self, name, value)
+        for name, clock in self.clocks.items():
+            clock.load_state_dict(saved["clocks"][name])
+        self.random.rng.bit_generator.state = saved["random"]
+        set_rng_state(saved["rng"])
+
+
+class NonFiniteLoss(Exception):
+    """The loss of an update is not a number, or infinite."""
+
+
+class Metrics:
+    """Averages the metrics of updates between two logs; they stay on the device until they are drained.
+
+    Args:
+      device: of the metrics; on CPU they are drained at every update, elsewhere at every 50th.
+    """
+
+    def __init__(self, device):
+        self.every = 1 if device.type == "cpu" else 50
+        self.pending, self.sums, self.count = [], {}, 0
+
+    def add(self, metrics, step):
+        """metrics: {name: 0-d tensor}; step: environment frames at this update."""
+        self.pending.append((step, list(metrics), torch.stack([value.float() for value in metrics.values()])))
+        if len(self.pending) >= self.every:
+            self.drain()
+
+    def drain(self):
+        """Fetch what is pending. Raises NonFiniteLoss with the step and the terms."""
+        pending, self.pending = self.pending, []
+        for step, names, values in pending:
+            values = dict(zip(names, values.tolist(), strict=True))
+            if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
+                terms = ", ".join(f"{k} {v:.4g}" for k, v in values.items() if "loss" in k or k == "grad_norm")
+                raise NonFiniteLoss(f"the loss is not finite at step {step}: {terms}")
+            self.count += 1
+            for name, value in values.items():
+                self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def means(self):
+        """{name: mean since the last call}"""
+        means = {name: value / self.count for name, value in self.sums.items()}
+        self.sums, self.count = {}, 0
+        return means
+
+
+def load_checkpoint(path):
+    """Read a checkpoint to CPU memory. Raises UserError if it is missing or no checkpoint."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(saved, dict) or "agent" not in saved:
+            raise ValueError("it is no checkpoint of this project")
+    except Exception as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
+        raise UserError(f"{path} cannot be loaded: {reason}") from None
+    return saved
+
+
+def step_layout(obs_space, act_spec):
+    """{key: (shape, dtype)} of a stored step."""
+    layout = {key: (space.shape, space.dtype) for key, space in obs_space.items()}
+    layout = {key: (shape, np.int32 if dtype.kind == "i" else dtype) for key, (shape, dtype) in layout.items()}
+    layout |= {key: ((width,), np.dtype(np.float32)) for key, width in act_spec.widths.items()}
+    layout |= {"reward": ((), np.float32), "is_first": ((), bool), "is_last": ((), bool), "is_terminal": ((), bool)}
+    return layout
+
+
+def choose_device(name):
+    """auto, cpu, cuda or cuda:N -> torch.device. Raises UserError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def choose_dtype(precision, device):
+    """The compute dtype: bfloat16 for bf16, and for auto where the hardware has it."""
+    if precision == "auto":
+        fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+        precision = "bf16" if fast else "32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""Environments: `make_env` for one, `make_envs` for many that step together.
+
+A task is `suite_name`: `dmc_walker_walk`, `gym_CartPole-v1`, `custom_package.module:Class`, `dummy_multi`.
+"""
+
+import functools
+import importlib
+from typing import Protocol
+
+import numpy as np
+from gymnasium import spaces
+
+from envs import wrappers
+from envs.errors import one_line, unknown
+from envs.parallel import Envs, Local, Worker
+from tools import UserError, derive_seed
+
+# suite -> (module, the function in it that makes a task, what pip installs for it).
+# Nothing is imported before its suite is asked for.
+SUITES = {
+    "custom": ("envs.from_gym", "make_custom", "gymnasium"),
+    "dmc": ("envs.dmc", "make", "dm_control==1.0.50 mujoco==3.17.0"),
+    "dummy": ("envs.dummy", "make", "gymnasium"),
+    "gym": ("envs.from_gym", "make", "gymnasium"),
+}
+
+MODES = {"train": 1, "eval": 2}
+
+
+class Env(Protocol):
+    """What the rest of the project may expect of an environment.
+
+    Observations are dicts with the keys of `obs_space` and `reward` (float32), `is_first`, `is_last` (the
+    episode ended, for whatever reason), `is_terminal` (it ended in a state without a future: never by a
+    time-out), and perhaps scalars named `log_*` that are for the logger alone. After a last observation only
+    `reset` makes sense.
+
+    Attributes:
+      obs_space: images `Box(0, 255, (H, W, C), uint8)`, vectors `Box((n,), float32)`, `Discrete(n)` (an int32
+        scalar in 0..n-1) and `MultiDiscrete(nvec)` (int32 (n,)).
+      act_space: `Box(-1, 1, (n,), float32)`, `Discrete(n)` or `MultiDiscrete(nvec)`; key `action` unless the
+        environment has a dict of actions.
+    """
+
+    obs_space: dict[str, spaces.Space]
+    act_space: dict[str, spaces.Space]
+
+    def reset(self) -> dict:
+        """Start an episode: its first observation, reward 0."""
+
+    def step(self, action: dict[str, np.ndarray]) -> dict:
+        """Act. Each action is float32: (n,) clipped to [-1, 1], or one-hots of width n or sum(nvec)."""
+
+    def render(self) -> np.ndarray:
+        """A picture (H, W, 3) uint8 for people. Raises UserError where there is none."""
+
+    def close(self) -> None:
+        """Free what is held; may be called twice."""
+
+
+def make_env(config, mode: str, index: int) -> Env:
+    """One environment.
+
+    Args:
+      config: `task`, `seed`, `size` [H, W] of images, `action_repeat`, `time_limit` (environment frames, 0
+        for the environment's own limit alone), `encoder.cnn_keys` and `encoder.mlp_keys`; for dmc also
+        `camera` (-1 for the task's usual one).
+      mode: "train" or "eval": their environments never share a seed.
+      index: its place among the environments of its mode.
+    Raises: UserError for an unknown suite or task, a missing package, an unsupported space, or when no
+      observation is left.
+    """
+    suite, _, task = config.task.partition("_")
+    if suite not in SUITES:
+        raise UserError(
+            f"{unknown('suite', suite, SUITES)} (a task is suite_name, with suite one of {', '.join(SUITES)})"
+        )
+    module, make, packages = SUITES[suite]
+    try:
+        seed = derive_seed(config.seed, MODES[mode], index)
+        env = getattr(importlib.import_module(module), make)(task, config, seed)
+    except ImportError as error:
+        raise UserError(f"task '{config.task}' cannot be made ({one_line(error)}): pip install {packages}") from error
+    env = wrappers.SelectKeys(env, config.encoder)
+    env = wrappers.PlainObs(env)
+    env = wrappers.Resize(env, config.size)
+    env = wrappers.PlainActions(env)
+    if config.time_limit > 0:
+        env = wrappers.TimeLimit(env, max(1, config.time_limit // config.action_repeat))
+    return env
+
+
+def make_envs(config, mode: str, count: int) -> Envs:
+    """`count` environments of a mode that step together, each in its own process if `config.parallel`."""
+    kind = Worker if config.parallel else Local
+    return Envs(kind, [functools.partial(make_env, config, mode, index) for index in range(count)])

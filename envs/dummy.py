@@ -1,0 +1,170 @@
+"""Environments small enough to check by hand, for tests and for a first run."""
+
+import numpy as np
+from gymnasium import spaces
+
+from envs.errors import unknown
+from envs.wrappers import ActionRepeat, flags
+
+
+def make(task: str, config, seed: int):
+    """`vector`, `discrete`, `pixels` or `multi`. Raises UserError for any other."""
+    tasks = {"vector": Vector, "discrete": Corridor, "pixels": Pixels, "multi": Multi}
+    if task not in tasks:
+        raise unknown("dummy task", task, tasks)
+    return ActionRepeat(tasks[task](np.random.default_rng(seed), tuple(config.size)), config.action_repeat)
+
+
+class Dummy:
+    """Counts steps and says how an episode ends; a task fills in `_start`, `_act`, `_observe` and `_draw`.
+
+    Attributes:
+      length: steps after which time runs out.
+    """
+
+    length: int
+
+    def __init__(self, rng, size):
+        self._rng = rng
+        self._size = size  # (H, W) of images
+
+    def reset(self):
+        self._steps = 0
+        self._start()
+        return {**self._observe(), **flags(is_first=True)}
+
+    def step(self, action):
+        self._steps += 1
+        reward, terminal = self._act(action)
+        last = terminal or self._steps >= self.length
+        return {**self._observe(), **flags(reward, is_last=last, is_terminal=terminal)}
+
+    def render(self):
+        return self._draw()
+
+    def close(self):
+        pass
+
+    def _square(self, x, y):
+        """A white square, an eighth of the picture wide, on black; (x, y) in [0, 1] is where it stands."""
+        height, width = self._size
+        high, wide = max(1, height // 8), max(1, width // 8)
+        top, left = round(y * (height - high)), round(x * (width - wide))
+        image = np.zeros((height, width, 3), np.uint8)
+        image[top : top + high, left : left + wide] = 255
+        return image
+
+
+class Vector(Dummy):
+    """Do what you see: `state` is a target (2,) and the time left; reward 1 - mean|action - target|."""
+
+    length = 20
+
+    def __init__(self, rng, size):
+        super().__init__(rng, size)
+        self.obs_space = {"state": spaces.Box(-1, 1, (3,))}
+        self.act_space = {"action": spaces.Box(-1, 1, (2,))}
+
+    def _start(self):
+        self._target = self._rng.uniform(-1, 1, 2).astype(np.float32)
+
+    def _act(self, action):
+        reward = 1 - np.abs(action["action"] - self._target).mean()
+        self._start()
+        return reward, False
+
+    def _observe(self):
+        return {"state": np.append(self._target, np.float32(1 - self._steps / self.length))}
+
+    def _draw(self):
+        return self._square(*(self._target + 1) / 2)
+
+
+class Corridor(Dummy):
+    """Five cells in a row: begin in 0, go left (0) or right (1); reward 1 and a terminal state in cell 4."""
+
+    length = 20
+
+    def __init__(self, rng, size):
+        super().__init__(rng, size)
+        self.obs_space = {"position": spaces.Discrete(5)}
+        self.act_space = {"action": spaces.Discrete(2)}
+
+    def _start(self):
+        self._position = 0
+
+    def _act(self, action):
+        self._position = max(0, self._position + (1 if action["action"] else -1))
+        arrived = self._position == 4
+        return float(arrived), arrived
+
+    def _observe(self):
+        return {"position": np.int32(self._position)}
+
+    def _draw(self):
+        return self._square(self._position / 4, 0.5)
+
+
+class Pixels(Dummy):
+    """A square in one of eight columns: go left (0), stay (1) or go right (2); reward 1 in the rightmost."""
+
+    length = 16
+
+    def __init__(self, rng, size):
+        super().__init__(rng, size)
+        self.obs_space = {"image": spaces.Box(0, 255, (*size, 3), np.uint8)}
+        self.act_space = {"action": spaces.Discrete(3)}
+
+    def _start(self):
+        self._column = int(self._rng.integers(8))
+
+    def _act(self, action):
+        self._column = min(7, max(0, self._column + action["action"] - 1))
+        return float(self._column == 7), False
+
+    def _observe(self):
+        return {"image": self._draw()}
+
+    def _draw(self):
+        return self._square(self._column / 7, 0.5)
+
+
+class Multi(Dummy):
+    """Every kind of observation and action at once.
+
+    `move` (2,) pushes a point by a fifth of itself; `state` is where the point is, and `image` shows it. The
+    episode ends, in a terminal state, when a coordinate reaches 1 or -1. `phase` counts 0, 1, 2, 0, ... and
+    the reward is 1 if `mode` equals the phase that was seen, less the point's largest |coordinate|.
+    """
+
+    length = 12
+
+    def __init__(self, rng, size):
+        super().__init__(rng, size)
+        self.obs_space = {
+            "image": spaces.Box(0, 255, (*size, 3), np.uint8),
+            "state": spaces.Box(-1, 1, (2,)),
+            "phase": spaces.Discrete(3),
+        }
+        self.act_space = {"move": spaces.Box(-1, 1, (2,)), "mode": spaces.Discrete(3)}
+
+    def _start(self):
+        self._point = self._rng.uniform(-0.5, 0.5, 2).astype(np.float32)
+
+    def _act(self, action):
+        right = action["mode"] == (self._steps - 1) % 3
+        self._point = np.clip(self._point + action["move"] / 5, -1, 1).astype(np.float32)
+        far = np.abs(self._point).max()
+        return float(right) - far, bool(far >= 1)
+
+    def _observe(self):
+        phase = np.int32(self._steps % 3)
+        return {
+            "image": self._draw(),
+            "state": self._point,
+            "phase": phase,
+            "log_steps": np.float32(self._steps),
+        }
+
+    def _draw(self):
+        return self._square(*(self._point + 1) / 2)

@@ -1,0 +1,147 @@
+"""Anything that speaks the Gymnasium API: registered ids, and classes of the user's own."""
+
+import importlib
+import inspect
+import os
+import sys
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from gymnasium.envs.registration import load_env_creator
+
+from envs.errors import one_line, unknown
+from envs.wrappers import ActionRepeat, flags, is_image
+from tools import UserError
+
+# Start of an id -> (module that registers it when imported, what pip installs for it).
+REGISTERED_BY = {
+    "ALE/": ("ale_py", "ale-py==0.12.1"),
+    "MiniGrid-": ("minigrid", "minigrid==3.2.0"),
+    "BabyAI-": ("minigrid", "minigrid==3.2.0"),
+}
+
+
+def make(task: str, config, seed: int):
+    """The environment that Gymnasium registers as `task`. Raises UserError if it cannot be made."""
+    for prefix, (module, packages) in REGISTERED_BY.items():
+        if task.startswith(prefix):
+            try:
+                importlib.import_module(module)
+            except ImportError as error:
+                raise UserError(f"gym_{task} cannot be made ({one_line(error)}): pip install {packages}") from error
+    try:
+        module, _, name = task.rpartition(":")
+        if module:
+            importlib.import_module(module)
+        entry = gymnasium.spec(name).entry_point
+        creator = entry if callable(entry) else load_env_creator(entry)
+        draws = "rgb_array" in getattr(creator, "metadata", {}).get("render_modes", ())
+        kwargs = {"render_mode": "rgb_array"} if draws else {}  # not every environment takes the argument
+        env = gymnasium.make(name, disable_env_checker=True, **kwargs)
+    except (gymnasium.error.NameNotFound, gymnasium.error.VersionNotFound) as error:
+        raise unknown("gym task", name, gymnasium.registry) from error
+    except (gymnasium.error.Error, ImportError) as error:
+        raise UserError(f"gym_{task} cannot be made: {one_line(error)}") from error
+    return ActionRepeat(FromGym(env, seed), config.action_repeat)
+
+
+def make_custom(task: str, config, seed: int):
+    """An instance of the class that `task`, a `package.module:Class`, names. UserError if there is none."""
+    module_name, colon, class_name = task.partition(":")
+    if not (module_name and colon and class_name):
+        raise UserError(f"custom_{task} must look like custom_package.module:Class")
+    if os.getcwd() not in sys.path:  # a script finds what lies beside it, not what lies where it is called
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(f"custom_{task}: '{module_name}' cannot be imported: {one_line(error)}") from error
+    classes = [name for name, value in vars(module).items() if inspect.isclass(value)]
+    if class_name not in classes:
+        raise unknown(f"class in {module_name}", class_name, classes)
+    make_instance = getattr(module, class_name)
+    try:
+        inspect.signature(make_instance).bind()
+    except TypeError as error:
+        raise UserError(f"custom_{task} must be made without arguments: {one_line(error)}") from error
+    return ActionRepeat(FromGym(make_instance(), seed), config.action_repeat)
+
+
+class FromGym:
+    """A Gymnasium environment (or what quacks like one) with dicts for observations and actions.
+
+    Nested dict spaces are flattened, their keys joined by "/". A bare observation is called `image` or
+    `state`, a bare action `action`. Raises UserError where the environment does not follow the Gymnasium API.
+    """
+
+    def __init__(self, env, seed: int):
+        for name in ("observation_space", "action_space", "reset", "step"):
+            if not hasattr(env, name):
+                raise UserError(f"{type(env).__name__} is no Gymnasium environment: it has no '{name}'")
+        parameters = inspect.signature(env.reset).parameters.values()
+        if not any(p.name == "seed" or p.kind == p.VAR_KEYWORD for p in parameters):
+            raise UserError(f"{type(env).__name__}.reset must take a seed: reset(*, seed=None, options=None)")
+        self._env = env
+        self._seed = seed
+        self._bare = "image" if is_image(env.observation_space) else "state"
+        self.obs_space = _flatten(env.observation_space, env.observation_space, self._bare)
+        self.act_space = _flatten(env.action_space, env.action_space, "action")
+        clash = self.obs_space.keys() & {*flags(), *self.act_space}
+        if clash:
+            raise UserError(f"{self._name} must call its observations something else than {sorted(clash)}")
+        self._closed = False
+
+    def reset(self):
+        result = self._env.reset(seed=self._seed)
+        self._seed = None  # later episodes go on in the same stream
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise UserError(f"{self._name}.reset must return (observation, info), as Gymnasium has it")
+        return {**self._observe(result[0]), **flags(is_first=True)}
+
+    def step(self, action):
+        result = self._env.step(_nest(self._env.action_space, action, "action"))
+        if not (isinstance(result, tuple) and len(result) == 5):
+            wanted = "(observation, reward, terminated, truncated, info)"
+            raise UserError(f"{self._name}.step must return {wanted}, as Gymnasium has it")
+        obs, reward, terminated, truncated, _ = result
+        ends = flags(reward, is_last=terminated or truncated, is_terminal=terminated)
+        return {**self._observe(obs), **ends}
+
+    def render(self):
+        try:
+            image = self._env.render()
+        except (gymnasium.error.Error, AttributeError, NotImplementedError) as error:
+            raise UserError(f"{self._name} cannot be rendered: {one_line(error)}") from error
+        if not isinstance(image, np.ndarray):
+            raise UserError(f"{self._name} cannot be rendered: it has no render mode rgb_array")
+        return image
+
+    def close(self):
+        if not self._closed and hasattr(self._env, "close"):
+            self._env.close()
+        self._closed = True
+
+    @property
+    def _name(self):
+        return type(getattr(self._env, "unwrapped", self._env)).__name__
+
+    def _observe(self, obs):
+        return _flatten(self._env.observation_space, obs, self._bare)
+
+
+def _flatten(space, tree, bare, path=""):
+    """The leaves of a tree shaped like `space` (or of the space itself) as one dict."""
+    if not isinstance(space, spaces.Dict):
+        return {path or bare: tree}
+    leaves = {}
+    for name, child in space.items():
+        leaves |= _flatten(child, tree[name], bare, f"{path}/{name}" if path else str(name))
+    return leaves
+
+
+def _nest(space, leaves, bare, path=""):
+    """Undo `_flatten`."""
+    if not isinstance(space, spaces.Dict):
+        return leaves[path or bare]
+    return {name: _nest(child, leaves, bare, f"{path}/{name}" if path else str(name)) for name, child in space.items()}

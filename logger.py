@@ -1,0 +1,169 @@
+"""What a run tells: metrics and scores as JSON lines, TensorBoard events, and a line of progress."""
+
+import json
+import math
+import shutil
+import sys
+from collections import deque
+from pathlib import Path
+from time import monotonic
+
+import imageio.v3 as imageio
+import numpy as np
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import SummaryWriter
+
+
+class Logger:
+    """Writes into a logdir: metrics.jsonl, scores.jsonl and TensorBoard event files. Appends to what is there."""
+
+    def __init__(self, logdir, step=0):
+        """step: where a resumed run goes on; TensorBoard then hides what was logged from there on. 0: a fresh run."""
+        logdir = Path(logdir)
+        logdir.mkdir(parents=True, exist_ok=True)
+        self._metrics = _JsonLines(logdir / "metrics.jsonl")
+        self._scores = _JsonLines(logdir / "scores.jsonl")
+        self._events = SummaryWriter(str(logdir), purge_step=step or None)
+        self._pending = {}
+
+    def scalars(self, values, step):
+        """Keep {name: number or array or tensor of one number} for the next flush, merged with others of `step`."""
+        numbers = {name: _plain(value) for name, value in values.items()}
+        for name, number in numbers.items():
+            if not isinstance(number, (int, float)):
+                raise TypeError(f"metric {name} must be a number, got {number!r}")
+        self._pending.setdefault(int(step), {}).update(numbers)
+
+    def video(self, name, frames, step, fps=20):
+        """Write frames, uint8 (T,H,W,C) with C 1 or 3, as a GIF among TensorBoard's images.
+
+        SummaryWriter.add_video needs a moviepy that is no longer made, and without it writes nothing, in silence.
+        """
+        frames = np.asarray(frames)
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] not in (1, 3):
+            raise ValueError(f"video {name}: expected uint8 (T,H,W,1 or 3), got {frames.dtype} {frames.shape}")
+        _, height, width, channels = frames.shape
+        pixels = frames[..., 0] if channels == 1 else frames
+        gif = imageio.imwrite(
+            "<bytes>", pixels, extension=".gif", plugin="pillow", is_batch=True, duration=1000 / fps, loop=0
+        )
+        image = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=gif)
+        summary = Summary(value=[Summary.Value(tag=name, image=image)])
+        self._events._get_file_writer().add_summary(summary, int(step))
+
+    def score(self, step, mode, score, length, **extra):
+        """Write a finished episode to scores.jsonl at once. mode: "train" or "eval"; extra: numbers or text."""
+        self._scores.write({"step": step, "mode": mode, "score": score, "length": length, **extra})
+
+    def flush(self):
+        """Write the pending scalars: a line of metrics.jsonl for each step, and TensorBoard's curves."""
+        for step, numbers in self._pending.items():
+            self._metrics.write({"step": step, **numbers})
+            for name, number in numbers.items():
+                self._events.add_scalar(name, number, step)
+        self._pending = {}
+        self._events.flush()
+
+    def close(self):
+        """Flush and close all files."""
+        self.flush()
+        self._events.close()
+        self._metrics.close()
+        self._scores.close()
+
+
+class _JsonLines:
+    """A file of one JSON object a line. A kill can tear the last line only; opening cuts such a piece off."""
+
+    def __init__(self, path):
+        # Unbuffered, so that a line is one call of write(2).
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+        self._file.truncate(path.read_bytes().rfind(b"\n") + 1)
+
+    def write(self, entries):
+        """entries: {name: number or text}; nan, inf and -inf are written as text, which JSON has no numbers for."""
+        plain = {name: _plain(value) for name, value in entries.items()}
+        strict = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in plain.items()}
+        self._file.write(json.dumps(strict, allow_nan=False).encode() + b"\n")
+
+    def close(self):
+        self._file.close()
+
+
+def _plain(value):
+    """The Python number in an array or tensor of one element; anything else as it is."""
+    return value.item() if hasattr(value, "item") else value
+
+
+class Progress:
+    """One line that shows how far a run is: rewritten in place on a terminal, now and then a new line elsewhere.
+
+    Rates are those of the last ten lines printed, so that they follow a run that slows down, and one that resumes.
+    """
+
+    def __init__(self, total, step=0, updates=0, stream=None, interval=10.0):
+        """total: steps of the whole run; step, updates: where it starts; interval: seconds between lines in a file."""
+        self._total = total
+        self._stream = stream or sys.stderr
+        self._terminal = self._stream.isatty()
+        self._interval = 1.0 if self._terminal else interval
+        self._marks = deque([(monotonic(), step, updates)], maxlen=10)
+        self._latest = None
+        self._shown = ""
+
+    def update(self, step, updates, last_return=None, extra=""):
+        """Tell where the run is: step of `total`, gradient updates, the return of the last episode, more text."""
+        self._latest = (step, updates, last_return, extra)
+        if monotonic() - self._marks[-1][0] >= self._interval:
+            self._show()
+
+    def message(self, text):
+        """Print a line of text above the progress line."""
+        if self._terminal:
+            self._write(f"\r\x1b[K{text}\n{self._shown}")
+        else:
+            self._write(f"{text}\n")
+
+    def close(self):
+        """Show where the run ended, and end the line."""
+        if self._latest:
+            self._show()
+        if self._terminal and self._shown:
+            self._write("\n")
+        self._latest, self._shown = None, ""
+
+    def _show(self):
+        step, updates, last_return, extra = self._latest
+        now = monotonic()
+        then, old_step, old_updates = self._marks[0]
+        self._marks.append((now, step, updates))
+        self._latest = None
+        seconds = max(now - then, 1e-3)
+        fps = (step - old_step) / seconds
+        parts = [
+            f"step {step:,}/{self._total:,} ({100 * step // max(self._total, 1)}%)",
+            f"{_rate(fps)} fps",
+            f"{_rate((updates - old_updates) / seconds)} updates/s",
+            "" if last_return is None else f"return {last_return:.1f}",
+            f"ETA {_clock((self._total - step) / fps) if fps > 0 else '--:--:--'}",
+            extra,
+        ]
+        line = " | ".join(part for part in parts if part)
+        if self._terminal:
+            self._shown = line[: shutil.get_terminal_size().columns - 1]
+            self._write(f"\r{self._shown}\x1b[K")
+        else:
+            self._write(f"{line}\n")
+
+    def _write(self, text):
+        self._stream.write(text)
+        self._stream.flush()
+
+
+def _rate(number):
+    return f"{number:,.0f}" if number >= 100 else f"{number:.1f}"
+
+
+def _clock(seconds):
+    minutes, seconds = divmod(max(int(seconds), 0), 60)
+    return f"{minutes // 60:02d}:{minutes % 60:02d}:{seconds:02d}"

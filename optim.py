@@ -1,0 +1,96 @@
+"""LaProp with adaptive gradient clipping and warm-up, on one flat buffer, without a host sync."""
+
+import re
+
+import torch
+
+
+class LaProp:
+    """The optimizer of DreamerV3: AGC per tensor, then RMS normalisation, then momentum (arXiv:2002.04839).
+
+    The parameters and their gradients become views of two flat buffers, so that an update is a handful of
+    kernels whatever the number of tensors; step counter and learning rate are tensors, so that it can be captured.
+
+    Args:
+      named_parameters: iterable of (name, parameter).
+      lr: learning rate, reached linearly over the first `warmup` updates (the first update has lr 0).
+      agc: a gradient's norm is clipped to agc * max(1e-3, parameter norm), per tensor; 0 turns it off.
+      beta1, beta2, eps: decay of the momentum and of the second moment, and the denominator's floor.
+      decay: decoupled weight decay of the parameters whose name matches the expression `decay_names`.
+      anneal: length in updates of a linear decay to lr / 10 that ends there; 0 for a constant rate.
+    """
+
+    def __init__(
+        self,
+        named_parameters,
+        lr=4e-5,
+        agc=0.3,
+        beta1=0.9,
+        beta2=0.999,
+        eps=1e-20,
+        warmup=1000,
+        decay=0.0,
+        decay_names=r"(weight|kernel)$",
+        anneal=0,
+    ):
+        named_parameters = list(named_parameters)
+        self.names = [name for name, _ in named_parameters]
+        self.params = [param for _, param in named_parameters]
+        self.lr, self.agc, self.warmup, self.anneal = lr, agc, warmup, anneal
+        self.beta1, self.beta2, self.eps = beta1, beta2, eps
+        device = self.params[0].device
+        sizes = [param.numel() for param in self.params]
+        self.flat = torch.cat([param.detach().reshape(-1).float() for param in self.params])
+        self.grad = torch.zeros_like(self.flat)
+        self.nu = torch.zeros_like(self.flat)
+        self.mu = torch.zeros_like(self.flat)
+        self.count = torch.zeros((), device=device)
+        views = zip(self.params, self.flat.split(sizes), self.grad.split(sizes), strict=True)
+        for param, value, grad in views:
+            param.data = value.view_as(param)
+            param.grad = grad.view_as(param)
+        self.decayed = [p for n, p in named_parameters if decay and re.search(decay_names, n)]
+        self.decay = decay
+
+    def zero_grad(self):
+        """Set all gradients to zero, in place: they stay views of the flat buffer."""
+        self.grad.zero_()
+
+    def learning_rate(self):
+        """The rate of the next update: a 0-d tensor."""
+        rate = torch.full_like(self.count, self.lr)
+        if self.anneal:
+            done = ((self.count - self.warmup) / (self.anneal - self.warmup)).clamp(0, 1)
+            rate = rate * (1 - 0.9 * done)
+        if self.warmup:
+            rate = rate * (self.count / self.warmup).clamp(max=1)
+        return rate
+
+    @torch.no_grad()
+    def step(self):
+        """One update from the gradients in place. Returns metrics as 0-d tensors."""
+        grads = [param.grad for param in self.params]
+        norms = torch.stack(torch._foreach_norm(grads))
+        rate = self.learning_rate()
+        if self.agc:
+            limits = self.agc * torch.stack(torch._foreach_norm(self.params)).clamp(min=1e-3)
+            torch._foreach_mul_(grads, list((limits / norms.clamp(min=1e-30)).clamp(max=1).unbind()))
+        self.count += 1
+        self.nu.mul_(self.beta2).addcmul_(self.grad, self.grad, value=1 - self.beta2)
+        unbias = 1 - self.beta2**self.count
+        scaled = self.grad / (self.nu / unbias).sqrt_().add_(self.eps)
+        self.mu.lerp_(scaled, 1 - self.beta1)
+        if self.decayed:
+            torch._foreach_mul_(self.decayed, 1 - rate * self.decay)
+        self.flat.addcmul_(self.mu, -rate / (1 - self.beta1**self.count))
+        return {"grad_norm": norms.square().sum().sqrt(), "lr": rate}
+
+    def state_dict(self):
+        return {"names": self.names, "nu": self.nu, "mu": self.mu, "count": self.count}
+
+    def load_state_dict(self, state):
+        """Raises ValueError if the state belongs to other parameters."""
+        if state["names"] != self.names or state["nu"].shape != self.nu.shape:
+            raise ValueError("the optimizer state belongs to other parameters")
+        for name in ("nu", "mu", "count"):
+            getattr(self, name).copy_(state[name])

@@ -1,0 +1,366 @@
+"""Experience: episode files on disk, rings of steps in memory, and the batches that are sampled from them.
+
+A step holds obs[t], reward[t], is_first[t], is_last[t], is_terminal[t] and the action that led to obs[t]:
+
+    step          0         1         2                T-1
+    observation   o_0       o_1       o_2     ...      o_{T-1}
+    action        0         a_0       a_1     ...      a_{T-2}     a_t was chosen on seeing o_t
+    reward        0         r_1       r_2     ...      r_{T-1}
+    is_first      True      False     False            False
+    is_last       False     False     False            True
+
+This is also the layout of the episode files, which are those of DreamerV2 and dreamerv3-torch: one compressed .npz per
+episode, {time}-{uuid}-{length}.npz, arrays of equal length, no pickles.
+"""
+
+import collections
+import datetime
+import os
+import pathlib
+import uuid
+import zipfile
+import zlib
+
+import numpy as np
+import torch
+
+from tools import UserError, atomic_write
+
+# ---------------------------------------------------------------------------
+# Episode files
+
+
+def save_episode(directory, episode):
+    """Write {key: (T, ...)} as one compressed .npz, atomically. Returns its path."""
+    now = datetime.datetime.now().strftime("%Y%m%dT%H%M%SF%f")
+    path = pathlib.Path(directory) / f"{now}-{uuid.uuid4().hex}-{len(episode['reward'])}.npz"
+    atomic_write(path, lambda file: np.savez_compressed(file, **episode))
+    return path
+
+
+def load_episode(path, layout):
+    """Read an episode file and bring it into the layout; unknown keys are ignored.
+
+    Args:
+      layout: {key: (shape, dtype)} of one step.
+    Returns: {key: (T, ...)}
+    Raises ValueError saying what is wrong with the file.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            episode = {key: file[key] for key in file.files if key in layout}
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"cannot be read ({error})") from None
+    if "reward" not in episode or not episode["reward"].ndim or not len(episode["reward"]):
+        raise ValueError("holds no reward")
+    length = len(episode["reward"])
+    steps = np.arange(length)
+    episode.setdefault("is_first", steps == 0)
+    episode.setdefault("is_terminal", np.zeros(length, bool))
+    episode.setdefault("is_last", (steps == length - 1) | episode["is_terminal"].astype(bool))
+    for key, (shape, dtype) in layout.items():
+        if key not in episode:
+            raise ValueError(f"lacks {key}")
+        value = episode[key]
+        if len(value) != length or value[0].size != int(np.prod(shape)):
+            raise ValueError(f"{key} has shape {value.shape} where ({length}, {str(shape)[1:]} was expected")
+        if value.dtype.kind not in "biuf" or (dtype == np.uint8 and value.dtype != np.uint8):
+            raise ValueError(f"{key} has type {value.dtype} where {np.dtype(dtype)} was expected")
+        episode[key] = value.reshape(length, *shape).astype(dtype)
+    return episode
+
+
+class EpisodeWriter:
+    """Collects the steps of environments and writes each episode when it ends.
+
+    The oldest files are deleted so that the directory holds no more than `limit` steps.
+
+    Args:
+      directory: where the files go, made if it is not there; count: number of environments; limit: in agent steps.
+    """
+
+    def __init__(self, directory, count, limit):
+        self.directory = pathlib.Path(directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.steps = [[] for _ in range(count)]
+        self.limit = limit
+        self.files = collections.deque((path, length_of(path)) for path in self.paths())
+        self.total = sum(length for _, length in self.files)
+
+    def paths(self):
+        """The episode files that exist, oldest first."""
+        return sorted(self.directory.glob("*.npz"))
+
+    def add(self, index, step):
+        """Append {key: value} of one environment; returns (name, length) of the file that it completes, or None."""
+        if step["is_first"]:
+            self.steps[index] = []
+        self.steps[index].append(step)
+        return self.flush(index) if step["is_last"] else None
+
+    def flush(self, index):
+        """Write the episode of one environment as far as it went; returns (name, length), or None if there is none."""
+        steps, self.steps[index] = self.steps[index], []
+        if len(steps) < 2:
+            return None
+        path = save_episode(self.directory, {key: np.stack([step[key] for step in steps]) for key in steps[0]})
+        self.files.append((path, len(steps)))
+        self.total += len(steps)
+        while self.total > self.limit and len(self.files) > 1:
+            oldest, length = self.files.popleft()
+            self.total -= length
+            oldest.unlink(missing_ok=True)
+        return path.name, len(steps)
+
+
+def length_of(path):
+    """The length in steps that a file's name states; 0 if it states none."""
+    tail = path.stem.rsplit("-", 1)[-1]
+    return int(tail) if tail.isdigit() else 0
+
+
+# ---------------------------------------------------------------------------
+# Rings of steps
+
+
+class Stream:
+    """The steps of one environment in the order in which they happened: a preallocated ring, the oldest overwritten.
+
+    Positions count all steps ever added; those in [start, stop) are held. Memory is taken from the system only as
+    steps arrive.
+
+    Args:
+      layout: {key: (shape, dtype)} of one step, with deter and stoch; capacity: number of steps.
+    """
+
+    def __init__(self, layout, capacity):
+        self.capacity = capacity
+        self.data = {key: np.zeros((capacity, *shape), dtype) for key, (shape, dtype) in layout.items()}
+        self.episodes = collections.deque()  # (file name, length, position behind the last step)
+        self.rewind(0)
+
+    def rewind(self, position):
+        """Start at a position other than 0; for an empty stream."""
+        self.first = self.stop = position
+
+    @property
+    def start(self):
+        return max(self.first, self.stop - self.capacity)
+
+    def __len__(self):
+        return self.stop - self.start
+
+    def append(self, step):
+        index = self.stop % self.capacity
+        for key, value in self.data.items():
+            value[index] = step[key]
+        self.stop += 1
+
+    def extend(self, steps):
+        """Append {key: (T, ...)} of several steps."""
+        length = len(steps["reward"])
+        index = np.arange(self.stop, self.stop + length)[-self.capacity :] % self.capacity
+        for key, value in self.data.items():
+            value[index] = steps[key][-self.capacity :]
+        self.stop += length
+
+    def close_episode(self, name, length):
+        """Note that the last `length` steps stand in an episode file."""
+        self.episodes.append((name, length, self.stop))
+        while self.episodes[0][2] <= self.start:
+            self.episodes.popleft()
+
+    def save(self):
+        """Names and lengths of the episodes held, and the latents of their steps."""
+        where = [np.arange(stop - length, stop) % self.capacity for _, length, stop in self.episodes]
+        where = np.concatenate(where) if where else np.zeros(0, int)
+        stop = self.episodes[-1][2] if self.episodes else self.stop
+        return {
+            "episodes": [(name, length) for name, length, _ in self.episodes],
+            "stop": stop,
+            "deter": torch.from_numpy(self.data["deter"][where]),
+            "stoch": torch.from_numpy(self.data["stoch"][where]),
+        }
+
+    def gather(self, position, length, out, row):
+        """Copy {key: (length, ...)} from a position into row `row` of the arrays of `out`."""
+        begin = position % self.capacity
+        first = min(length, self.capacity - begin)
+        for key, value in out.items():
+            value[row, :first] = self.data[key][begin : begin + first]
+            if first < length:
+                value[row, first:] = self.data[key][: length - first]
+
+
+class Replay:
+    """Samples windows of consecutive steps of one stream, across the ends of episodes as they happened.
+
+    Fresh windows come first, each once and without overlap; the rest of a batch is uniform over all windows. Beside
+    each step stands the latent state that the agent last computed for it, deter in half precision and stoch as class
+    indices; a window's first step only lends its latent as the state that the sequence starts from.
+
+    Args:
+      layout: {key: (shape, dtype)} of one step, without latents.
+      latent: (D, (S, K)) widths of the latent state.
+      streams: number of environments; capacity: agent steps over all streams.
+      length: trained steps in a sequence (T); one step of context is added.
+      seed: of the sampling.
+    """
+
+    def __init__(self, layout, latent, streams, capacity, length, seed):
+        self.length, self.capacity = length, capacity
+        self.layout = dict(layout)
+        deter, (groups, classes) = latent
+        kinds = {"deter": ((deter,), np.float16), "stoch": ((groups,), np.uint8 if classes <= 256 else np.int16)}
+        each = capacity // streams
+        if each <= length:
+            raise UserError(f"--dataset_size leaves {each} steps a stream, too few for windows of {length + 1}")
+        check_memory({**self.layout, **kinds}, capacity)
+        self.streams = [Stream({**self.layout, **kinds}, each) for _ in range(streams)]
+        self.fresh = collections.deque()
+        self.queued = [0] * streams
+        self.rng = np.random.default_rng(seed)
+
+    def __len__(self):
+        return sum(len(stream) for stream in self.streams)
+
+    def ready(self):
+        """Whether a window can be sampled."""
+        return any(len(stream) > self.length for stream in self.streams)
+
+    def add(self, index, step, latent=None):
+        """Append one step {key: value} to stream `index`, with its latent (deter (D,), stoch (S,) class indices)."""
+        deter, stoch = latent or (0, 0)
+        self.streams[index].append({**step, "deter": deter, "stoch": stoch})
+        self.queue_fresh(index)
+
+    def extend(self, index, name, episode, latent=None):
+        """Append {key: (T, ...)} of an episode file to stream `index`, with latents or zeros; not as fresh data."""
+        length = len(episode["reward"])
+        deter, stoch = latent or (np.zeros((length, 1)), np.zeros((length, 1)))
+        self.streams[index].extend({**episode, "deter": deter, "stoch": stoch})
+        self.streams[index].close_episode(name, length)
+        self.queued[index] = self.streams[index].stop
+
+    def queue_fresh(self, index):
+        stop, window = self.streams[index].stop, self.length + 1
+        if stop - self.queued[index] >= window:
+            self.fresh.append((index, self.queued[index]))
+            self.queued[index] += window
+
+    def sample(self, batch, fresh=True):
+        """A batch of `batch` windows, fresh ones first unless `fresh` is false.
+
+        Returns:
+          {key: (B, T + 1, ...)} arrays with `deter` (B, T + 1, D) float16 and `stoch` (B, T + 1, S) integers, and
+          where they stand: list of (stream, position).
+        """
+        counts = np.array([max(0, len(stream) - self.length) for stream in self.streams])
+        bounds = counts.cumsum()
+        places = []
+        while len(places) < batch:
+            places.append((fresh and self.next_fresh()) or self.draw(bounds))
+        out = {
+            key: np.empty((batch, self.length + 1, *value.shape[1:]), value.dtype)
+            for key, value in self.streams[0].data.items()
+        }
+        for row, (index, position) in enumerate(places):
+            self.streams[index].gather(position, self.length + 1, out, row)
+        return out, places
+
+    def next_fresh(self):
+        while self.fresh:
+            index, position = self.fresh.popleft()
+            stream = self.streams[index]
+            if stream.start <= position < stream.stop - self.length:
+                return index, position
+        return None
+
+    def draw(self, bounds):
+        number = int(self.rng.integers(bounds[-1]))
+        index = int(np.searchsorted(bounds, number, side="right"))
+        return index, self.streams[index].start + number - int(bounds[index - 1] if index else 0)
+
+    def refresh(self, places, deter, stoch):
+        """Write back the latents of the trained steps: deter (B, T, D), stoch (B, T, S) class indices."""
+        for row, (index, position) in enumerate(places):
+            stream = self.streams[index]
+            where = np.arange(position + 1, position + 1 + self.length) % stream.capacity
+            stream.data["deter"][where] = deter[row]
+            stream.data["stoch"][where] = stoch[row]
+
+    # -- going on after an interruption
+
+    def save(self):
+        """What `restore` needs beside the episode files, in types that `torch.load(weights_only=True)` accepts."""
+        return {
+            "streams": [stream.save() for stream in self.streams],
+            "fresh": list(self.fresh),
+            "queued": list(self.queued),
+            "rng": self.rng.bit_generator.state,
+        }
+
+    def restore(self, saved, paths, warn):
+        """Fill empty streams from episode files; with `saved`, to the state in which `save` found them.
+
+        Files that `saved` does not know follow behind what it does, with latents of zero.
+
+        Args:
+          saved: what `save` returned, or None.
+          paths: the episode files that exist, oldest first.
+          warn: function of one line, called for each file that cannot be used.
+        """
+        rest = {path.name: path for path in paths}
+        known = saved["streams"] if saved else []
+        for index, stream in enumerate(known):
+            index %= len(self.streams)
+            first = sum(length for _, length in stream["episodes"])
+            self.streams[index].rewind(stream["stop"] - first)
+            for (name, length), deter, stoch in latents_by_episode(stream):
+                episode = self.read(rest.pop(name, None), warn)
+                if episode and len(episode["reward"]) == length:
+                    self.extend(index, name, episode, (deter, stoch))
+        if len(known) == len(self.streams):
+            self.fresh.extend(map(tuple, saved["fresh"]))
+            self.queued = [min(old, s.stop) for old, s in zip(saved["queued"], self.streams, strict=True)]
+            self.rng.bit_generator.state = saved["rng"]
+        self.load(rest.values(), warn)
+
+    def load(self, paths, warn):
+        """Append the newest of the episode files, oldest first, each to the stream that holds least."""
+        episodes, room = [], self.capacity - len(self)
+        for path in reversed(list(paths)):
+            episode = self.read(path, warn) if room > 0 else None
+            if episode:
+                episodes.append((path.name, episode))
+                room -= len(episode["reward"])
+        for name, episode in reversed(episodes):
+            self.extend(min(range(len(self.streams)), key=lambda i: len(self.streams[i])), name, episode)
+
+    def read(self, path, warn):
+        """The episode of a file, or None with a warning."""
+        if path is None:
+            return None
+        try:
+            return load_episode(path, self.layout)
+        except ValueError as error:
+            warn(f"skipped {path}: {error}")
+
+
+def latents_by_episode(stream):
+    """((name, length), deter (length, D), stoch (length, S)) for each episode of a saved stream."""
+    lengths = [length for _, length in stream["episodes"]]
+    cuts = np.cumsum(lengths)[:-1]
+    latents = (np.split(stream[key].numpy(), cuts) for key in ("deter", "stoch"))
+    return zip(stream["episodes"], *latents, strict=True)
+
+
+def check_memory(layout, capacity):
+    """Raises UserError if `capacity` steps cannot fit into this machine's memory."""
+    step = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in layout.values())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if step * capacity > memory:
+        raise UserError(
+            f"{capacity} steps of {step / 1024:.1f} KB do not fit into {memory / 2**30:.0f} GiB of memory: "
+            f"lower --dataset_size to at most {int(0.8 * memory / step)}"
+        )

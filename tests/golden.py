@@ -1,0 +1,424 @@
+"""Compares this project with numbers that the authors' implementation computed: python -m tests.golden FILE.npz...
+
+Each file carries its configuration, parameters, inputs, random draws and results. For every group of results the
+largest relative error is printed (largest difference over the tensor's largest magnitude); status 1 if any is above
+1e-4. A file with a `config_json` describes a whole agent, of whatever sizes and spaces it says; one without holds
+small pieces of mathematics.
+"""
+
+import contextlib
+import json
+import re
+import sys
+import zipfile
+
+import numpy as np
+import torch
+from gymnasium.spaces import Box, Discrete, MultiDiscrete
+
+import distributions as dists
+from agent import Dreamer
+from config import load_config
+from networks import OneHotLatent, State, feature
+from tests.golden_math import compare_math
+
+TOLERANCE = 1e-4
+
+# Names of parameters here -> there; {0} is a layer's index.
+NAMES = [
+    (r"world\.encoder\.parts\.vector\.mlp\.(\d+)\.0\.scale", "enc/mlp{half}norm/scale"),
+    (r"world\.encoder\.parts\.vector\.mlp\.(\d+)\.(\w+)", "enc/mlp{half}/{1}"),
+    (r"world\.encoder\.parts\.image\.convs\.(\d+)\.(\w+)", "enc/cnn{0}/{1}"),
+    (r"world\.encoder\.parts\.image\.norms\.(\d+)\.0\.scale", "enc/cnn{0}norm/scale"),
+    (r"world\.rssm\.cell\.embed_(deter|stoch|action)\.0\.(\w+)", "dyn/dynin{part}/{1}"),
+    (r"world\.rssm\.cell\.embed_(deter|stoch|action)\.1\.0\.scale", "dyn/dynin{part}norm/scale"),
+    (r"world\.rssm\.cell\.hidden\.(\d+)\.(\w+)", "dyn/dynhid{0}/{1}"),
+    (r"world\.rssm\.cell\.norms\.(\d+)\.0\.scale", "dyn/dynhid{0}norm/scale"),
+    (r"world\.rssm\.cell\.gates\.(\w+)", "dyn/dyngru/{0}"),
+    (r"world\.rssm\.(prior|posterior)\.0\.(\d+)\.0\.scale", "dyn/{kind}{half1}norm/scale"),
+    (r"world\.rssm\.(prior|posterior)\.0\.(\d+)\.(\w+)", "dyn/{kind}{half1}/{2}"),
+    (r"world\.rssm\.(prior|posterior)\.1\.(\w+)", "dyn/{kind}logit/{1}"),
+    (r"world\.decoder\.parts\.vector\.mlp\.(\d+)\.0\.scale", "dec/mlp/norm{half}/scale"),
+    (r"world\.decoder\.parts\.vector\.mlp\.(\d+)\.(\w+)", "dec/mlp/linear{half}/{1}"),
+    (r"world\.decoder\.parts\.vector\.outs\.(\d+)\.(\w+)", "dec/vec/{obs}/{1}"),
+    (r"world\.decoder\.parts\.image\.from_deter\.(\w+)", "dec/sp0/{0}"),
+    (r"world\.decoder\.parts\.image\.from_stoch\.0\.(\w+)", "dec/sp1/{0}"),
+    (r"world\.decoder\.parts\.image\.from_stoch\.1\.0\.scale", "dec/sp1norm/scale"),
+    (r"world\.decoder\.parts\.image\.from_stoch\.2\.(\w+)", "dec/sp2/{0}"),
+    (r"world\.decoder\.parts\.image\.norm\.0\.scale", "dec/spnorm/scale"),
+    (r"world\.decoder\.parts\.image\.convs\.(\d+)\.(\w+)", "dec/conv{mirror}/{1}"),
+    (r"world\.decoder\.parts\.image\.norms\.(\d+)\.0\.scale", "dec/conv{mirror}norm/scale"),
+    (r"world\.decoder\.parts\.image\.out\.(\w+)", "dec/imgout/{0}"),
+    (r"behavior\.actor\.mlp\.(\d+)\.0\.scale", "pol/mlp/norm{half}/scale"),
+    (r"behavior\.actor\.mlp\.(\d+)\.(\w+)", "pol/mlp/linear{half}/{1}"),
+    (r"behavior\.actor\.heads\.(\d+)\.outs\.(\w+)\.(\w+)", "pol/head/{act}/{1}/{2}"),
+    (
+        r"(world\.reward|world\.cont|behavior\.critic|behavior\.slow)\.mlp\.(\d+)\.0\.scale",
+        "{head}/mlp/norm{half1}/scale",
+    ),
+    (r"(world\.reward|world\.cont|behavior\.critic|behavior\.slow)\.mlp\.(\d+)\.(\w+)", "{head}/mlp/linear{half1}/{2}"),
+    (r"(world\.reward|world\.cont|behavior\.critic|behavior\.slow)\.out\.(\w+)", "{head}/head/{logits}/{1}"),
+]
+HEADS = {"world.reward": "rew", "world.cont": "con", "behavior.critic": "val", "behavior.slow": "slowval"}
+LOSSES = {"reward": "rew", "cont": "con"}
+
+
+class Golden:
+    """One file: its configuration, tensors, and the agent that is made from them."""
+
+    def __init__(self, path):
+        with np.load(path) as file:
+            self.data = {key: file[key] for key in file.files}
+        self.json = json.loads(str(self.data["config_json"]))
+        for key in ("absolute", "imag_last", "ac_grads"):
+            assert not self.json.get(key), f"{key} is not supported"
+        assert all(self.json.get(key, True) for key in ("contdisc", "reward_grad", "repval_loss", "repval_grad"))
+        assert not any(self.json[part].get(key) for part in ("enc", "dec") for key in ("strided", "outer"))
+        spaces = [{k: make_space(v) for k, v in self.json[n].items()} for n in ("obs_space", "act_space")]
+        self.agent = Dreamer(*spaces, make_config(self.json))
+        latent = self.agent.world.rssm.latent
+        self.agent.world.rssm.latent = RecordedLatent(*latent.shape, latent.unimix)
+        self.names = {name: self.translate(name) for name, _ in self.agent.named_parameters()}
+        with torch.no_grad():
+            for name, param in self.agent.named_parameters():
+                param.copy_(self.param("param", name, param))
+        norm = self.agent.behavior.return_norm
+        norm.range.copy_(torch.stack([self["state/retnorm/lo"], self["state/retnorm/hi"]]))
+        missing = {k[6:] for k in self.data if k.startswith("param/")} ^ set(self.names.values())
+        assert not missing, f"parameters without a counterpart: {sorted(missing)}"
+
+    def __getitem__(self, key):
+        return torch.from_numpy(np.array(self.data[key]))
+
+    def translate(self, name):
+        """The authors' name of one of our parameters."""
+        for pattern, target in NAMES:
+            match = re.fullmatch(pattern, name)
+            if match:
+                break
+        else:
+            raise KeyError(name)
+        groups = [{"weight": "kernel"}.get(group, group) for group in match.groups()]
+        first = groups[0] if groups else ""
+        fields = {
+            "half": int(first) // 2 if first.isdigit() else None,
+            "half1": int(groups[1]) // 2 if len(groups) > 1 and groups[1].isdigit() else None,
+            "mirror": len(self.json["dec"]["mults"]) - 2 - int(first) if first.isdigit() else None,
+            "part": {"deter": 0, "stoch": 1, "action": 2}.get(first),
+            "kind": {"prior": "prior", "posterior": "obs"}.get(first),
+            "head": HEADS.get(first),
+            "logits": "logit" if first == "world.cont" else "logits",
+        }
+        if "{obs}" in target:
+            key = self.agent.world.decoder.parts["vector"].keys[int(first)]
+            fields["obs"] = next(k for k in (f"{key}/pred", f"{key}/logits") if f"param/dec/vec/{k}/bias" in self.data)
+        if "{act}" in target:
+            fields["act"] = list(self.agent.act_spec.widths)[int(first)]
+        return target.format(*groups, **fields)
+
+    def param(self, prefix, name, like):
+        """A tensor of theirs, by our name, in our layout."""
+        value = self[f"{prefix}/{self.names[name]}"]
+        if name.endswith("weight") and value.ndim == 2:
+            value = value.T
+        elif value.ndim == 4:
+            value = value.permute(3, 2, 0, 1)
+        return value.reshape(like.shape)
+
+    def batch(self):
+        """The recorded batch in our time alignment: action[t] is the one that led to step t."""
+        keys = [*self.json["obs_space"], "reward", "is_first", "is_last", "is_terminal"]
+        batch = {key: self[f"batch/{key}"] for key in keys}
+        for key in self.agent.act_spec.widths:
+            before = self[f"carry/prevact/{key}"][:, None]
+            batch[key] = self.encode(key, torch.cat([before, self[f"batch/{key}"][:, :-1]], 1), 2)
+        return batch
+
+    def encode(self, key, action, lead):
+        """Actions as vectors: (*lead, width), one-hot where discrete."""
+        action = action.reshape(*action.shape[:lead], -1)
+        classes = self.agent.act_spec.classes
+        return dists.one_hots(action, classes[key]) if key in classes else action.float()
+
+    def actions(self):
+        """The recorded policy draws (H, N, A)."""
+        keys = self.agent.act_spec.widths
+        draws = [self.encode(key, self[f"sample/img_action/{key}"], 2) for key in keys]
+        return torch.cat(draws, -1).transpose(0, 1)[:-1]
+
+    def carry(self):
+        return State(self["carry/deter"], self["carry/stoch"])
+
+    def loss(self):
+        """The agent's loss with the recorded draws in place of random ones."""
+
+        def imagine(world, start):
+            noise = self["sample/img_stoch"].transpose(0, 1)
+            return world.rssm.imagine(start, self.actions(), self.json["imag_length"], noise)
+
+        return self.agent.loss(self.batch(), self.carry(), self["sample/post"], imagine)
+
+
+def make_space(entry):
+    """A Gymnasium space from a file's description."""
+    if not entry.get("discrete", entry["dtype"] != "uint8" and "int" in entry["dtype"]):
+        low, high = (0, 255) if entry["dtype"] == "uint8" else (-np.inf, np.inf)
+        return Box(low, high, tuple(entry["shape"]) or (1,), np.dtype(entry["dtype"]).type)
+    count = int(np.prod(entry["shape"], dtype=int))
+    classes = np.broadcast_to(np.asarray(entry["classes"]).flatten(), count).tolist()
+    return MultiDiscrete(classes) if entry["shape"] else Discrete(classes[0])
+
+
+def make_config(j):
+    """Our configuration from a file's."""
+    values = {
+        "imag_horizon": j["imag_length"], "horizon": j["horizon"], "free_nats": j["free_nats"],
+        "lam": j["imag_loss"]["lam"], "rssm.deter": j["deter"], "rssm.hidden": j["hidden"], "rssm.stoch": j["stoch"],
+        "rssm.classes": j["classes"], "rssm.blocks": j["blocks"], "rssm.dyn_layers": j["dynlayers"],
+        "rssm.img_layers": j["imglayers"], "rssm.obs_layers": j["obslayers"], "rssm.unimix": j["unimix"],
+        "decoder.blocks": j["dec"]["bspace"], "reward_head.bins": j["rewhead"]["bins"],
+        "critic.bins": j["value"]["bins"], "critic.slow_rate": j["slowvalue"]["rate"],
+        "critic.slow_every": j["slowvalue"]["every"], "critic.slow_reg": j["imag_loss"]["slowreg"],
+        "actor.min_std": j["policy"]["minstd"], "actor.max_std": j["policy"]["maxstd"],
+        "actor.entropy": j["imag_loss"]["actent"],
+        "actor.unimix": 0.0 if j["policy_dist_disc"] == "categorical" else j["policy"]["unimix"],
+        "return_norm.rate": j["retnorm"]["rate"], "return_norm.limit": j["retnorm"]["limit"],
+        "return_norm.low": j["retnorm"]["perclo"], "return_norm.high": j["retnorm"]["perchi"],
+    }  # fmt: skip
+    sections = {"reward_head": "rewhead", "cont_head": "conhead", "actor": "policy", "critic": "value"}
+    for ours, theirs in {**sections, "encoder": "enc", "decoder": "dec"}.items():
+        values |= {f"{ours}.{key}": j[theirs][key] for key in ("layers", "units")}
+    for ours, theirs in {"encoder": "enc", "decoder": "dec"}.items():
+        values |= {f"{ours}.{key}": j[theirs][key] for key in ("depth", "mults", "kernel")}
+    scales = {"reward": "rew", "cont": "con"}
+    for key in ("rec", "reward", "cont", "dyn", "rep", "policy", "value", "repval"):
+        values[f"loss_scales.{key}"] = j["loss_scales"][scales.get(key, key)]
+    for key in ("lr", "agc", "eps", "beta1", "beta2", "warmup"):
+        values[f"opt.{key}"] = j["opt"][key]
+    assert j["opt"]["schedule"] == "const" and not j["opt"]["wd"]
+    assert j["repl_loss"]["lam"] == j["imag_loss"]["lam"] and j["repl_loss"]["slowreg"] == j["imag_loss"]["slowreg"]
+    return load_config([], "configs.yaml").replace(**values)
+
+
+class RecordedOneHot(dists.OneHot):
+    """Takes recorded draws for its noise: `sample` returns them, with its own gradient."""
+
+    def sample(self, noise):
+        return self.straight_through(noise.argmax(-1))
+
+
+class RecordedLatent(OneHotLatent):
+    """Replays recorded draws in place of random ones."""
+
+    def dist(self, logits):
+        return RecordedOneHot(logits.unflatten(-1, self.shape), self.unimix)
+
+
+def error(ours, theirs):
+    """Largest difference over the largest magnitude; infinite if shapes differ or a number is not finite."""
+    ours, theirs = torch.as_tensor(ours).detach().double(), torch.as_tensor(theirs).double()
+    if ours.numel() != theirs.numel() or not ours.isfinite().all():
+        return float("inf")
+    scale = theirs.abs().max()
+    difference = (ours.flatten() - theirs.flatten()).abs().max()
+    return float(difference / scale) if scale else float(difference)
+
+
+def compare_agent(path):
+    """Yields (group, name, relative error) for every recorded result of an agent's file."""
+    golden = Golden(path)
+    yield from compare_forward(golden)
+    yield from compare_core(golden)
+    yield from compare_learning(golden)
+
+
+@contextlib.contextmanager
+def captured_norms(golden):
+    """Record the output of every norm layer whose result the file holds: {their name: first output}."""
+    seen, hooks = {}, []
+    for name in golden.names:
+        key = golden.names[name].removesuffix("/scale")
+        if f"debug/{key}" in golden.data:
+            module = golden.agent.get_submodule(name.rsplit(".", 1)[0])
+            hooks.append(module.register_forward_hook(lambda m, i, out, key=key: seen.update({key: out})))
+    yield seen
+    for hook in hooks:
+        hook.remove()
+
+
+@torch.no_grad()
+def compare_forward(golden):
+    world, json = golden.agent.world, golden.json
+    with captured_norms(golden) as norms:
+        yield from compare_states(golden, world, json)
+    for key, out in norms.items():
+        theirs = golden[f"debug/{key}"]
+        yield "norms", key, error(out.flatten()[: theirs.numel()], theirs)
+
+
+def compare_states(golden, world, json):
+    batch = golden.batch()
+    batch["action"] = golden.agent.join_actions(batch)
+    tokens = world.encode(batch)
+    yield "tokens", "tokens", error(tokens, golden["wm/tokens"])
+    noise = golden["sample/post"]
+    states, post = world.rssm.observe(tokens, batch["action"], batch["is_first"], golden.carry(), noise)
+    prior = world.rssm.predict(states.deter)
+    yield "latents", "deter", error(states.deter, golden["wm/deter"])
+    for name, dist in {"post": post, "prior": prior}.items():
+        theirs = dists.OneHot(golden[f"wm/{name}_logit"], json["unimix"])
+        yield "latents", f"{name}_logit", error(dist.logits, theirs.logits)
+        yield "latents", f"{name}_entropy", error(dist.entropy().sum(-1), golden[f"wm/{name}_entropy"])
+    yield "latents", "kl", error(world.rssm.latent.kl(post, prior), golden["wm/kl"])
+    yield "latents", "carry_out/deter", error(states.deter[:, -1], golden["carry_out/deter"])
+    yield "latents", "carry_out/stoch", error(states.stoch[:, -1], golden["carry_out/stoch"])
+    feat = feature(states)
+    for key, dist in world.decoder(states).items():
+        theirs = golden[f"wm/recon/{key}"]
+        ours = dist.mean if hasattr(dist, "mean") else torch.cat([part.logits for part in dist.parts], -1)
+        if not hasattr(dist, "mean"):
+            theirs = torch.cat([p.logits for p in dists.Classes(theirs.reshape(ours.shape), dist.classes).parts], -1)
+        yield "heads", f"recon/{key}", error(ours[: len(theirs)], theirs)
+    yield "heads", "rew_logit", error(world.reward(feat).logits, golden["wm/rew_logit"].log_softmax(-1))
+    yield "heads", "rew_pred", error(world.reward(feat).mode(), golden["wm/rew_pred"])
+    yield "heads", "con_logit", error(world.cont(feat).logit, golden["wm/con_logit"])
+
+
+@torch.no_grad()
+def compare_core(golden):
+    cell = golden.agent.world.rssm.cell
+    if "core/in_deter" not in golden.data:
+        return
+    deter, stoch = golden["core/in_deter"], golden["core/in_stoch"].flatten(1)
+    gates = []
+    hook = cell.gates.register_forward_hook(lambda m, i, out: gates.append(out))
+    action = cell.prepare(golden["core/in_action_squashed"])
+    out = cell(deter, stoch, action)
+    hook.remove()
+    reset, cand, update = gates[0].chunk(3, -1)
+    yield "core", "x0", error(cell.embed_deter(deter), golden["core/x0"])
+    yield "core", "x1", error(cell.embed_stoch(stoch), golden["core/x1"])
+    yield "core", "x2", error(action, golden["core/x2"])
+    yield "core", "reset_gate", error(reset.sigmoid(), golden["core/reset_gate"])
+    yield "core", "cand", error((reset.sigmoid() * cand).tanh(), golden["core/cand"])
+    yield "core", "update_gate", error((update - 1).sigmoid(), golden["core/update_gate"])
+    yield "core", "out_deter", error(out, golden["core/out_deter"])
+
+
+def compare_imagination(golden, outs):
+    """outs: time-major (H, N) results of the behaviour's loss."""
+    keys = {"reward": "rew", "cont": "con", "value": "val", "slow": "slowval", "weight": "weight", "ret": "ret"}
+    for ours, theirs in {**keys, "adv": "adv", "logpi": "logpi"}.items():
+        yield "imagination", theirs, error(outs[ours].T, golden[f"img/{theirs}"])
+    entropy = sum(golden[f"img/ent/{key}"] for key in golden.agent.act_spec.widths)
+    yield "imagination", "ent", error(outs["entropy"].T, entropy)
+    yield "normaliser", "offset", error(outs["ret_offset"], golden["img/roffset"])
+    yield "normaliser", "scale", error(outs["ret_scale"], golden["img/rscale"])
+
+
+def compare_losses(golden, losses):
+    for name, loss in losses.items():
+        theirs = LOSSES.get(name, name)
+        yield "losses", theirs, error(loss, golden[f"loss/{theirs}"])
+        yield "losses", f"mean {theirs}", error(loss.mean(), golden[f"loss_mean/{theirs}"])
+    yield "losses", "total", error(golden.agent.reduce(losses), golden["loss_total"])
+
+
+def compare_gradients(golden, losses):
+    """The gradient of every parameter, of the sum and of each loss alone; leaves that of the sum in place."""
+    agent = golden.agent
+    trained = {name: param for name, param in agent.named_parameters() if param.requires_grad}
+    norms = golden["gradnorm/matrix"]
+    columns = {str(name): i for i, name in enumerate(golden.data["gradnorm/param_names"])}
+    for name, loss in losses.items():
+        row = norms[[str(n) for n in golden.data["gradnorm/loss_names"]].index(LOSSES.get(name, name))]
+        grads = torch.autograd.grad(loss.mean(), trained.values(), retain_graph=True, allow_unused=True)
+        ours = torch.stack([torch.zeros(()) if grad is None else grad.norm() for grad in grads])
+        theirs = torch.stack([row[columns[golden.names[name]]] for name in trained])
+        yield "gradients", f"norms of {name}", error(ours, theirs)
+    agent.opt.zero_grad()
+    agent.reduce(losses).backward()
+    for name, param in trained.items():
+        yield "gradients", golden.names[name], error(param.grad, golden.param("grad", name, param))
+    for name, param in trained.items():
+        limit = agent.opt.agc * param.detach().norm().clamp(min=1e-3)
+        factor = (limit / param.grad.norm().clamp(min=1e-30)).clamp(max=1)
+        yield "optimizer", f"agc {golden.names[name]}", error(factor, golden[f"agc/{golden.names[name]}"])
+
+
+def compare_metrics(golden, outs, norm):
+    ret = (outs["ret"] - outs["ret_offset"]) / outs["ret_scale"]
+    ours = {
+        "adv_std": outs["adv"].std(correction=0), "adv_mag": outs["adv"].abs().mean(), "rew": outs["reward"].mean(),
+        "con": outs["cont"].mean(), "val": outs["value"].mean(), "slowval": outs["slow"].mean(),
+        "weight": outs["weight"].mean(), "tar": outs["ret"].mean(), "ret": ret.mean(), "ret_min": ret.min(),
+        "ret_max": ret.max(), "ret_rate": (ret.abs() >= 1).float().mean(), "grad_norm": norm,
+    }  # fmt: skip
+    for name, value in ours.items():
+        yield "metrics", name, error(value, golden[f"metric/{name}"])
+
+
+def compare_learning(golden):
+    """Losses, gradients and then as many optimizer steps as the file holds, on the same batch and draws."""
+    agent = golden.agent
+    steps = sorted({int(m[1]) for k in golden.data if (m := re.match(r"after(\d+)/", k))})
+    totals = []
+    for step in range(1, steps[-1] + 1):
+        losses, _, outs = golden.loss()
+        totals.append(agent.reduce(losses).detach())
+        if step == 1:
+            yield from compare_losses(golden, losses)
+            yield from compare_imagination(golden, outs)
+            yield from compare_gradients(golden, losses)
+        else:
+            agent.opt.zero_grad()
+            agent.reduce(losses).backward()
+        before = agent.opt.flat.clone()
+        metrics = agent.opt.step()
+        agent.behavior.update_slow()
+        if step == 1:
+            yield from compare_metrics(golden, outs, metrics["grad_norm"])
+            update = (agent.opt.flat - before).square().mean().sqrt()
+            yield "optimizer", "update_rms", error(update, golden["metric/update_rms"])
+        if step in steps:
+            yield from compare_after(golden, step)
+    if "loss_total_steps" in golden.data:
+        yield "losses", "total of each step", error(torch.stack(totals), golden["loss_total_steps"])
+
+
+def compare_after(golden, step):
+    for name, param in golden.agent.named_parameters():
+        group = "slow critic" if name.startswith("behavior.slow") else "optimizer"
+        theirs = golden.param(f"after{step}", name, param)
+        yield group, f"after{step} {golden.names[name]}", error(param, theirs)
+    low, high = golden.agent.behavior.return_norm.range
+    yield "normaliser", f"lo after {step}", error(low, golden[f"state_after{step}/retnorm/lo"])
+    yield "normaliser", f"hi after {step}", error(high, golden[f"state_after{step}/retnorm/hi"])
+
+
+def compare(path):
+    """Yields (group, name, relative error) for every result in a file."""
+    with zipfile.ZipFile(path) as file:
+        whole = "config_json.npy" in file.namelist()
+    yield from (compare_agent if whole else compare_math)(path)
+
+
+def main(paths):
+    failed = False
+    for path in paths:
+        groups = {}
+        for group, name, value in compare(path):
+            groups.setdefault(group, []).append((value, name))
+        print(f"{path}\n  {'group':<16} {'checks':>6}  {'largest relative error':<22}  where")
+        for group, entries in groups.items():
+            value, name = max(entries)
+            failed |= not value <= TOLERANCE
+            mark = "" if value <= TOLERANCE else "   ABOVE 1e-4"
+            print(f"  {group:<16} {len(entries):>6}  {value:<22.1e}  {name}{mark}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    if not sys.argv[1:]:
+        sys.exit("usage: python -m tests.golden FILE.npz...")
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,552 @@
+"""Every suite keeps the promises of `envs.Env`, and every mistake of the user ends in one line."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from gymnasium import spaces
+
+import envs.dmc
+from envs import make_env, wrappers
+from tools import UserError
+
+
+def make_config(task, cnn_keys=".*", mlp_keys=".*", **changes):
+    defaults = {
+        "seed": 0,
+        "size": (64, 64),
+        "action_repeat": 1,
+        "time_limit": 0,
+        "camera": -1,
+        "parallel": False,
+    }
+    encoder = SimpleNamespace(cnn_keys=cnn_keys, mlp_keys=mlp_keys)
+    return SimpleNamespace(**{"task": task, "encoder": encoder, **defaults, **changes})
+
+
+def draw_action(act_space, rng):
+    """A random action in the form that agents give: float32, one-hot if discrete."""
+
+    def draw(space):
+        if isinstance(space, spaces.Box):
+            return rng.uniform(-1, 1, space.shape).astype(np.float32)
+        nvec = [space.n] if isinstance(space, spaces.Discrete) else space.nvec
+        return np.concatenate([np.eye(n, dtype=np.float32)[rng.integers(n)] for n in nvec])
+
+    return {key: draw(space) for key, space in act_space.items()}
+
+
+def play(env, steps, seed=0):
+    """The observations of `steps` random steps after a reset, through as many episodes as it takes."""
+    rng = np.random.default_rng(seed)
+    stream = [env.reset()]
+    for _ in range(steps):
+        ended = stream[-1]["is_last"]
+        stream.append(env.reset() if ended else env.step(draw_action(env.act_space, rng)))
+    return stream
+
+
+def same(one, other):
+    pairs = list(zip(one, other, strict=True))
+    return all(a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a) for a, b in pairs)
+
+
+def one_line_error(function, *args):
+    with pytest.raises(UserError) as caught:
+        function(*args)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# ---------------------------------------------------------------------------
+# Conformance
+
+TASKS = {
+    "dummy_vector": {},
+    "dummy_discrete": {},
+    "dummy_pixels": {"size": (48, 64)},
+    "dummy_multi": {},
+    "gym_CartPole-v1": {},
+    "gym_Pendulum-v1": {"time_limit": 30},
+    "dmc_cartpole_balance": {"cnn_keys": "$^", "action_repeat": 40},
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_conformance(task):
+    env = make_env(make_config(task, **TASKS[task]), "train", 0)
+    check_conformance(env)
+    env.close()
+    env.close()
+
+
+def test_conformance_of_dmc_vision():
+    config = make_config("dmc_cartpole_balance", mlp_keys="$^", size=(64, 48), action_repeat=100)
+    if not envs.dmc._choose_renderer():
+        assert "apt-get install libosmesa6" in one_line_error(make_env, config, "train", 0)
+        return
+    env = make_env(config, "train", 0)
+    assert env.obs_space.keys() == {"image"} and env.obs_space["image"].shape == (64, 48, 3)
+    stream = check_conformance(env, steps=25)
+    assert stream[0]["image"].std() > 1  # not a black picture
+    assert not np.array_equal(stream[0]["image"], stream[5]["image"])
+    assert env.render().shape == (256, 256, 3)
+    env.close()
+    env.close()
+
+
+def check_conformance(env, steps=60):
+    stream = play(env, steps)
+    assert sum(obs["is_last"] for obs in stream) >= 1, "too short a test: no episode ended"
+    names = env.obs_space.keys() | {"reward", "is_first", "is_last", "is_terminal"}
+    fresh = True
+    for obs in stream:
+        assert {key for key in obs if not key.startswith("log_")} == names
+        for key, space in env.obs_space.items():
+            check_value(space, obs[key])
+        assert obs["reward"].dtype == np.float32 and obs["reward"].shape == ()
+        assert all(np.asarray(obs[key]).dtype == bool for key in ("is_first", "is_last", "is_terminal"))
+        assert obs["is_first"] == fresh
+        assert not (obs["is_terminal"] and not obs["is_last"])
+        assert not (obs["is_first"] and (obs["is_last"] or obs["reward"] != 0))
+        fresh = obs["is_last"]
+    for space in env.act_space.values():
+        if isinstance(space, spaces.Box):
+            assert space.dtype == np.float32 and (space.low == -1).all() and (space.high == 1).all()
+            assert len(space.shape) == 1
+    return stream
+
+
+def check_value(space, value):
+    if wrappers.is_image(space):
+        assert value.dtype == np.uint8 and value.shape == space.shape and value.flags.c_contiguous
+    elif isinstance(space, spaces.Box):
+        assert space.dtype == value.dtype == np.float32 and value.shape == space.shape and len(value.shape) == 1
+        assert np.isfinite(value).all()
+    elif isinstance(space, spaces.Discrete):
+        assert space.start == 0 and value.dtype == np.int32 and value.shape == () and 0 <= value < space.n
+    else:
+        assert isinstance(space, spaces.MultiDiscrete) and (space.start == 0).all()
+        assert value.dtype == np.int32 and value.shape == space.nvec.shape == (len(space.nvec),)
+        assert (value >= 0).all() and (value < space.nvec).all()
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS if task != "dummy_discrete"])
+def test_seeds(task):
+    def stream(mode, index, seed=0):
+        env = make_env(make_config(task, **TASKS[task], seed=seed), mode, index)
+        observations = play(env, 10)
+        env.close()
+        return observations
+
+    first = stream("train", 0)
+    assert same(first, stream("train", 0))
+    assert not same(first, stream("train", 1))
+    assert not same(first, stream("eval", 0))
+    assert not same(first, stream("train", 0, seed=1))
+
+
+# ---------------------------------------------------------------------------
+# Episodes: terminal or out of time, action repeat
+
+
+def end_of_episode(env, action):
+    """An episode under a constant action: its number of steps, rewards and last observation."""
+    env.reset()
+    rewards = []
+    while True:
+        obs = env.step(action)
+        rewards.append(float(obs["reward"]))
+        if obs["is_last"]:
+            return len(rewards), rewards, obs
+
+
+LEFT, RIGHT = {"action": np.float32([1, 0])}, {"action": np.float32([0, 1])}
+
+
+def test_corridor_by_hand():
+    env = make_env(make_config("dummy_discrete"), "train", 0)
+    steps, rewards, last = end_of_episode(env, RIGHT)
+    assert (steps, rewards, bool(last["is_terminal"]), int(last["position"])) == (4, [0, 0, 0, 1], True, 4)
+    steps, rewards, last = end_of_episode(env, LEFT)
+    assert (steps, sum(rewards), bool(last["is_terminal"]), int(last["position"])) == (20, 0, False, 0)
+
+
+def test_multi_by_hand():
+    env = make_env(make_config("dummy_multi"), "train", 0)
+    obs = env.reset()
+    point = obs["state"].astype(float)
+    for phase in (0, 1, 2):
+        assert obs["phase"] == phase
+        move = np.float32([0.25, -3])  # clipped to -1
+        obs = env.step({"move": move, "mode": np.eye(3, dtype=np.float32)[1]})
+        point = np.clip(point + np.array([0.05, -0.2]), -1, 1)
+        assert np.allclose(obs["state"], point, atol=1e-6)
+        assert obs["reward"] == pytest.approx((phase == 1) - np.abs(point).max(), abs=1e-6)
+        assert obs["log_steps"] == phase + 1
+
+
+def test_own_time_limit_is_not_terminal():
+    env = make_env(make_config("gym_Pendulum-v1", action_repeat=50), "train", 0)
+    steps, _, last = end_of_episode(env, {"action": np.zeros(1, np.float32)})
+    assert (steps, bool(last["is_terminal"])) == (4, False)  # 200 frames, truncated by Gymnasium
+
+
+@pytest.mark.parametrize("repeat, steps", [(1, 6), (2, 3), (4, 1), (50, 1)])
+def test_time_limit_counts_frames(repeat, steps):
+    env = make_env(make_config("gym_CartPole-v1", time_limit=6, action_repeat=repeat), "train", 0)
+    for _ in range(2):  # the count starts anew with the episode
+        taken, rewards, last = end_of_episode(env, RIGHT)
+        assert taken == steps
+        if repeat < 50:
+            assert not last["is_terminal"] and sum(rewards) == steps * repeat
+
+
+def test_falling_is_terminal_also_under_a_time_limit():
+    env = make_env(make_config("gym_CartPole-v1", time_limit=100), "train", 0)
+    steps, _, last = end_of_episode(env, RIGHT)
+    assert steps < 20 and last["is_terminal"]
+
+
+@pytest.mark.parametrize("repeat", [100, 300])
+def test_dmc_runs_for_1000_frames(repeat):
+    env = make_env(make_config("dmc_cartpole_balance", cnn_keys="$^", action_repeat=repeat), "train", 0)
+    steps, rewards, last = end_of_episode(env, {"action": np.zeros(1, np.float32)})
+    assert (steps, bool(last["is_terminal"])) == (-(-1000 // repeat), False)
+    assert 0 < sum(rewards) <= 1000
+    env.close()
+
+
+@pytest.mark.parametrize("task, repeat", [("dmc_cartpole_balance", 4), ("dummy_discrete", 3), ("dummy_multi", 2)])
+def test_action_repeat_sums_rewards(task, repeat):
+    single = make_env(make_config(task, cnn_keys="$^"), "train", 0)
+    repeated = make_env(make_config(task, cnn_keys="$^", action_repeat=repeat), "train", 0)
+    single.reset(), repeated.reset()
+    actions = [{**draw_action(single.act_space, np.random.default_rng(i))} for i in range(2)]
+    if task == "dummy_discrete":
+        actions = [RIGHT, RIGHT]  # terminal after one frame of the second action
+    for action in actions:
+        total = 0
+        for _ in range(repeat):
+            obs = single.step(action)
+            total += float(obs["reward"])
+            if obs["is_last"]:
+                break
+        rest = repeated.step(action)
+        assert rest["reward"] == pytest.approx(total, rel=1e-6)
+        assert same([{**obs, "reward": 0}], [{**rest, "reward": 0}])
+    single.close(), repeated.close()
+
+
+# ---------------------------------------------------------------------------
+# dmc
+
+
+def test_proprio_never_renders(monkeypatch):
+    from dm_control import mujoco
+
+    def render(*args, **kwargs):
+        raise AssertionError("rendered")
+
+    monkeypatch.setattr(mujoco.Physics, "render", render)
+    env = make_env(make_config("dmc_cartpole_balance", cnn_keys="$^"), "train", 0)
+    assert env.obs_space.keys() == {"position", "velocity"}
+    assert all("image" not in obs for obs in play(env, 3))
+    with pytest.raises(AssertionError, match="rendered"):  # the patch works
+        env.render()
+    env.close()
+
+
+def test_dmc_names():
+    with_scalar = make_env(make_config("dmc_walker_walk", cnn_keys="$^"), "train", 0)
+    assert with_scalar.obs_space["height"].shape == (1,)
+    shapes = [
+        make_env(make_config(task, cnn_keys="$^"), "train", 0).act_space["action"].shape
+        for task in ("dmc_cup_catch", "dmc_ball_in_cup_catch", "dmc_point_mass_easy")
+    ]
+    assert shapes == [(2,)] * 3
+    assert "'walker_walk'" in one_line_error(make_env, make_config("dmc_walker_wlak", "$^"), "train", 0)
+    assert "cameras 0 to" in one_line_error(make_env, make_config("dmc_walker_walk", "$^", camera=9), "train", 0)
+
+
+VISION = """
+    import os
+    from tests.test_envs import make_config, make_env
+    env = make_env(make_config("dmc_cartpole_balance", mlp_keys="$^"), "train", 0)
+    print(os.environ["MUJOCO_GL"], env.reset()["image"].std() > 1)
+"""
+
+
+def run_python(code, **environ):
+    kept = {key: value for key, value in os.environ.items() if key not in ("MUJOCO_GL", "PYOPENGL_PLATFORM")}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    return subprocess.run(command, env={**kept, **environ}, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("backend", ["osmesa", None])
+def test_mujoco_gl(backend):
+    """Left alone if set, chosen if not; either way nothing is printed at exit by an environment left open."""
+    works = {"egl": envs.dmc._egl_works(), "osmesa": envs.dmc._osmesa_works()}
+    result = run_python(VISION, **({"MUJOCO_GL": backend} if backend else {}))
+    if works[backend] if backend else any(works.values()):
+        expected = backend or ("egl" if works["egl"] else "osmesa")
+        assert result.stdout.split() == [expected, "True"], result.stderr
+        assert result.stderr == ""
+    else:
+        hint = f"MUJOCO_GL is {backend}" if backend else "apt-get install libosmesa6"
+        assert hint in result.stderr.splitlines()[-1]
+
+
+def test_no_renderer_is_one_line(monkeypatch):
+    proprio = make_config("dmc_cartpole_balance", cnn_keys="$^")
+    make_env(proprio, "train", 0).close()  # dm_control is imported with a renderer, if the machine has one
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    monkeypatch.setattr(envs.dmc, "find_library", lambda name: None)
+    pixels = make_config("dmc_cartpole_balance", mlp_keys="$^")
+    assert "apt-get install libosmesa6" in one_line_error(make_env, pixels, "train", 0)
+    make_env(proprio, "train", 0).close()
+    assert "MUJOCO_GL" not in os.environ
+
+
+# ---------------------------------------------------------------------------
+# Mistakes
+
+
+def test_unknown_names():
+    assert "'dmc'" in one_line_error(make_env, make_config("dcm_walker_walk"), "train", 0)
+    assert "'dummy'" in one_line_error(make_env, make_config("dumy"), "train", 0)
+    assert "'multi'" in one_line_error(make_env, make_config("dummy_mutli"), "train", 0)
+    assert "'CartPole-v1'" in one_line_error(make_env, make_config("gym_CartPol-v1"), "train", 0)
+
+
+@pytest.mark.parametrize(
+    "module, task, hint",
+    [
+        ("dm_control", "dmc_walker_walk", "pip install dm_control==1.0.50 mujoco==3.17.0"),
+        ("ale_py", "gym_ALE/Pong-v5", "pip install ale-py"),
+        ("Box2D", "gym_LunarLander-v3", "gymnasium[box2d]"),
+    ],
+)
+def test_missing_package(monkeypatch, module, task, hint):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert hint in one_line_error(make_env, make_config(task, cnn_keys="$^"), "train", 0)
+
+
+def test_suites_are_imported_when_asked_for():
+    code = """
+        import sys
+        from tests.test_envs import make_config, make_env
+        make_env(make_config("dummy_multi"), "train", 0)
+        print({"dm_control", "mujoco", "cv2", "envs.from_gym"} & sys.modules.keys())
+    """
+    assert run_python(code).stdout.strip() == "set()"
+
+
+def test_selection():
+    def keys(cnn_keys, mlp_keys):
+        env = make_env(make_config("dummy_multi", cnn_keys, mlp_keys), "train", 0)
+        assert env.reset().keys() >= env.obs_space.keys()
+        assert not (env.reset().keys() & ({"image", "state", "phase"} - env.obs_space.keys()))
+        return set(env.obs_space)
+
+    assert keys(".*", ".*") == {"image", "state", "phase"}
+    assert keys("image", "$^") == {"image"}
+    assert keys("$^", "state|phase") == {"state", "phase"}
+    assert keys("state", "stat") == {"state"}  # a prefix is enough, as with re.match
+    message = one_line_error(keys, "state", "image")
+    assert "['image']" in message and "['phase', 'state']" in message
+
+
+# ---------------------------------------------------------------------------
+# Classes of the user's own
+
+CUSTOM = """
+    import gymnasium
+    import numpy as np
+    from gymnasium import spaces
+
+
+    class Everything(gymnasium.Env):
+        observation_space = spaces.Dict({
+            "picture": spaces.Box(0, 255, (8, 6, 3), np.uint8),
+            "gray": spaces.Box(0, 255, (64, 64), np.uint8),
+            "nested": spaces.Dict({
+                "matrix": spaces.Box(-1, 1, (2, 3), np.float64),
+                "scalar": spaces.Box(0, 1, ()),
+            }),
+            "dice": spaces.Discrete(6, start=1),
+            "cards": spaces.MultiDiscrete([4, 13], start=[0, 1]),
+            "bits": spaces.MultiBinary(3),
+        })
+        action_space = spaces.Dict({
+            "arm": spaces.Dict({"torque": spaces.Box(np.float32([0, -np.inf]), np.float32([10, np.inf]))}),
+            "keys": spaces.MultiDiscrete([2, 3]),
+            "buttons": spaces.MultiBinary(2),
+            "gear": spaces.Discrete(3, start=-1),
+        })
+
+        def _observe(self):
+            picture = np.zeros((8, 6, 3), np.uint8)
+            picture[:4] = 200
+            nested = {"matrix": np.arange(6.0).reshape(2, 3), "scalar": 0.5}
+            gray = np.full((64, 64), 7, np.uint8)
+            return {
+                "picture": picture, "gray": gray, "nested": nested,
+                "dice": 6, "cards": np.array([3, 13]), "bits": np.array([1, 0, 1], np.int8),
+            }
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            return self._observe(), {}
+
+        def step(self, action):
+            Everything.action = action
+            assert self.action_space.contains(action), action
+            return self._observe(), 1, False, False, {}
+
+
+    class Duck:
+        observation_space = spaces.Box(0, 255, (8, 8), np.uint8)
+        action_space = spaces.Discrete(2)
+
+        def reset(self, seed=None):
+            return np.zeros((8, 8), np.uint8), {}
+
+        def step(self, action):
+            return np.full((8, 8), action, np.uint8), action, action == 1, True, {}
+
+
+    class OldStep(Duck):
+        def step(self, action):
+            return np.zeros((8, 8), np.uint8), 0.0, False, {}
+
+
+    class OldReset(Duck):
+        def reset(self, seed=None):
+            return np.zeros((8, 8), np.uint8)
+
+
+    class Unseeded(Duck):
+        def reset(self):
+            return np.zeros((8, 8), np.uint8), {}
+
+
+    class Needy(Duck):
+        def __init__(self, level):
+            pass
+
+
+    class Speaks(Duck):
+        observation_space = spaces.Text(10)
+
+
+    class Told(Duck):
+        observation_space = spaces.Dict({"mission": spaces.Text(10), "gray": Duck.observation_space})
+
+        def reset(self, seed=None):
+            return {"mission": "go", "gray": np.zeros((8, 8), np.uint8)}, {}
+
+
+    class Clashes(Duck):
+        observation_space = spaces.Dict({"reward": spaces.Box(0, 1, (1,))})
+
+
+    class NoEnv:
+        pass
+"""
+
+
+@pytest.fixture
+def custom(tmp_path, monkeypatch):
+    """A function that makes the config of a class in a module of the working directory."""
+    (tmp_path / "my_envs.py").write_text(textwrap.dedent(CUSTOM))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "my_envs", raising=False)
+    return lambda name, **changes: make_config(f"custom_my_envs:{name}", **changes)
+
+
+def test_every_space(custom):
+    env = make_env(custom("Everything", size=(4, 4), time_limit=10), "train", 0)
+    check_conformance(env)
+    obs = env.reset()
+    assert {key: space.shape for key, space in env.obs_space.items()} == {
+        "picture": (4, 4, 3),
+        "gray": (4, 4, 1),
+        "nested/matrix": (6,),
+        "nested/scalar": (1,),
+        "dice": (),
+        "cards": (2,),
+        "bits": (3,),
+    }
+    assert (obs["picture"][:2] == 200).all() and (obs["picture"][2:] == 0).all() and (obs["gray"] == 7).all()
+    assert obs["nested/matrix"].tolist() == [0, 1, 2, 3, 4, 5] and obs["nested/scalar"].tolist() == [0.5]
+    assert (int(obs["dice"]), obs["cards"].tolist(), obs["bits"].tolist()) == (5, [3, 12], [1, 0, 1])
+
+    assert env.act_space == {
+        "arm/torque": spaces.Box(-1, 1, (2,)),
+        "keys": spaces.MultiDiscrete([2, 3]),
+        "buttons": spaces.MultiDiscrete([2, 2]),
+        "gear": spaces.Discrete(3),
+    }
+    action = {
+        "arm/torque": np.float32([0.5, 0.5]),
+        "keys": np.float32([0, 1, 0, 0, 1]),
+        "buttons": np.float32([0, 1, 1, 0]),
+        "gear": np.float32([1, 0, 0]),
+    }
+    env.step(action)
+    native = sys.modules["my_envs"].Everything.action
+    assert native["arm"]["torque"].tolist() == [7.5, 0.5]  # scaled where bounded, as it is where not
+    assert native["keys"].tolist() == [1, 2] and native["buttons"].tolist() == [1, 0] and native["gear"] == -1
+    env.step({**action, "arm/torque": np.float32([-9, 9])})
+    assert sys.modules["my_envs"].Everything.action["arm"]["torque"].tolist() == [0, 1]
+
+
+def test_duck_typed_class(custom):
+    env = make_env(custom("Duck", size=(8, 8)), "train", 0)
+    assert env.obs_space == {"image": spaces.Box(0, 255, (8, 8, 1), np.uint8)}
+    env.reset()
+    left, right = env.step(LEFT), env.step(RIGHT)
+    assert (bool(left["is_last"]), bool(left["is_terminal"]), float(left["reward"])) == (True, False, 0)
+    assert (bool(right["is_last"]), bool(right["is_terminal"]), float(right["reward"])) == (True, True, 1)
+    assert "cannot be rendered" in one_line_error(env.render)
+    env.close()
+
+
+def test_unsupported_space_may_be_left_out(custom):
+    env = make_env(custom("Told", mlp_keys="$^"), "train", 0)
+    assert env.obs_space.keys() == {"gray"} and "mission" not in env.reset()
+
+
+@pytest.mark.parametrize(
+    "name, hint",
+    [
+        ("Dukc", "'Duck'"),
+        ("Unseeded", "seed"),
+        ("Needy", "level"),
+        ("Speaks", "Text"),
+        ("Told", "'mission'"),
+        ("Clashes", "['reward']"),
+        ("NoEnv", "observation_space"),
+    ],
+)
+def test_classes_that_cannot_be_used(custom, name, hint):
+    assert hint in one_line_error(make_env, custom(name), "train", 0)
+
+
+def test_old_api_is_told_so(custom):
+    assert "(observation, info)" in one_line_error(make_env(custom("OldReset"), "train", 0).reset)
+    env = make_env(custom("OldStep"), "train", 0)
+    env.reset()
+    assert "terminated, truncated" in one_line_error(env.step, LEFT)
+
+
+def test_module_that_is_not_there(custom):
+    assert "no_such" in one_line_error(make_env, make_config("custom_no_such.module:Class"), "train", 0)
+    assert "custom_package.module:Class" in one_line_error(make_env, make_config("custom_my_envs"), "train", 0)

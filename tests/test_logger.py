@@ -1,0 +1,278 @@
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import logger as logger_module
+from logger import Logger, Progress
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def events(logdir):
+    return EventAccumulator(str(logdir), size_guidance={"images": 0, "scalars": 0}).Reload()
+
+
+# Metrics
+
+
+def test_scalars_of_one_step_are_one_line(tmp_path):
+    logger = Logger(tmp_path)
+    logger.scalars({"model_loss": torch.tensor(1.5, dtype=torch.bfloat16), "opt/grad norm": np.float32(0.25)}, 10)
+    logger.scalars({"updates": 7, "kl": torch.tensor([2.0]), "n": np.int64(3)}, 10)
+    assert lines(tmp_path / "metrics.jsonl") == []
+    logger.flush()
+    expected = {"step": 10, "model_loss": 1.5, "opt/grad norm": 0.25, "updates": 7, "kl": 2.0, "n": 3}
+    assert lines(tmp_path / "metrics.jsonl") == [expected]
+    logger.flush()
+    logger.scalars({"kl": 1.0}, 20)
+    logger.scalars({"kl": 0.5}, 30)
+    logger.close()
+    assert lines(tmp_path / "metrics.jsonl")[1:] == [{"step": 20, "kl": 1.0}, {"step": 30, "kl": 0.5}]
+
+
+def test_a_metric_is_what_it_was_when_logged(tmp_path):
+    logger = Logger(tmp_path)
+    loss = torch.tensor(1.0)
+    logger.scalars({"loss": loss}, 1)
+    loss.add_(1)  # as the replay of a captured graph does
+    logger.close()
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 1.0}]
+
+
+def test_non_finite_metrics_stay_json(tmp_path):
+    logger = Logger(tmp_path)
+    logger.scalars({"a": float("nan"), "b": torch.tensor(float("inf")), "c": np.float32("-inf")}, 1)
+    logger.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"step": 1, "a": "nan", "b": "inf", "c": "-inf"}
+    assert np.isnan(events(tmp_path).Scalars("a")[0].value)
+
+
+@pytest.mark.parametrize("value", ["0.5", None, torch.zeros(2), np.zeros((2, 1))])
+def test_a_metric_must_be_one_number(tmp_path, value):
+    logger = Logger(tmp_path)
+    with pytest.raises((TypeError, ValueError, RuntimeError)):
+        logger.scalars({"good": 1.0, "loss": value}, 1)
+    logger.close()
+    assert lines(tmp_path / "metrics.jsonl") == []
+
+
+def test_tensorboard_has_the_same_names_steps_and_values(tmp_path):
+    logger = Logger(tmp_path)
+    for step in (1000, 2000):
+        logger.scalars({"train_return": step / 8, "opt/grad norm": 1}, step)
+        logger.flush()
+    logger.close()
+    board = events(tmp_path)
+    assert sorted(board.Tags()["scalars"]) == ["opt/grad norm", "train_return"]
+    assert [(e.step, e.value) for e in board.Scalars("train_return")] == [(1000, 125.0), (2000, 250.0)]
+
+
+# Videos
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_video_is_a_gif_in_tensorboard(tmp_path, channels):
+    frames = np.zeros((5, 16, 24, channels), np.uint8)
+    for t in range(5):
+        frames[t, :, 4 * t : 4 * t + 4] = 250  # a bar that moves to the right
+    logger = Logger(tmp_path)
+    assert logger.video("openloop/image", frames, 300, fps=20) is None
+    logger.close()
+    (event,) = events(tmp_path).Images("openloop/image")
+    assert (event.step, event.width, event.height) == (300, 24, 16)
+    gif = event.encoded_image_string
+    assert gif.startswith(b"GIF89a")
+    decoded = imageio.imread(gif, plugin="pillow", index=..., mode="RGB")
+    assert decoded.shape == (5, 16, 24, 3)
+    np.testing.assert_allclose(decoded.astype(int), np.broadcast_to(frames, decoded.shape).astype(int), atol=4)
+    assert imageio.immeta(gif, plugin="pillow")["duration"] == 50  # milliseconds
+
+
+@pytest.mark.parametrize(
+    "frames", [np.zeros((2, 8, 8, 3)), np.zeros((2, 8, 8), np.uint8), np.zeros((2, 3, 8, 8), np.uint8)]
+)
+def test_video_refuses_other_shapes_and_types(tmp_path, frames):
+    logger = Logger(tmp_path)
+    with pytest.raises(ValueError, match="video clip"):
+        logger.video("clip", frames, 0)
+    logger.close()
+
+
+# Scores
+
+
+def test_scores_are_written_at_once(tmp_path):
+    logger = Logger(tmp_path)
+    logger.score(500, "train", np.float32(12.5), np.int64(100))
+    logger.score(torch.tensor(600), "eval", float("nan"), 50, task="dummy", achievement_wood=np.int32(2))
+    assert lines(tmp_path / "scores.jsonl") == [
+        {"step": 500, "mode": "train", "score": 12.5, "length": 100},
+        {"step": 600, "mode": "eval", "score": "nan", "length": 50, "task": "dummy", "achievement_wood": 2},
+    ]
+    logger.close()
+
+
+def test_scores_survive_a_kill(tmp_path):
+    code = (
+        "import os, signal, sys; from logger import Logger; logger = Logger(sys.argv[1])\n"
+        "for step in range(3): logger.score(step, 'train', 1.0, 10)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    root = os.path.dirname(os.path.abspath(logger_module.__file__))
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=root, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert [line["step"] for line in lines(tmp_path / "scores.jsonl")] == [0, 1, 2]
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("torn", ['{"step": 20, "kl": 0.', '{"step": 20}'])
+def test_a_torn_last_line_is_cut_off(tmp_path, torn):
+    for name in ("metrics.jsonl", "scores.jsonl"):
+        (tmp_path / name).write_text('{"step": 10}\n' + torn)
+    logger = Logger(tmp_path, step=10)
+    logger.scalars({"kl": 1.0}, 20)
+    logger.score(20, "train", 1.0, 5)
+    logger.close()
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 10}, {"step": 20, "kl": 1.0}]
+    assert lines(tmp_path / "scores.jsonl")[1] == {"step": 20, "mode": "train", "score": 1.0, "length": 5}
+
+
+def test_whole_files_are_left_as_they_are(tmp_path):
+    for content in ("", '{"step": 1}\n', '{"step": 1}\n{"step": 2}\n'):
+        (tmp_path / "metrics.jsonl").write_text(content)
+        Logger(tmp_path).close()
+        assert (tmp_path / "metrics.jsonl").read_text() == content
+    (tmp_path / "metrics.jsonl").write_text('{"st')
+    Logger(tmp_path).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_tensorboard_forgets_what_a_resumed_run_does_again(tmp_path):
+    for start, steps in [(0, (0, 100, 200)), (150, (160, 250))]:
+        logger = Logger(tmp_path, step=start)
+        for step in steps:
+            logger.scalars({"kl": step + start}, step)
+        logger.close()
+    curve = [(event.step, event.value) for event in events(tmp_path).Scalars("kl")]
+    assert curve == [(0, 0), (100, 100), (160, 310), (250, 400)]
+    assert len(lines(tmp_path / "metrics.jsonl")) == 5
+
+
+# Progress
+
+
+class Screen(io.StringIO):
+    """A stream that says whether it is a terminal."""
+
+    def __init__(self, terminal):
+        super().__init__()
+        self.terminal = terminal
+
+    def isatty(self):
+        return self.terminal
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(logger_module, "monotonic", lambda: now[0])
+    return now
+
+
+def test_progress_in_a_file_is_plain_lines_at_intervals(clock):
+    screen = Screen(terminal=False)
+    progress = Progress(60_000, stream=screen)
+    for second in range(21):
+        clock[0] = 1000.0 + second
+        progress.update(143 * second, 31 * second // 10, 512.34, extra="eval 7.0")
+    printed = screen.getvalue().split("\n")
+    # (60000 - 1430) / 143 = 409.6 seconds left
+    assert printed[0] == "step 1,430/60,000 (2%) | 143 fps | 3.1 updates/s | return 512.3 | ETA 00:06:49 | eval 7.0"
+    assert printed[1].startswith("step 2,860/60,000 (4%) | 143 fps | 3.1 updates/s")
+    assert printed[2:] == [""]
+    progress.message("saved")
+    progress.close()
+    assert screen.getvalue().endswith("\nsaved\n") and "\x1b" not in screen.getvalue()
+
+
+def test_progress_interval_is_an_argument(clock):
+    screen = Screen(terminal=False)
+    progress = Progress(100, stream=screen, interval=2)
+    for second in range(7):
+        clock[0] = 1000.0 + second
+        progress.update(second, 0)
+    assert screen.getvalue().count("\n") == 3
+
+
+def test_progress_on_a_terminal_is_one_line_rewritten(clock, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    screen = Screen(terminal=True)
+    progress = Progress(1000, stream=screen)
+    for tenth in range(25):
+        clock[0] = 1000.0 + tenth / 10
+        progress.update(10 * tenth, tenth)
+    assert screen.getvalue().count("\r") == 2 and "\n" not in screen.getvalue()
+    shown = screen.getvalue().split("\r")[1].removesuffix("\x1b[K")
+    assert shown == "step 100/1,000 (10%) | 100 fps | 10.0 updates/s"[:29]
+    screen.truncate(0), screen.seek(0)
+    progress.message("saved latest.pt")
+    assert screen.getvalue() == "\r\x1b[Ksaved latest.pt\nstep 200/1,000 (20%) | 100 fp"
+    screen.truncate(0), screen.seek(0)
+    progress.close()
+    assert screen.getvalue() == "\rstep 240/1,000 (24%) | 100 fp\x1b[K\n"
+    progress.close()
+    assert screen.getvalue().count("\n") == 1
+
+
+def test_progress_rates_are_recent(clock):
+    screen = Screen(terminal=False)
+    progress = Progress(10_000, stream=screen, interval=1)
+    step = 0
+    for second in range(1, 31):
+        step += 200 if second <= 15 else 50  # the run slows down
+        clock[0] = 1000.0 + second
+        progress.update(step, step // 10)
+    last = screen.getvalue().splitlines()[-1]
+    # From the start on it would be (3000 + 750) / 30 = 125 fps.
+    assert "| 50.0 fps | 5.0 updates/s | ETA 00:02:05" in last  # (10000 - 3750) / 50 = 125 seconds
+
+
+def test_progress_of_a_resumed_run_counts_from_where_it_resumed(clock):
+    screen = Screen(terminal=False)
+    progress = Progress(1_000_000, step=900_000, updates=5000, stream=screen)
+    clock[0] += 100
+    progress.update(910_000, 5250)
+    assert screen.getvalue() == "step 910,000/1,000,000 (91%) | 100 fps | 2.5 updates/s | ETA 00:15:00\n"
+
+
+def test_progress_without_progress_has_no_eta(clock):
+    screen = Screen(terminal=False)
+    progress = Progress(100, stream=screen)
+    clock[0] += 10
+    progress.update(0, 0)
+    progress.close()
+    assert screen.getvalue() == "step 0/100 (0%) | 0.0 fps | 0.0 updates/s | ETA --:--:--\n"
+
+
+def test_progress_shows_where_a_short_run_ended(clock):
+    screen = Screen(terminal=False)
+    progress = Progress(100, stream=screen)
+    clock[0] += 2
+    progress.update(100, 4)
+    assert screen.getvalue() == ""
+    progress.close()
+    assert screen.getvalue() == "step 100/100 (100%) | 50.0 fps | 2.0 updates/s | ETA 00:00:00\n"

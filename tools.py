@@ -1,0 +1,193 @@
+"""Pure functions and small clocks that every other room uses."""
+
+import math
+import os
+import random
+import time
+import uuid
+
+import numpy as np
+import torch
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: printed as one line on stderr, exit status 2."""
+
+
+# ---------------------------------------------------------------------------
+# Mathematics
+
+
+def symlog(x):
+    """sign(x) log(1 + |x|), elementwise (DreamerV3, section "Robust predictions")."""
+    return torch.sign(x) * torch.log1p(torch.abs(x))
+
+
+def symexp(x):
+    """The inverse of `symlog`: sign(x) (exp|x| - 1)."""
+    return torch.sign(x) * torch.expm1(torch.abs(x))
+
+
+def lambda_return(last, term, reward, boot, disc, lam):
+    """TD(lambda) returns of a sequence (DreamerV3, eq. 4, with resets).
+
+        ret[t] = reward[t+1] + live[t+1] * ((1 - cont[t+1]) * boot[t+1] + cont[t+1] * ret[t+1])
+        live = (1 - term) * disc,  cont = (1 - last) * lam,  ret[T-1] = boot[T-1]
+
+    Args:
+      last, term: (..., T) 1 where an episode ends for any reason / in a terminal state; fractions allowed.
+      reward, boot: (..., T) reward on arriving at t, value estimate of t.
+      disc, lam: discount and lambda, floats.
+    Returns: (..., T-1)
+    """
+    if not last.shape == term.shape == reward.shape == boot.shape:
+        raise ValueError(f"shapes differ: {last.shape} {term.shape} {reward.shape} {boot.shape}")
+    live = (1 - term.float())[..., 1:] * disc
+    cont = (1 - last.float())[..., 1:] * lam
+    base = reward[..., 1:] + live * (1 - cont) * boot[..., 1:]
+    decay = live * cont
+    ret = boot[..., -1]
+    rets = []
+    for t in reversed(range(base.shape[-1])):
+        ret = base[..., t] + decay[..., t] * ret
+        rets.append(ret)
+    return torch.stack(rets[::-1], -1)
+
+
+# ---------------------------------------------------------------------------
+# Clocks: each answers "now?" for a counter that only grows, and can be saved
+
+
+class Every:
+    """True when `step` has passed a multiple of `period` since the last True; 0 or less means never."""
+
+    def __init__(self, period, first=True):
+        self.period = period
+        self.next = -math.inf if first else period
+
+    def __call__(self, step):
+        if self.period <= 0 or step < self.next:
+            return False
+        self.next = (step // self.period + 1) * self.period
+        return True
+
+    def state_dict(self):
+        return {"next": self.next}
+
+    def load_state_dict(self, state):
+        self.next = state["next"]
+
+
+class Until:
+    """True while `step` is below `until`; 0 or less means always."""
+
+    def __init__(self, until):
+        self.until = until
+
+    def __call__(self, step):
+        return self.until <= 0 or step < self.until
+
+
+class Ratio:
+    """How many times to act so that the total is floor(ratio * steps), exactly, however the calls fall."""
+
+    def __init__(self, ratio):
+        self.ratio = ratio
+        self.start = None
+        self.done = 0
+
+    def __call__(self, step):
+        if self.start is None:
+            self.start = step
+        due = math.floor((step - self.start) * self.ratio + 1e-9) - self.done
+        self.done += due
+        return due
+
+    def state_dict(self):
+        return {"start": self.start, "done": self.done}
+
+    def load_state_dict(self, state):
+        self.start, self.done = state["start"], state["done"]
+
+
+class Rates:
+    """Growth per second of counters since the last call."""
+
+    def __init__(self, **counters):
+        self.time, self.counters = time.monotonic(), counters
+
+    def __call__(self, **counters):
+        """counters: the same names as at construction, now. Returns {name: growth per second}."""
+        now = time.monotonic()
+        seconds = max(now - self.time, 1e-9)
+        rates = {name: (value - self.counters[name]) / seconds for name, value in counters.items()}
+        self.time, self.counters = now, counters
+        return rates
+
+
+# ---------------------------------------------------------------------------
+# Randomness
+
+
+def seed_everything(seed):
+    """Seed Python, NumPy and PyTorch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def derive_seed(seed, *path):
+    """A 31-bit seed that is a function of `seed` and a path of small integers, distinct for distinct paths."""
+    return int(np.random.SeedSequence([seed, *path]).generate_state(1)[0] >> 1)
+
+
+def get_rng_state():
+    """The state of every global generator, in types that `torch.load(weights_only=True)` accepts."""
+    version, internal, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state):
+    """Undo `get_rng_state`."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"].cpu())
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+
+# ---------------------------------------------------------------------------
+# Files
+
+
+def atomic_write(path, write):
+    """Call `write(file)` on a temporary file beside `path` and rename it: the path holds all of it or what it held.
+
+    Args:
+      path: where the content shall stand.
+      write: function of a binary file open for writing.
+    """
+    path = os.fspath(path)
+    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def atomic_save(path, state):
+    """`torch.save(state, path)`, atomically."""
+    atomic_write(path, lambda file: torch.save(state, file))
