@@ -6,8 +6,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from encoders import ObsSpec
 from models import ImagBehavior, WorldModel
-from networks import ActionSpec, ObsSpec, State, feature
+from networks import ActionSpec, State, feature
 from optim import LaProp
 from tools import UserError
 

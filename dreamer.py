@@ -1,4 +1,6 @@
-"""Train, evaluate and resume agents of the Dreamer family: python3 dreamer.py --configs dmc_vision --task dmc_walker_walk.
+"""Train, evaluate and resume agents of the Dreamer family.
+
+    python3 dreamer.py --configs dmc_vision --task dmc_walker_walk --logdir ./logdir/walker
 
 Read from top to bottom: a run makes its environments, its replay and its agent, and then alternates acting,
 learning, evaluating and saving until it has seen `steps` environment frames.

@@ -5,18 +5,8 @@ import copy
 import torch
 import torch.nn as nn
 
-from networks import (
-    RSSM,
-    Actor,
-    BlockGRU,
-    Head,
-    MultiDecoder,
-    MultiEncoder,
-    OneHotLatent,
-    binary,
-    feature,
-    symexp_twohot,
-)
+from encoders import MultiDecoder, MultiEncoder
+from networks import RSSM, Actor, BlockGRU, Head, OneHotLatent, binary, feature, symexp_twohot
 from tools import lambda_return
 
 
@@ -210,9 +200,8 @@ class ImagBehavior(nn.Module):
             "policy": -weight[:-1] * (logpi * adv + self.entropy * entropy),
             "value": weight[:-1] * value_loss,
         }
-        outs = dict(reward=rewards, cont=cont, weight=weight, value=value, slow=slow, ret=ret, adv=adv)
-        outs.update(logpi=logpi, entropy=entropy, ret_offset=offset, ret_scale=scale)
-        return losses, outs
+        outs = {"reward": rewards, "cont": cont, "weight": weight, "value": value, "slow": slow, "ret": ret, "adv": adv}
+        return losses, {**outs, "logpi": logpi, "entropy": entropy, "ret_offset": offset, "ret_scale": scale}
 
     def replay_loss(self, states, batch, boot):
         """The critic's loss on the replayed sequence; its gradient reaches the world model.

@@ -24,6 +24,7 @@ from tests.golden_math import compare_math
 
 TOLERANCE = 1e-4
 
+HEAD = r"(world\.reward|world\.cont|behavior\.critic|behavior\.slow)"
 # Names of parameters here -> there; {0} is a layer's index.
 NAMES = [
     (r"world\.encoder\.parts\.vector\.mlp\.(\d+)\.0\.scale", "enc/mlp{half}norm/scale"),
@@ -56,8 +57,8 @@ NAMES = [
         r"(world\.reward|world\.cont|behavior\.critic|behavior\.slow)\.mlp\.(\d+)\.0\.scale",
         "{head}/mlp/norm{half1}/scale",
     ),
-    (r"(world\.reward|world\.cont|behavior\.critic|behavior\.slow)\.mlp\.(\d+)\.(\w+)", "{head}/mlp/linear{half1}/{2}"),
-    (r"(world\.reward|world\.cont|behavior\.critic|behavior\.slow)\.out\.(\w+)", "{head}/head/{logits}/{1}"),
+    (HEAD + r"\.mlp\.(\d+)\.(\w+)", "{head}/mlp/linear{half1}/{2}"),
+    (HEAD + r"\.out\.(\w+)", "{head}/head/{logits}/{1}"),
 ]
 HEADS = {"world.reward": "rew", "world.cont": "con", "behavior.critic": "val", "behavior.slow": "slowval"}
 LOSSES = {"reward": "rew", "cont": "con"}
@@ -92,12 +93,7 @@ class Golden:
 
     def translate(self, name):
         """The authors' name of one of our parameters."""
-        for pattern, target in NAMES:
-            match = re.fullmatch(pattern, name)
-            if match:
-                break
-        else:
-            raise KeyError(name)
+        match, target = next((m, t) for p, t in NAMES if (m := re.fullmatch(p, name)))
         groups = [{"weight": "kernel"}.get(group, group) for group in match.groups()]
         first = groups[0] if groups else ""
         fields = {

@@ -8,6 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import distributions as dists
+import layers
 import models
 import networks
 from optim import LaProp
@@ -24,7 +25,7 @@ def compare_math(path):
     yield from bounded_normal(data)
     yield from slow_critic(data)
     yield from optimizer(data, texts)
-    yield from layers(data)
+    yield from layer_results(data)
     yield from initial_values(data)
 
 
@@ -65,6 +66,9 @@ def twohot(data):
         loss = -dist.log_prob(data[f"twohot/bins{count}_target"])
         yield "twohot", f"bins{count} loss", error(loss, data[f"twohot/bins{count}_loss"])
         yield "twohot", f"bins{count} pred", error(dist.mode(), data[f"twohot/bins{count}_pred"])
+
+
+RETURN_INPUTS = ("last", "term", "rew", "boot", "disc", "lam")
 
 
 def returns(data):
@@ -215,14 +219,14 @@ def optimizer(data, texts):
     yield "optim", "lr_default", error(torch.stack(rates), data["optim/lr_default/lr"])
 
 
-def layers(data):
+def layer_results(data):
     builders = {
-        "linear": lambda k: networks.Linear(k.shape[0], k.shape[1]),
-        "linear_shape": lambda k: networks.Linear(k.shape[0], k.shape[1]),
-        "blocklinear": lambda k: networks.BlockLinear(k.shape[0] * k.shape[1], k.shape[0] * k.shape[2], k.shape[0]),
-        "conv5": lambda k: networks.Conv2d(k.shape[2], k.shape[3], 5),
-        "conv5_stride2": lambda k: networks.Conv2d(k.shape[2], k.shape[3], 5, stride=2),
-        "conv5_transp2": lambda k: networks.ConvTranspose2d(k.shape[2], k.shape[3], 5),
+        "linear": lambda k: layers.Linear(k.shape[0], k.shape[1]),
+        "linear_shape": lambda k: layers.Linear(k.shape[0], k.shape[1]),
+        "blocklinear": lambda k: layers.BlockLinear(k.shape[0] * k.shape[1], k.shape[0] * k.shape[2], k.shape[0]),
+        "conv5": lambda k: layers.Conv2d(k.shape[2], k.shape[3], 5),
+        "conv5_stride2": lambda k: layers.Conv2d(k.shape[2], k.shape[3], 5, stride=2),
+        "conv5_transp2": lambda k: layers.ConvTranspose2d(k.shape[2], k.shape[3], 5),
     }
     layouts = {
         "linear": lambda k: k.T,
@@ -245,7 +249,7 @@ def layers(data):
         yield "layer", f"{name} grad_x", error(x.grad, get["grad_x"])
         yield "layer", f"{name} grad_kernel", error(kernel.grad, layout(get["grad_kernel"]))
         yield "layer", f"{name} grad_bias", error(layer.bias.grad, get["grad_bias"])
-    norm = networks.RMSNorm(len(data["layer/rms/scale"]))
+    norm = layers.RMSNorm(len(data["layer/rms/scale"]))
     norm.scale.data.copy_(data["layer/rms/scale"])
     x = leaf(data["layer/rms/x"])
     y = norm(x)
@@ -253,7 +257,7 @@ def layers(data):
     for name, value in {"y": y, "grad_x": x.grad, "grad_scale": norm.scale.grad}.items():
         yield "layer", f"rms {name}", error(value, data[f"layer/rms/{name}"])
     x = leaf(data["maxpool/x"])
-    y = networks.max_pool(x)
+    y = layers.max_pool(x)
     (y * data["maxpool/cotangent"]).sum().backward()
     yield "maxpool", "y", error(y, data["maxpool/y"])
     yield "maxpool", "grad_x", error(x.grad, data["maxpool/grad_x"])
@@ -266,14 +270,14 @@ def initial_values(data):
     shapes = {name: data[f"init/{name}/kernel_shape"].tolist() for name in ("linear", "blocklinear", "conv")}
     i, o = data["init/linear_outscale001/kernel_shape"].tolist()
     kernels = {
-        "linear": networks.Linear(*shapes["linear"]).weight,
-        "blocklinear": networks.BlockLinear(
+        "linear": layers.Linear(*shapes["linear"]).weight,
+        "blocklinear": layers.BlockLinear(
             shapes["blocklinear"][0] * shapes["blocklinear"][1],
             shapes["blocklinear"][0] * shapes["blocklinear"][2],
             shapes["blocklinear"][0],
         ).kernel,
-        "conv": networks.Conv2d(*shapes["conv"][2:], shapes["conv"][0]).weight,
-        "linear_outscale001": networks.Linear(i, o, 0.01).weight,
+        "conv": layers.Conv2d(*shapes["conv"][2:], shapes["conv"][0]).weight,
+        "linear_outscale001": layers.Linear(i, o, 0.01).weight,
     }
     torch.set_rng_state(generator_state)
     for name, kernel in kernels.items():

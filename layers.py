@@ -1,0 +1,126 @@
+"""Layers: linear, block-linear, convolution, norm, MLP.
+
+Parameters are float32. Activations carry the compute dtype: every layer casts its weights to its input's dtype, and
+norms compute their statistics in float32.
+"""
+
+import itertools
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+def init_(weight, fan_in, outscale=1.0):
+    """Truncated normal within two standard deviations, of standard deviation outscale / sqrt(fan_in)."""
+    with torch.no_grad():
+        nn.init.trunc_normal_(weight, 0, 1, -2, 2)
+        return weight.mul_(1.1368 * outscale / fan_in**0.5)
+
+
+class Linear(nn.Module):
+    """x W + b, with W stored (out, in)."""
+
+    def __init__(self, inputs, outputs, outscale=1.0):
+        super().__init__()
+        self.weight = nn.Parameter(init_(torch.empty(outputs, inputs), inputs, outscale))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+    def head(self, x):
+        """The share of the output that the first inputs give, without the bias."""
+        return F.linear(x, self.weight[:, : x.shape[-1]].to(x.dtype))
+
+    def tail(self, x):
+        """The share of the output that the last inputs give, with the bias: head(x) + tail(y) = forward([x, y])."""
+        return F.linear(x, self.weight[:, -x.shape[-1] :].to(x.dtype), self.bias.to(x.dtype))
+
+
+class BlockLinear(nn.Module):
+    """A linear layer of its own for each of `blocks` equal slices: kernel (blocks, in/blocks, out/blocks).
+
+    The fan-in of the initialisation is the full input width, as in the authors' code.
+    """
+
+    def __init__(self, inputs, outputs, blocks):
+        super().__init__()
+        shape = (blocks, inputs // blocks, outputs // blocks)
+        self.kernel = nn.Parameter(init_(torch.empty(shape), inputs))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x):
+        """(N, blocks, in/blocks) -> (N, blocks, out/blocks)"""
+        bias = self.bias.view(len(self.kernel), 1, -1)
+        return torch.baddbmm(bias.to(x.dtype), x.transpose(0, 1), self.kernel.to(x.dtype)).transpose(0, 1)
+
+
+class Conv2d(nn.Module):
+    """A convolution with 'same' padding on images (N, H, W, C), stride 1 or 2."""
+
+    def __init__(self, inputs, outputs, kernel, stride=1):
+        super().__init__()
+        self.weight = nn.Parameter(init_(torch.empty(outputs, inputs, kernel, kernel), inputs * kernel**2))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        self.stride = stride
+
+    def forward(self, x):
+        x = x.permute(0, 3, 1, 2)
+        total = self.weight.shape[-1] - self.stride
+        if total % 2:
+            x = F.pad(x, (total // 2, total - total // 2) * 2)
+            total = 0
+        weight = self.weight.to(x.dtype, memory_format=torch.channels_last)
+        x = F.conv2d(x, weight, self.bias.to(x.dtype), self.stride, total // 2)
+        return x.permute(0, 2, 3, 1)
+
+
+class ConvTranspose2d(nn.Module):
+    """The transpose of a 'same' convolution of stride 2: images (N, H, W, C) -> (N, 2 H, 2 W, outputs)."""
+
+    def __init__(self, inputs, outputs, kernel):
+        super().__init__()
+        self.weight = nn.Parameter(init_(torch.empty(inputs, outputs, kernel, kernel), inputs * kernel**2))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x):
+        height, width = 2 * x.shape[1], 2 * x.shape[2]
+        padding = (self.weight.shape[-1] - 2) // 2
+        x = F.conv_transpose2d(
+            x.permute(0, 3, 1, 2), self.weight.to(x.dtype), self.bias.to(x.dtype), stride=2, padding=padding
+        )
+        return x[:, :, :height, :width].permute(0, 2, 3, 1)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last axis, statistics in float32."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(size))
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.scale.shape, self.scale, 1e-4).to(x.dtype)
+
+
+class Norm(nn.Sequential):
+    """RMSNorm and SiLU: what follows every hidden layer."""
+
+    def __init__(self, size):
+        super().__init__(RMSNorm(size), nn.SiLU())
+
+
+class MLP(nn.Sequential):
+    """`layers` times [Linear, RMSNorm, SiLU] of width `units`."""
+
+    def __init__(self, inputs, layers, units):
+        sizes = [inputs] + [units] * layers
+        pairs = [(Linear(a, b), Norm(b)) for a, b in itertools.pairwise(sizes)]
+        super().__init__(*[module for pair in pairs for module in pair])
+
+
+def max_pool(x):
+    """2x2 maximum of (N, H, W, C); equal maxima share the gradient evenly."""
+    n, h, w, c = x.shape
+    return x.view(n, h // 2, 2, w // 2, 2, c).amax((2, 4))
