@@ -13,6 +13,18 @@ import torch.nn.functional as F
 from tools import symexp, symlog
 
 
+class StraightThrough(torch.autograd.Function):
+    """The value of the first argument with the gradient of the second: hard + probs - sg(probs), in one piece."""
+
+    @staticmethod
+    def forward(ctx, hard, probs):
+        return hard
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, grad
+
+
 class OneHot:
     """Independent one-hot categoricals over the last axis, mixed with the uniform distribution.
 
@@ -24,13 +36,14 @@ class OneHot:
     """
 
     def __init__(self, logits, unimix=0.0):
-        logits = logits.float()
-        if unimix:
-            self.probs = (1 - unimix) * logits.softmax(-1) + unimix / logits.shape[-1]
-            self.logits = self.probs.log()
-        else:
-            self.logits = logits.log_softmax(-1)
-            self.probs = self.logits.exp()
+        probs = logits.float().softmax(-1)
+        self.probs = (1 - unimix) * probs + unimix / logits.shape[-1] if unimix else probs
+        self.raw = None if unimix else logits.float()
+
+    @functools.cached_property
+    def logits(self):
+        """Log-probabilities (..., K)."""
+        return self.probs.log() if self.raw is None else self.raw.log_softmax(-1)
 
     def detach(self):
         """The same distribution without gradient."""
@@ -55,7 +68,7 @@ class OneHot:
     def straight_through(self, index):
         """The one-hot of a class index (...), with the gradient of the probabilities."""
         classes = torch.arange(self.probs.shape[-1], device=index.device)
-        return (index[..., None] == classes).float() + (self.probs - self.probs.detach())
+        return StraightThrough.apply((index[..., None] == classes).float(), self.probs)
 
     def log_prob(self, value):
         """Log-probability (...) of one-hot vectors (..., K)."""
@@ -190,7 +203,7 @@ class TwoHot:
 
     Args:
       logits: (..., bins)
-      bins: (bins,) ascending positions.
+      bins: (bins,) ascending positions, antisymmetric.
     """
 
     def __init__(self, logits, bins):
@@ -198,13 +211,10 @@ class TwoHot:
         self.bins = bins
 
     def mode(self):
-        """The mean (...), summed in mirrored pairs so that uniform logits give exactly 0."""
-        terms = self.logits.exp() * self.bins
-        count = terms.shape[-1]
-        half = count // 2
-        pairs = terms[..., :half].flip(-1) + terms[..., count - half :]
-        total = pairs.sum(-1)
-        return total + terms[..., half] if count % 2 else total
+        """The mean (...): each bin is paired with its negative, so that uniform logits give exactly 0."""
+        probs = self.logits.exp()
+        half = probs.shape[-1] // 2
+        return (probs[..., -half:] - probs[..., :half].flip(-1)) @ self.bins[-half:]
 
     def log_prob(self, value):
         """Negative cross-entropy (...) to the two-hot encoding of value (...)."""

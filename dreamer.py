@@ -29,6 +29,7 @@ from tools import (
     atomic_save,
     derive_seed,
     get_rng_state,
+    prepare_cpu,
     seed_everything,
     set_rng_state,
 )
@@ -67,9 +68,7 @@ class Run:
             raise
 
     def prepare_machine(self):
-        if self.config.threads:
-            torch.set_num_threads(self.config.threads)
-        torch.set_flush_denormal(True)
+        prepare_cpu(self.config.threads)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.config.precision != "32"
         seed_everything(self.config.seed)
 
@@ -77,6 +76,7 @@ class Run:
 
     def build(self):
         config = self.config
+        check_numbers(config)
         self.envs = self.open_envs("train", config.envs)
         self.eval_envs = self.open_envs("eval", min(config.eval_envs, config.eval_episode_num))
         self.agent = Dreamer(
@@ -103,11 +103,16 @@ class Run:
             "eval": Every(config.eval_every, first=False),
             "save": Every(config.save_every, first=False),
         }
-        self.logdir.mkdir(parents=True, exist_ok=True)
-        config.save(self.logdir / "config.yaml")
+        if config.script == "train_offline" or config.offline_traindir:
+            self.ratio(0)  # no prefill: the clock starts at once
+        self.restore()  # before anything is written: it may find that nothing fits
+        try:
+            self.logdir.mkdir(parents=True, exist_ok=True)
+            config.save(self.logdir / "config.yaml")
+        except OSError as error:
+            raise UserError(f"--logdir {config.logdir}: {error.strerror}") from None
         self.writer = EpisodeWriter(self.logdir / "train_eps", config.envs, config.dataset_size)
         self.eval_writer = EpisodeWriter(self.logdir / "eval_eps", len(self.eval_envs), config.dataset_size)
-        self.restore()
         self.logger = Logger(self.logdir, self.step)
         self.rates = Rates(fps=self.step, updates_per_second=self.updates)
         self.progress = Progress(config.steps, step=self.step, updates=self.updates)
@@ -139,7 +144,9 @@ class Run:
         try:
             {"train": self.train, "train_offline": self.train_offline, "eval_only": self.evaluate}[self.config.script]()
         except NonFiniteLoss as error:
-            print(f"dreamer.py: {error}; the last good checkpoint is {self.logdir / 'latest.pt'}", file=sys.stderr)
+            path = self.logdir / "latest.pt"
+            kept = f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
+            print(f"dreamer.py: {error}; {kept}", file=sys.stderr)
             return 1
         finally:
             for sign, handler in handlers.items():
@@ -171,8 +178,6 @@ class Run:
 
     def train_offline(self):
         """Learn from the replay alone, as many updates as `steps` frames would bring."""
-        if not self.replay.ready():
-            raise UserError("--script train_offline needs --offline_traindir with episodes of this task")
         while self.running():
             self.agent_steps += self.config.envs
             for _ in range(self.ratio(self.agent_steps)):
@@ -265,7 +270,7 @@ class Run:
 
     def evaluate(self):
         """Play `eval_episode_num` episodes in environments of their own; returns their mean return, or None."""
-        envs, config = self.eval_envs, self.config
+        envs, config, rng = self.eval_envs, self.config, get_rng_state()
         quota = np.array([len(part) for part in np.array_split(np.arange(config.eval_episode_num), len(envs))])
         scores, lengths, done = [], [], np.zeros(len(envs), int)
         obs, memory, returns = envs.reset(), None, np.zeros(len(envs))
@@ -283,6 +288,7 @@ class Run:
                     self.report_episode("eval", returns[index], file[1], obs, index)
             actions, memory = self.agent.act(obs, memory, config.eval_mode)
             obs = envs.step(actions)
+        set_rng_state(rng)  # learning draws the same numbers however long the episodes were
         if not scores:
             return None
         result = {"eval_return": np.mean(scores), "eval_length": np.mean(lengths), "eval_episodes": len(scores)}
@@ -352,15 +358,21 @@ class Run:
         """Go on from the logdir's checkpoint and episodes, if it has any."""
         config, path = self.config, self.logdir / "latest.pt"
         saved = load_checkpoint(path) if path.exists() else None
-        latents = torch.load(self.logdir / saved["replay"], weights_only=True) if saved else None
-        offline = config.offline_traindir and pathlib.Path(config.offline_traindir).expanduser()
-        paths = [*(sorted(offline.glob("*.npz")) if offline else []), *self.writer.paths()]
+        if saved:
+            self.agent.load(saved["agent"])
+        known = saved and self.logdir / saved["replay"]
+        latents = torch.load(known, weights_only=True) if saved and known.exists() else None
+        offline = pathlib.Path(config.offline_traindir).expanduser().glob("*.npz") if config.offline_traindir else []
+        paths = [*sorted(offline), *sorted((self.logdir / "train_eps").glob("*.npz"))]
         self.replay.restore(latents, paths, lambda text: print(f"dreamer.py: warning: {text}", file=sys.stderr))
+        if (config.script == "train_offline" or config.offline_traindir) and not self.replay.ready():
+            raise UserError(
+                f"--offline_traindir '{config.offline_traindir}' holds no {config.batch_length + 1} steps of this task"
+            )
         if saved is None:
             if config.from_checkpoint:
                 self.agent.load(load_checkpoint(config.from_checkpoint)["agent"])
             return
-        self.agent.load(saved["agent"])
         for name, value in saved["counters"].items():
             setattr(self, name, value)
         for name, clock in self.clocks.items():

@@ -139,16 +139,16 @@ class BlockGRU(nn.Module):
 
     def forward(self, deter, stoch, embedded):
         """(N, D), (N, S K) and a prepared action (N, hidden) -> the next deter (N, D)"""
-        parts = [self.embed_deter(deter), self.embed_stoch(stoch), embedded]
-        shared = torch.cat(parts, -1)[:, None].expand(-1, self.blocks, -1)
         slices = deter.view(len(deter), self.blocks, -1)
-        x = torch.cat([slices, shared], -1)
-        for linear, norm in zip(self.hidden, self.norms, strict=True):
+        inputs = torch.cat([self.embed_deter(deter), self.embed_stoch(stoch), embedded], -1)
+        x = self.hidden[0].head(slices) + self.hidden[0].tail(inputs).view(slices.shape)
+        x = self.norms[0](x.reshape(deter.shape)).view(slices.shape)
+        for linear, norm in zip(self.hidden[1:], self.norms[1:], strict=True):
             x = norm(linear(x).reshape(deter.shape)).view(slices.shape)
         reset, cand, update = self.gates(x).chunk(3, -1)
         cand = torch.tanh(torch.sigmoid(reset) * cand)
         update = torch.sigmoid(update - 1)
-        return (update * cand + (1 - update) * slices).reshape(deter.shape)
+        return torch.lerp(slices, cand, update).reshape(deter.shape)
 
 
 class OneHotLatent:

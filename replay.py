@@ -18,8 +18,6 @@ import datetime
 import os
 import pathlib
 import uuid
-import zipfile
-import zlib
 
 import numpy as np
 import torch
@@ -49,8 +47,8 @@ def load_episode(path, layout):
     try:
         with np.load(path, allow_pickle=False) as file:
             episode = {key: file[key] for key in file.files if key in layout}
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"cannot be read ({error})") from None
+    except Exception as error:  # zipfile, zlib and NumPy have dozens of their own for a damaged or foreign file
+        raise ValueError(f"cannot be read ({' '.join(str(error).split())})") from None
     if "reward" not in episode or not episode["reward"].ndim or not len(episode["reward"]):
         raise ValueError("holds no reward")
     length = len(episode["reward"])
@@ -62,11 +60,12 @@ def load_episode(path, layout):
         if key not in episode:
             raise ValueError(f"lacks {key}")
         value = episode[key]
-        if len(value) != length or value[0].size != int(np.prod(shape)):
+        if value.shape[:1] != (length,) or value[0].size != int(np.prod(shape)):
             raise ValueError(f"{key} has shape {value.shape} where ({length}, {str(shape)[1:]} was expected")
         if value.dtype.kind not in "biuf" or (dtype == np.uint8 and value.dtype != np.uint8):
             raise ValueError(f"{key} has type {value.dtype} where {np.dtype(dtype)} was expected")
         episode[key] = value.reshape(length, *shape).astype(dtype)
+    episode["is_last"][-1] = True  # also where a run was stopped: what follows in a stream is another episode
     return episode
 
 
@@ -172,14 +171,15 @@ class Stream:
 
     def save(self):
         """Names and lengths of the episodes held, and the latents of their steps."""
-        where = [np.arange(stop - length, stop) % self.capacity for _, length, stop in self.episodes]
-        where = np.concatenate(where) if where else np.zeros(0, int)
+        steps = [np.arange(stop - length, stop) for _, length, stop in self.episodes]
+        steps = np.concatenate(steps) if steps else np.zeros(0, int)
+        held = (steps >= self.start)[:, None]  # the oldest episode may be overwritten in part: no latents for that
         stop = self.episodes[-1][2] if self.episodes else self.stop
         return {
             "episodes": [(name, length) for name, length, _ in self.episodes],
             "stop": stop,
-            "deter": torch.from_numpy(self.data["deter"][where]),
-            "stoch": torch.from_numpy(self.data["stoch"][where]),
+            "deter": torch.from_numpy(self.data["deter"][steps % self.capacity] * held),
+            "stoch": torch.from_numpy(self.data["stoch"][steps % self.capacity] * held),
         }
 
     def gather(self, position, length, out, row):
@@ -212,11 +212,11 @@ class Replay:
         self.layout = dict(layout)
         deter, (groups, classes) = latent
         kinds = {"deter": ((deter,), np.float16), "stoch": ((groups,), np.uint8 if classes <= 256 else np.int16)}
-        each = capacity // streams
-        if each <= length:
-            raise UserError(f"--dataset_size leaves {each} steps a stream, too few for windows of {length + 1}")
+        shares = [(capacity + index) // streams for index in range(streams)]  # their sum is the capacity
+        if shares[0] <= length:
+            raise UserError(f"--dataset_size leaves {shares[0]} steps a stream, too few for windows of {length + 1}")
         check_memory({**self.layout, **kinds}, capacity)
-        self.streams = [Stream({**self.layout, **kinds}, each) for _ in range(streams)]
+        self.streams = [Stream({**self.layout, **kinds}, share) for share in shares]
         self.fresh = collections.deque()
         self.queued = [0] * streams
         self.rng = np.random.default_rng(seed)
@@ -314,8 +314,9 @@ class Replay:
         known = saved["streams"] if saved else []
         for index, stream in enumerate(known):
             index %= len(self.streams)
-            first = sum(length for _, length in stream["episodes"])
-            self.streams[index].rewind(stream["stop"] - first)
+            if len(known) == len(self.streams):  # else several go into one, at positions of its own
+                first = sum(length for _, length in stream["episodes"])
+                self.streams[index].rewind(stream["stop"] - first)
             for (name, length), deter, stoch in latents_by_episode(stream):
                 episode = self.read(rest.pop(name, None), warn)
                 if episode and len(episode["reward"]) == length:

@@ -53,7 +53,7 @@ def twohot(data):
         loss.sum().backward()
         yield "twohot", f"{kind} loss", error(loss, data[f"twohot/{kind}/loss"])
         yield "twohot", f"{kind} grad", error(logits.grad, data[f"twohot/{kind}/grad_logits"])
-        double = dists.TwoHot(data[f"twohot/{kind}/logits"], data["twohot/bins255"])
+        double = dists.TwoHot(data[f"twohot/{kind}/logits"], data["twohot/bins255"].double())
         double.logits = data[f"twohot/{kind}/logits"].double().log_softmax(-1)
         yield "twohot", f"{kind} pred in float64", error(double.mode(), data[f"twohot/{kind}/pred_f64"])
         if kind != "rand":  # where the sum cancels over nine orders of magnitude, float32 has no digits to compare
