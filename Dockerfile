@@ -2,7 +2,7 @@
 # The CUDA libraries come with the torch wheel; the host brings only its driver and the NVIDIA container toolkit.
 FROM python:3.11-slim-bookworm
 
-RUN apt-get update && apt-get install -y --no-install-recommends libegl1 libgl1 libosmesa6 && rm -rf /var/lib/apt/lists/*
+RUN apt-get update && apt-get install -y --no-install-recommends g++ libegl1 libgl1 libosmesa6 && rm -rf /var/lib/apt/lists/*
 WORKDIR /app
 COPY requirements.txt ./
 COPY requirements requirements

@@ -4,8 +4,8 @@ import gymnasium
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
+from distributions import one_hot
 from encoders import ObsSpec
 from models import ImagBehavior, WorldModel
 from networks import ActionSpec, State, feature
@@ -62,6 +62,17 @@ class Dreamer(nn.Module):
         self.scales = config.loss_scales.to_dict()
         self.latent_size = config.rssm.deter, (config.rssm.stoch, config.rssm.classes)
 
+    def compile(self):
+        """Compile what an update spends its time in: one step of each scan, and the behaviour's loss.
+
+        The scans themselves stay Python loops, whose compilation would take minutes. Acting stays as it is written.
+        """
+        rssm, behavior = self.world.rssm, self.behavior
+        rssm.observe_step = torch.compile(rssm.observe_step, dynamic=False)
+        rssm.imagine_step = torch.compile(rssm.imagine_step, dynamic=False)
+        behavior.policy = torch.compile(behavior.policy, dynamic=False)
+        behavior.loss = torch.compile(behavior.loss, dynamic=False)
+
     # -- learning
 
     def loss(self, batch, state, noise=None, imagine=None):
@@ -117,7 +128,7 @@ class Dreamer(nn.Module):
         """
         tensors = {key: torch.from_numpy(value).to(self.device, non_blocking=True) for key, value in arrays.items()}
         deter, stoch = tensors.pop("deter")[:, 0], tensors.pop("stoch")[:, 0]
-        stoch = F.one_hot(stoch.long(), self.latent_size[1][1])
+        stoch = one_hot(stoch, self.latent_size[1][1])
         known = deter.any(-1)[:, None, None]  # a step that no agent has seen has no latent: the initial state then
         state = State(deter.to(self.dtype), (stoch * known).to(self.dtype))
         return {key: value[:, 1:] for key, value in tensors.items()}, state
@@ -126,6 +137,7 @@ class Dreamer(nn.Module):
         """State (..., D), (..., S, K) -> arrays: deter float16 (..., D), stoch class indices (..., S)."""
         return states.deter.half().cpu().numpy(), states.stoch.argmax(-1).cpu().numpy()
 
+    @torch.compiler.set_stance("force_eager")
     def open_loop(self, batch, state):
         """{image key: (T, H, W, C) uint8}: sequences side by side, rows truth, model, error; half of T is seen."""
         batch = {**batch, "action": self.join_actions(batch)}
@@ -149,6 +161,7 @@ class Dreamer(nn.Module):
         state = self.world.rssm.initial(batch, self.device, self.dtype)
         return state, torch.zeros(batch, self.act_spec.size, device=self.device)
 
+    @torch.compiler.set_stance("force_eager")
     @torch.no_grad()
     def act(self, obs, memory=None, mode="sample"):
         """Choose actions for a batch of environments.

@@ -4,13 +4,23 @@ Randomness enters as an argument (`noise`), so that a whole sequence's noise can
 compiled or captured, and recorded draws can be replayed. Everything here is computed in float32.
 """
 
-import functools
 import math
 
 import torch
 import torch.nn.functional as F
 
 from tools import symexp, symlog
+
+
+def one_hot(index, classes):
+    """(...) integers below `classes` -> (..., classes) float32; unlike PyTorch's own, it never asks the host."""
+    return (index[..., None] == torch.arange(classes, device=index.device)).float()
+
+
+def one_hots(index, classes):
+    """(..., n) integers, the i-th below classes[i] -> their one-hots side by side (..., sum(classes)) float32."""
+    parts = zip(index.unbind(-1), classes, strict=True)
+    return torch.cat([one_hot(part, size) for part, size in parts], -1)
 
 
 class StraightThrough(torch.autograd.Function):
@@ -40,15 +50,15 @@ class OneHot:
         self.probs = (1 - unimix) * probs + unimix / logits.shape[-1] if unimix else probs
         self.raw = None if unimix else logits.float()
 
-    @functools.cached_property
+    @property
     def logits(self):
         """Log-probabilities (..., K)."""
         return self.probs.log() if self.raw is None else self.raw.log_softmax(-1)
 
     def detach(self):
         """The same distribution without gradient."""
-        other = object.__new__(OneHot)
-        other.probs, other.logits = self.probs.detach(), self.logits.detach()
+        other = object.__new__(type(self))
+        other.probs, other.raw = self.probs.detach(), None if self.raw is None else self.raw.detach()
         return other
 
     @staticmethod
@@ -67,8 +77,7 @@ class OneHot:
 
     def straight_through(self, index):
         """The one-hot of a class index (...), with the gradient of the probabilities."""
-        classes = torch.arange(self.probs.shape[-1], device=index.device)
-        return StraightThrough.apply((index[..., None] == classes).float(), self.probs)
+        return StraightThrough.apply(one_hot(index, self.probs.shape[-1]), self.probs)
 
     def log_prob(self, value):
         """Log-probability (...) of one-hot vectors (..., K)."""
@@ -110,12 +119,6 @@ class MultiOneHot:
 
     def entropy(self):
         return sum(part.entropy() for part in self.parts)
-
-
-def one_hots(index, classes):
-    """(..., n) integers, the i-th below classes[i] -> their one-hots side by side (..., sum(classes)) float32."""
-    parts = zip(index.long().unbind(-1), classes, strict=True)
-    return torch.cat([F.one_hot(part, size) for part, size in parts], -1).float()
 
 
 class Classes(MultiOneHot):
@@ -187,13 +190,12 @@ class Joint:
         return sum(part.entropy() for part in self.parts)
 
 
-@functools.cache
-def symexp_bins(count, device=None):
+def symexp_bins(count):
     """Exactly antisymmetric bin positions symexp(linspace(-20, 20, count)), in raw units: (count,)."""
     half = symexp(torch.linspace(-20, 0, (count + 1) // 2)) if count % 2 else None
     if half is None:
         half = symexp(torch.linspace(-20, 20, count)[: count // 2])
-    return torch.cat([half, -half.flip(0)[count % 2 :]]).to(device)
+    return torch.cat([half, -half.flip(0)[count % 2 :]])
 
 
 class TwoHot:

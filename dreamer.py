@@ -6,10 +6,15 @@ Read from top to bottom: a run makes its environments, its replay and its agent,
 learning, evaluating and saving until it has seen `steps` environment frames.
 """
 
+import functools
 import math
+import os
 import pathlib
+import re
+import shutil
 import signal
 import sys
+import sysconfig
 
 import imageio.v2 as imageio
 import numpy as np
@@ -47,6 +52,22 @@ def main(argv=None):
         return 2
 
 
+def keeps_generators(method):
+    """Decorates a method of `Run`: learning draws the same random numbers whether or not it was called."""
+
+    @functools.wraps(method)
+    def wrapped(self):
+        generator = self.replay.rng.bit_generator
+        states = get_rng_state(), generator.state
+        try:
+            return method(self)
+        finally:
+            set_rng_state(states[0])
+            generator.state = states[1]
+
+    return wrapped
+
+
 class Run:
     """One run: everything it needs, its counters, and the loop.
 
@@ -82,6 +103,9 @@ class Run:
         self.agent = Dreamer(
             self.envs.obs_space, self.envs.act_space, config, self.device, choose_dtype(config.precision, self.device)
         )
+        if config.compile:
+            check_compiler()
+            self.agent.compile()
         self.random = Random(self.agent.act_spec, derive_seed(config.seed, 3))
         self.replay = Replay(
             step_layout(self.envs.obs_space, self.agent.act_spec),
@@ -268,9 +292,10 @@ class Run:
 
     # -- evaluating
 
+    @keeps_generators
     def evaluate(self):
         """Play `eval_episode_num` episodes in environments of their own; returns their mean return, or None."""
-        envs, config, rng = self.eval_envs, self.config, get_rng_state()
+        envs, config = self.eval_envs, self.config
         quota = np.array([len(part) for part in np.array_split(np.arange(config.eval_episode_num), len(envs))])
         scores, lengths, done = [], [], np.zeros(len(envs), int)
         obs, memory, returns = envs.reset(), None, np.zeros(len(envs))
@@ -288,7 +313,6 @@ class Run:
                     self.report_episode("eval", returns[index], file[1], obs, index)
             actions, memory = self.agent.act(obs, memory, config.eval_mode)
             obs = envs.step(actions)
-        set_rng_state(rng)  # learning draws the same numbers however long the episodes were
         if not scores:
             return None
         result = {"eval_return": np.mean(scores), "eval_length": np.mean(lengths), "eval_episodes": len(scores)}
@@ -310,6 +334,7 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             imageio.mimwrite(folder / f"{self.step:09d}.gif", list(video), duration=100, loop=0)
 
+    @keeps_generators
     def record_video(self):
         """Play one episode on film, if the environment can be filmed: logdir/videos/<step>.mp4."""
         frames, obs, memory = [], self.eval_envs.reset(), None
@@ -366,9 +391,8 @@ class Run:
         paths = [*sorted(offline), *sorted((self.logdir / "train_eps").glob("*.npz"))]
         self.replay.restore(latents, paths, lambda text: print(f"dreamer.py: warning: {text}", file=sys.stderr))
         if (config.script == "train_offline" or config.offline_traindir) and not self.replay.ready():
-            raise UserError(
-                f"--offline_traindir '{config.offline_traindir}' holds no {config.batch_length + 1} steps of this task"
-            )
+            length = config.batch_length + 1
+            raise UserError(f"--offline_traindir '{config.offline_traindir}' must hold {length} steps of this task")
         if saved is None:
             if config.from_checkpoint:
                 self.agent.load(load_checkpoint(config.from_checkpoint)["agent"])
@@ -442,6 +466,31 @@ def step_layout(obs_space, act_spec):
     return layout
 
 
+AT_LEAST = {
+    0: "seed steps threads prefill time_limit train_ratio opt.warmup rssm.dyn_layers rssm.img_layers rssm.obs_layers",
+    1: "envs eval_envs eval_episode_num action_repeat batch_size dataset_size imag_horizon size encoder.units "
+    "encoder.depth encoder.mults encoder.kernel rssm.deter rssm.hidden rssm.stoch rssm.classes rssm.blocks "
+    "decoder.units decoder.depth decoder.mults decoder.kernel decoder.blocks reward_head.units cont_head.units "
+    "actor.units critic.units critic.slow_every encoder.layers decoder.layers reward_head.layers cont_head.layers "
+    "actor.layers critic.layers horizon",
+    2: "batch_length reward_head.bins critic.bins",
+}
+
+
+def check_numbers(config):
+    """Raises UserError for a size or a count that no run can have, and for a broken regular expression."""
+    for least, names in AT_LEAST.items():
+        for name in names.split():
+            value = config[name]
+            if min(value if isinstance(value, tuple) else (value,)) < least:
+                raise UserError(f"--{name} {value}: expected at least {least}")
+    for name in ("encoder.mlp_keys", "encoder.cnn_keys"):
+        try:
+            re.compile(config[name])
+        except re.error as error:
+            raise UserError(f"--{name} {config[name]}: {error}") from None
+
+
 def choose_device(name):
     """auto, cpu, cuda or cuda:N -> torch.device. Raises UserError if it is not there."""
     if name == "auto":
@@ -458,6 +507,15 @@ def choose_dtype(precision, device):
         fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
         precision = "bf16" if fast else "32"
     return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def check_compiler():
+    """Raises UserError if this machine lacks what torch.compile calls: a C++ compiler and Python's headers."""
+    headers = pathlib.Path(sysconfig.get_path("include")) / "Python.h"
+    if not any(map(shutil.which, [os.environ.get("CXX", "g++"), "clang++"])) or not headers.exists():
+        raise UserError(
+            "--compile needs a C++ compiler and Python's headers: apt-get install g++ python3-dev, or --compile false"
+        )
 
 
 if __name__ == "__main__":

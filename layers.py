@@ -130,7 +130,7 @@ class NormSiLU(torch.autograd.Function):
         x, scale, inverse = ctx.saved_tensors
         unit = x.float() * inverse
         grad = torch.ops.aten.silu_backward(grad.float(), unit * scale)
-        grad_scale = (grad * unit).flatten(0, -2).sum(0)
+        grad_scale = (grad * unit).reshape(-1, x.shape[-1]).sum(0)
         grad = grad * scale
         mean = torch.linalg.vecdot(grad, unit)[..., None].div_(x.shape[-1])
         return (grad - unit.mul_(mean)).mul_(inverse).to(x.dtype), grad_scale

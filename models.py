@@ -5,8 +5,9 @@ import copy
 import torch
 import torch.nn as nn
 
+import distributions as dists
 from encoders import MultiDecoder, MultiEncoder
-from networks import RSSM, Actor, BlockGRU, Head, OneHotLatent, binary, feature, symexp_twohot
+from networks import RSSM, Actor, BlockGRU, Head, OneHotLatent, State, TwoHotHead, feature
 from tools import lambda_return
 
 
@@ -31,9 +32,9 @@ class WorldModel(nn.Module):
         self.feat_size = c.deter + latent.size
         self.decoder = MultiDecoder(obs_spec, c.deter, latent.size, config.decoder)
         h = config.reward_head
-        self.reward = Head(self.feat_size, h.bins, symexp_twohot, h.layers, h.units, h.outscale)
+        self.reward = TwoHotHead(self.feat_size, h.bins, h.layers, h.units, h.outscale)
         h = config.cont_head
-        self.cont = Head(self.feat_size, 1, binary, h.layers, h.units)
+        self.cont = Head(self.feat_size, 1, dists.Bernoulli, h.layers, h.units)
         self.free_nats = config.free_nats
         self.discount = 1 - 1 / config.horizon
 
@@ -150,7 +151,7 @@ class ImagBehavior(nn.Module):
         super().__init__()
         self.actor = Actor(feat_size, act_spec, config.actor)
         c = config.critic
-        self.critic = Head(feat_size, c.bins, symexp_twohot, c.layers, c.units, c.outscale)
+        self.critic = TwoHotHead(feat_size, c.bins, c.layers, c.units, c.outscale)
         self.slow = copy.deepcopy(self.critic).requires_grad_(False)
         self.slow_rate, self.slow_every, self.slow_reg = c.slow_rate, c.slow_every, c.slow_reg
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
@@ -165,7 +166,11 @@ class ImagBehavior(nn.Module):
         """Trajectories of the policy from start states (N, ...): State (H + 1, N, ...), actions (H, N, A)."""
         shape = (self.horizon, len(start.deter))
         noise = iter(self.actor.noise(shape, start.deter.device))
-        return world.rssm.imagine(start, lambda state: self.actor(feature(state)).sample(next(noise)), self.horizon)
+        return world.rssm.imagine(start, lambda state: self.policy(*state, next(noise)), self.horizon)
+
+    def policy(self, deter, stoch, noise):
+        """Draw actions (N, A) in states (N, D), (N, S, K), by the actor's noise (N, n)."""
+        return self.actor(feature(State(deter, stoch))).sample(noise)
 
     def loss(self, world, states, actions, reward):
         """Losses of actor and critic along imagined trajectories; no gradient reaches the world model.

@@ -33,14 +33,15 @@ class Head(nn.Module):
         return self.dist(self.out(self.mlp(feat)))
 
 
-def symexp_twohot(logits):
-    """Logits over bins at symexp(linspace(-20, 20)) -> TwoHot."""
-    return dists.TwoHot(logits, dists.symexp_bins(logits.shape[-1], logits.device))
+class TwoHotHead(Head):
+    """A head whose output is a TwoHot over `bins` bins at symexp(linspace(-20, 20))."""
 
+    def __init__(self, inputs, bins, layers, units, outscale):
+        super().__init__(inputs, bins, self.twohot, layers, units, outscale)
+        self.register_buffer("bins", dists.symexp_bins(bins), persistent=False)
 
-def binary(logits):
-    """Logits (..., 1) -> Bernoulli."""
-    return dists.Bernoulli(logits)
+    def twohot(self, logits):
+        return dists.TwoHot(logits, self.bins)
 
 
 class ActionSpec(NamedTuple):
@@ -218,22 +219,32 @@ class RSSM(nn.Module):
             noise = self.latent.noise(is_first.shape, embed.device)
         keep = (~is_first).to(embed.dtype).transpose(0, 1)[..., None]
         action = self.cell.prepare(action.to(embed.dtype).transpose(0, 1) * keep)
-        first, *rest = self.posterior[0]
-        from_embed = first.tail(embed.transpose(0, 1))
+        embed = self.posterior[0][0].tail(embed.transpose(0, 1))
         deter, stoch = state.deter.to(embed.dtype), state.stoch.to(embed.dtype)
         deters, stochs, logits = [], [], []
-        noise = noise.transpose(0, 1)
-        for t in range(len(action)):
-            deter = self.cell(deter * keep[t], stoch.flatten(1) * keep[t], action[t])
-            hidden = first.head(deter) + from_embed[t]
-            for layer in rest:
-                hidden = layer(hidden)
-            logit = self.posterior[1](hidden)
-            stoch = self.latent.dist(logit).sample(noise[t]).to(deter.dtype)
+        steps = zip(*(x.unbind() for x in (keep, action, embed, noise.transpose(0, 1))), strict=True)
+        for inputs in steps:
+            deter, stoch, logit = self.observe_step(deter, stoch, *inputs)
             deters.append(deter)
             stochs.append(stoch)
             logits.append(logit)
         return State(torch.stack(deters, 1), torch.stack(stochs, 1)), self.latent.dist(torch.stack(logits, 1))
+
+    def observe_step(self, deter, stoch, keep, action, embed, noise):
+        """One step of `observe`; what depends on neither deter nor stoch comes prepared.
+
+        Args:
+          deter: (B, D); stoch: (B, S, K); keep: (B, 1), 0 where the episode starts.
+          action: prepared (B, hidden); embed: its share of the posterior's first layer (B, hidden); noise: (B, S).
+        Returns: deter (B, D), stoch (B, S, K), posterior logits (B, S K).
+        """
+        deter = self.cell(deter * keep, stoch.flatten(1) * keep, action)
+        first, *rest = self.posterior[0]
+        hidden = first.head(deter) + embed
+        for layer in rest:
+            hidden = layer(hidden)
+        logit = self.posterior[1](hidden)
+        return deter, self.latent.dist(logit).sample(noise).to(deter.dtype), logit
 
     def predict(self, deter):
         """The prior's distribution, batch shape (..., S), given deter (..., D)."""
@@ -255,8 +266,11 @@ class RSSM(nn.Module):
         for t in range(horizon):
             state = states[-1]
             action = policy(state) if callable(policy) else policy[t]
-            deter = self.cell(state.deter, state.stoch.flatten(1), self.cell.prepare(action.to(state.deter.dtype)))
-            stoch = self.predict(deter).sample(noise[t]).to(deter.dtype)
-            states.append(State(deter, stoch))
+            states.append(State(*self.imagine_step(*state, action.to(state.deter.dtype), noise[t])))
             actions.append(action)
         return State(*(torch.stack(x) for x in zip(*states, strict=True))), torch.stack(actions)
+
+    def imagine_step(self, deter, stoch, action, noise):
+        """One step of `imagine`: (N, D), (N, S, K), (N, A), (N, S) -> deter (N, D), stoch (N, S, K)"""
+        deter = self.cell(deter, stoch.flatten(1), self.cell.prepare(action))
+        return deter, self.predict(deter).sample(noise).to(deter.dtype)

@@ -61,7 +61,7 @@ def load_episode(path, layout):
             raise ValueError(f"lacks {key}")
         value = episode[key]
         if value.shape[:1] != (length,) or value[0].size != int(np.prod(shape)):
-            raise ValueError(f"{key} has shape {value.shape} where ({length}, {str(shape)[1:]} was expected")
+            raise ValueError(f"{key} has shape {value.shape} where {(length, *shape)} was expected")
         if value.dtype.kind not in "biuf" or (dtype == np.uint8 and value.dtype != np.uint8):
             raise ValueError(f"{key} has type {value.dtype} where {np.dtype(dtype)} was expected")
         episode[key] = value.reshape(length, *shape).astype(dtype)

@@ -140,7 +140,7 @@ def seed_everything(seed):
 
 def derive_seed(seed, *path):
     """A 31-bit seed that is a function of `seed` and a path of small integers, distinct for distinct paths."""
-    return int(np.random.SeedSequence([seed, *path]).generate_state(1)[0] >> 1)
+    return int(np.random.SeedSequence(seed, spawn_key=path).generate_state(1)[0] >> 1)
 
 
 def get_rng_state():

@@ -8,6 +8,7 @@ small pieces of mathematics.
 
 import contextlib
 import json
+import pathlib
 import re
 import sys
 import zipfile
@@ -75,8 +76,9 @@ class Golden:
             assert not self.json.get(key), f"{key} is not supported"
         assert all(self.json.get(key, True) for key in ("contdisc", "reward_grad", "repval_loss", "repval_grad"))
         assert not any(self.json[part].get(key) for part in ("enc", "dec") for key in ("strided", "outer"))
-        spaces = [{k: make_space(v) for k, v in self.json[n].items()} for n in ("obs_space", "act_space")]
-        self.agent = Dreamer(*spaces, make_config(self.json))
+        obs_space = {key: make_space(entry, self.classes(key)) for key, entry in self.json["obs_space"].items()}
+        act_space = {key: make_space(entry, None) for key, entry in self.json["act_space"].items()}
+        self.agent = Dreamer(obs_space, act_space, make_config(self.json))
         latent = self.agent.world.rssm.latent
         self.agent.world.rssm.latent = RecordedLatent(*latent.shape, latent.unimix)
         self.names = {name: self.translate(name) for name, _ in self.agent.named_parameters()}
@@ -90,6 +92,11 @@ class Golden:
 
     def __getitem__(self, key):
         return torch.from_numpy(np.array(self.data[key]))
+
+    def classes(self, key):
+        """How many logits the decoder has for a discrete observation, should its entry not say its classes."""
+        bias = self.data.get(f"param/dec/vec/{key}/logits/bias")
+        return None if bias is None else bias.size // max(1, int(np.prod(self.json["obs_space"][key]["shape"])))
 
     def translate(self, name):
         """The authors' name of one of our parameters."""
@@ -150,19 +157,22 @@ class Golden:
 
         def imagine(world, start):
             noise = self["sample/img_stoch"].transpose(0, 1)
-            return world.rssm.imagine(start, self.actions(), self.json["imag_length"], noise)
+            self.imagined, actions = world.rssm.imagine(start, self.actions(), self.json["imag_length"], noise)
+            return self.imagined, actions
 
         return self.agent.loss(self.batch(), self.carry(), self["sample/post"], imagine)
 
 
-def make_space(entry):
-    """A Gymnasium space from a file's description."""
-    if not entry.get("discrete", entry["dtype"] != "uint8" and "int" in entry["dtype"]):
-        low, high = (0, 255) if entry["dtype"] == "uint8" else (-np.inf, np.inf)
-        return Box(low, high, tuple(entry["shape"]) or (1,), np.dtype(entry["dtype"]).type)
-    count = int(np.prod(entry["shape"], dtype=int))
-    classes = np.broadcast_to(np.asarray(entry["classes"]).flatten(), count).tolist()
-    return MultiDiscrete(classes) if entry["shape"] else Discrete(classes[0])
+def make_space(entry, classes):
+    """A Gymnasium space from a file's description; `classes` stands in where an integer's entry lacks them."""
+    shape, dtype = tuple(entry["shape"]), np.dtype(entry["dtype"])
+    if dtype == np.uint8 and len(shape) == 3:
+        return Box(0, 255, shape, np.uint8)
+    if not entry.get("discrete", dtype.kind in "iub"):
+        return Box(-np.inf, np.inf, shape or (1,), np.float32)
+    classes = entry.get("classes") or classes or 2
+    classes = np.broadcast_to(np.asarray(classes).flatten(), int(np.prod(shape, dtype=int))).tolist()
+    return MultiDiscrete(classes) if shape else Discrete(classes[0])
 
 
 def make_config(j):
@@ -193,7 +203,7 @@ def make_config(j):
         values[f"opt.{key}"] = j["opt"][key]
     assert j["opt"]["schedule"] == "const" and not j["opt"]["wd"]
     assert j["repl_loss"]["lam"] == j["imag_loss"]["lam"] and j["repl_loss"]["slowreg"] == j["imag_loss"]["slowreg"]
-    return load_config([], "configs.yaml").replace(**values)
+    return load_config([], pathlib.Path(__file__).parents[1] / "configs.yaml").replace(**values)
 
 
 class RecordedOneHot(dists.OneHot):
@@ -248,7 +258,7 @@ def compare_forward(golden):
     with captured_norms(golden) as norms:
         yield from compare_states(golden, world, json)
     for key, out in norms.items():
-        theirs = golden[f"debug/{key}"]
+        theirs = torch.nn.functional.silu(golden[f"debug/{key}"])  # recorded before the activation
         yield "norms", key, error(out.flatten()[: theirs.numel()], theirs)
 
 
@@ -270,14 +280,22 @@ def compare_states(golden, world, json):
     yield "latents", "carry_out/stoch", error(states.stoch[:, -1], golden["carry_out/stoch"])
     feat = feature(states)
     for key, dist in world.decoder(states).items():
-        theirs = golden[f"wm/recon/{key}"]
-        ours = dist.mean if hasattr(dist, "mean") else torch.cat([part.logits for part in dist.parts], -1)
-        if not hasattr(dist, "mean"):
-            theirs = torch.cat([p.logits for p in dists.Classes(theirs.reshape(ours.shape), dist.classes).parts], -1)
+        ours, theirs = decoded(dist, golden[f"wm/recon/{key}"])
         yield "heads", f"recon/{key}", error(ours[: len(theirs)], theirs)
     yield "heads", "rew_logit", error(world.reward(feat).logits, golden["wm/rew_logit"].log_softmax(-1))
     yield "heads", "rew_pred", error(world.reward(feat).mode(), golden["wm/rew_pred"])
     yield "heads", "con_logit", error(world.cont(feat).logit, golden["wm/con_logit"])
+
+
+def decoded(dist, theirs):
+    """Our decoder's output in the form of the recorded one: a mean; for integers log-probabilities or classes."""
+    if hasattr(dist, "mean"):
+        return dist.mean, theirs
+    logits = torch.cat([part.logits for part in dist.parts], -1)
+    if theirs.numel() != logits.numel():
+        return dist.mode(), theirs
+    theirs = dists.Classes(theirs.reshape(logits.shape), dist.classes)
+    return logits, torch.cat([part.logits for part in theirs.parts], -1)
 
 
 @torch.no_grad()
@@ -306,10 +324,39 @@ def compare_imagination(golden, outs):
     keys = {"reward": "rew", "cont": "con", "value": "val", "slow": "slowval", "weight": "weight", "ret": "ret"}
     for ours, theirs in {**keys, "adv": "adv", "logpi": "logpi"}.items():
         yield "imagination", theirs, error(outs[ours].T, golden[f"img/{theirs}"])
+    states = golden.imagined.map(lambda x: x.transpose(0, 1))
+    yield "imagination", "deter", error(states.deter, golden["img/deter"])
+    yield from compare_policy(golden, feature(states).detach())
     entropy = sum(golden[f"img/ent/{key}"] for key in golden.agent.act_spec.widths)
     yield "imagination", "ent", error(outs["entropy"].T, entropy)
     yield "normaliser", "offset", error(outs["ret_offset"], golden["img/roffset"])
     yield "normaliser", "scale", error(outs["ret_scale"], golden["img/rscale"])
+
+
+def compare_policy(golden, feat):
+    """feat: (N, H + 1, F) of the imagined states."""
+    with torch.no_grad():
+        policy = golden.agent.behavior.actor(feat)
+    for key, dist in zip(golden.agent.act_spec.widths, policy.parts, strict=True):
+        name = f"img/policy/{key}"
+        if hasattr(dist, "mean"):
+            yield "imagination", f"{key} mean", error(dist.mean, golden[f"{name}/mean"])
+            yield "imagination", f"{key} stddev", error(dist.stddev, golden[f"{name}/stddev"])
+        else:
+            ours, theirs = decoded(dist, golden[f"{name}/logits"])
+            yield "imagination", f"{key} logits", error(ours, theirs)
+
+
+@torch.no_grad()
+def compare_replay(golden):
+    """The critic on the replayed sequence."""
+    behavior, batch = golden.agent.behavior, golden.batch()
+    batch["action"] = golden.agent.join_actions(batch)
+    _, states, _ = golden.agent.world.loss(batch, golden.carry(), golden["sample/post"])
+    _, ret = behavior.replay_loss(states, batch, golden["rep/boot"])
+    yield "replay", "ret", error(ret, golden["rep/ret"])
+    yield "replay", "val", error(behavior.critic(feature(states)).mode(), golden["rep/val"])
+    yield "replay", "slowval", error(behavior.slow(feature(states)).mode(), golden["rep/slowval"])
 
 
 def compare_losses(golden, losses):
@@ -350,6 +397,8 @@ def compare_metrics(golden, outs, norm):
         "weight": outs["weight"].mean(), "tar": outs["ret"].mean(), "ret": ret.mean(), "ret_min": ret.min(),
         "ret_max": ret.max(), "ret_rate": (ret.abs() >= 1).float().mean(), "grad_norm": norm,
     }  # fmt: skip
+    adv = outs["adv"].mean() - golden["metric/adv"]  # a mean of terms that cancel: relative to their magnitude
+    yield "metrics", "adv", float(adv.detach().abs() / golden["metric/adv_mag"])
     for name, value in ours.items():
         yield "metrics", name, error(value, golden[f"metric/{name}"])
 
@@ -364,6 +413,7 @@ def compare_learning(golden):
         totals.append(agent.reduce(losses).detach())
         if step == 1:
             yield from compare_losses(golden, losses)
+            yield from compare_replay(golden)
             yield from compare_imagination(golden, outs)
             yield from compare_gradients(golden, losses)
         else:

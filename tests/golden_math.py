@@ -48,7 +48,7 @@ def twohot(data):
     target = data["twohot/target"]
     for kind in ("rand", "sharp", "uniform"):
         logits = leaf(data[f"twohot/{kind}/logits"])
-        dist = networks.symexp_twohot(logits)
+        dist = dists.TwoHot(logits, dists.symexp_bins(255))
         loss = -dist.log_prob(target)
         loss.sum().backward()
         yield "twohot", f"{kind} loss", error(loss, data[f"twohot/{kind}/loss"])

@@ -50,7 +50,7 @@ def test_the_first_update_has_rate_zero_and_warm_up_is_linear():
     for _ in range(6):
         before = params["x"].item()
         rates.append(float(step(params, opt, x=[1.0])["lr"]))
-        assert before - params["x"].item() == pytest.approx(rates[-1], abs=1e-6)  # a constant gradient moves by lr
+        assert before - params["x"].item() == pytest.approx(rates[-1], abs=1e-5)  # a constant gradient moves by lr
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.4])
 
 

@@ -1,0 +1,72 @@
+"""Does sampling get slower as episodes pile up? Times a batch of 16 x 65 steps from few and from many episodes.
+
+python3 benchmarks/replay.py
+"""
+
+import pathlib
+import sys
+import time
+
+import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from replay import Replay
+
+BATCH, LENGTH = 16, 64  # and one step of context
+EPISODE = 100  # steps
+FLAGS = {"reward": ((), np.float32), "is_first": ((), bool), "is_last": ((), bool), "is_terminal": ((), bool)}
+LAYOUTS = {  # {name: (layout of a step, (D, (S, K)) of the latent state, many episodes)}
+    "proprio, size1m": (
+        {"position": ((8,), np.float32), "velocity": ((9,), np.float32), "action": ((6,), np.float32), **FLAGS},
+        (512, (32, 4)),
+        20_000,
+    ),
+    "64x64 images, size12m": (
+        {"image": ((64, 64, 3), np.uint8), "action": ((6,), np.float32), **FLAGS},
+        (2048, (32, 16)),
+        1_000,
+    ),
+}
+
+
+def fill(layout, latent, episodes):
+    """A replay that holds this many episodes, and how many steps a second went in one by one."""
+    replay = Replay(layout, latent, 1, episodes * EPISODE, LENGTH, seed=0)
+    rng = np.random.default_rng(0)
+    episode = {key: rng.integers(0, 2, (EPISODE, *shape)).astype(dtype) for key, (shape, dtype) in layout.items()}
+    latents = np.ones((EPISODE, latent[0]), np.float16), np.ones((EPISODE, latent[1][0]), np.uint8)
+    start = time.perf_counter()
+    for t in list(range(EPISODE)) * 50:
+        replay.add(0, {key: value[t] for key, value in episode.items()}, (latents[0][t], latents[1][t]))
+    rate = EPISODE * 50 / (time.perf_counter() - start)
+    for number in range(50, episodes):
+        replay.extend(0, str(number), episode, latents)
+    return replay, rate
+
+
+def time_sample(replay, count=300):
+    """Median seconds to sample a batch."""
+    times = []
+    for _ in range(count):
+        start = time.perf_counter()
+        replay.sample(BATCH, fresh=False)
+        times.append(time.perf_counter() - start)
+    return np.median(times[count // 10 :])
+
+
+def main():
+    for name, (layout, latent, many) in LAYOUTS.items():
+        seconds = {}
+        for episodes in (100, many):
+            replay, rate = fill(layout, latent, episodes)
+            seconds[episodes] = time_sample(replay)
+            print(
+                f"{name}: {episodes:6,} episodes of {EPISODE} steps: {1e3 * seconds[episodes]:.3f} ms "
+                f"for a batch of {BATCH}x{LENGTH + 1}, {rate:,.0f} steps/s added"
+            )
+        print(f"{name}: ratio {seconds[many] / seconds[100]:.2f}")
+
+
+if __name__ == "__main__":
+    main()

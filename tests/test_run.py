@@ -1,0 +1,615 @@
+"""Whole runs of dreamer.py, tiny ones: what they leave behind, and that they survive what happens to runs."""
+
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import dreamer
+import envs.dmc
+from config import load_config
+
+ROOT = pathlib.Path(__file__).parent.parent
+SMALL = "--size 16 16"  # of images, the least that the networks take
+
+
+def command(logdir, words="", preset="debug"):
+    return ["--configs", *preset.split(), "--logdir", str(logdir), *words.split()]
+
+
+def train(logdir, words="", preset="debug"):
+    """Run in this process; it must end well."""
+    assert dreamer.main(command(logdir, words, preset)) == 0
+    return logdir
+
+
+def launch(logdir, words):
+    """Run dreamer.py as a user does; returns what became of the process."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    argv = [sys.executable, ROOT / "dreamer.py", *command(logdir, words)]
+    return subprocess.run(argv, env=environment, cwd=logdir.parent, capture_output=True, text=True, timeout=200)
+
+
+# Processes to be killed are forked off one that has imported all it needs, which saves seconds each.
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload([__name__])
+
+
+def run_alone(logdir, words, prepare, *args):
+    """Run in a process and process group of its own, after `prepare(*args)` there; returns exit status and stderr."""
+    errors = logdir.with_suffix(".err")
+    process = FORK.Process(target=_run_alone, args=(command(logdir, words), errors, prepare, args))
+    process.start()
+    process.join(200)
+    return process.exitcode, errors.read_text()
+
+
+def _run_alone(argv, errors, prepare, args):
+    os.setsid()
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    prepare(*args)
+    sys.exit(dreamer.main(argv))
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def scores(logdir, mode):
+    return [entry for entry in lines(logdir / "scores.jsonl") if entry["mode"] == mode]
+
+
+def episodes(folder):
+    """The episode files of a folder, oldest first: [{key: array}]."""
+    loaded = []
+    for path in sorted(folder.glob("*.npz")):
+        with np.load(path, allow_pickle=False) as file:
+            loaded.append({key: file[key] for key in file.files})
+    return loaded
+
+
+def checkpoint(logdir):
+    return torch.load(logdir / "latest.pt", weights_only=True)
+
+
+def differ(one, other, path=""):
+    """Where two nests of dicts, lists and tensors differ in any bit: a list of places."""
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        return [place for key in one for place in differ(one[key], other[key], f"{path}/{key}")]
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)) and len(one) == len(other):
+        return [place for i, pair in enumerate(zip(one, other, strict=True)) for place in differ(*pair, f"{path}/{i}")]
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return [] if one.dtype == other.dtype and torch.equal(one, other) else [path]
+    return [] if one == other else [path]
+
+
+def same_episodes(one, other):
+    pairs = list(zip(one, other, strict=True))
+    return all(a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a) for a, b in pairs)
+
+
+@pytest.fixture(scope="module")
+def multi(tmp_path_factory):
+    """The logdir of a run on every kind of observation and action, in a process of its own."""
+    logdir = tmp_path_factory.mktemp("multi") / "run"
+    done = launch(logdir, f"{SMALL} --steps 160")
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    return logdir
+
+
+@pytest.fixture(scope="module")
+def vector(tmp_path_factory):
+    """Function of more flags: the logdir of a run without images, made once."""
+    made = {}
+
+    def run(words=""):
+        if words not in made:
+            logdir = tmp_path_factory.mktemp("vector") / "run"
+            made[words] = train(logdir, f"--task dummy_vector --steps 80 --opt.warmup 0 {words}")
+        return made[words]
+
+    return run
+
+
+# ---------------------------------------------------------------------------
+# What a run leaves behind
+
+LEARNING = """
+    fps updates updates_per_second lr grad_norm model_loss image_loss state_loss phase_loss reward_loss cont_loss
+    dyn_loss rep_loss policy_loss value_loss repval_loss kl prior_ent post_ent actor_entropy imag_return return_scale
+"""
+ACTING = "train_return train_length eval_return eval_length"
+METRICS = {*LEARNING.split(), *ACTING.split()}
+
+
+def test_a_run_leaves_what_the_readme_promises(multi):
+    names = {path.name for path in multi.iterdir()}
+    assert names >= {"config.yaml", "metrics.jsonl", "scores.jsonl", "latest.pt", "train_eps", "eval_eps", "openloop"}
+    assert not list(multi.rglob("*.tmp"))
+    assert load_config(["--config", str(multi / "config.yaml")], dreamer.CONFIGS).steps == 160
+
+
+def test_metrics_are_in_both_forms(multi):
+    entries = lines(multi / "metrics.jsonl")
+    last = {name: value for entry in entries for name, value in entry.items()}
+    assert last.keys() >= METRICS
+    assert all(isinstance(value, (int, float)) for entry in entries for value in entry.values())
+    board = EventAccumulator(str(multi), size_guidance={"scalars": 0, "images": 0}).Reload()
+    assert set(board.Tags()["scalars"]) >= METRICS
+    assert board.Tags()["images"] == ["openloop/image"]
+    for name in ("image_loss", "eval_return"):
+        written = [(entry["step"], np.float32(entry[name])) for entry in entries if name in entry]
+        assert [(event.step, np.float32(event.value)) for event in board.Scalars(name)] == written
+
+
+def test_every_episode_has_its_score_and_its_file(multi):
+    for mode in ("train", "eval"):
+        files = episodes(multi / f"{mode}_eps")
+        finished = [file for file in files if file["is_last"][-1]]
+        entries = scores(multi, mode)
+        assert len(entries) == len(finished)
+        for entry, file in zip(entries, finished, strict=True):
+            assert entry["length"] == entry["log_steps"] == len(file["reward"]) - 1
+            assert entry["score"] == pytest.approx(file["reward"].sum(), abs=1e-4)
+    assert len(scores(multi, "eval")) == 4  # two at step 100, two at the end
+    assert all(len(path.stem.split("-")) == 3 for path in multi.glob("*_eps/*.npz"))
+
+
+def test_evaluations_are_means_of_their_episodes(multi):
+    played = iter(scores(multi, "eval"))
+    for entry in lines(multi / "metrics.jsonl"):
+        if "eval_return" in entry:
+            part = list(itertools.islice(played, 2))
+            assert entry["eval_episodes"] == 2 and entry["step"] == part[0]["step"]
+            assert entry["eval_return"] == pytest.approx(np.mean([p["score"] for p in part]))
+            assert entry["eval_length"] == np.mean([p["length"] for p in part])
+
+
+def test_an_action_stands_beside_what_it_led_to(multi):
+    for file in episodes(multi / "train_eps") + episodes(multi / "eval_eps"):
+        before, move, phase = file["state"][:-1], file["move"], np.arange(len(file["reward"]) - 1) % 3
+        assert not move[0].any() and not file["mode"][0].any() and file["reward"][0] == 0
+        np.testing.assert_allclose(file["state"][1:], np.clip(before + np.clip(move[1:], -1, 1) / 5, -1, 1), atol=1e-6)
+        right = file["mode"][1:].argmax(1) == phase
+        np.testing.assert_allclose(file["reward"][1:], right - np.abs(file["state"][1:]).max(1), atol=1e-6)
+        assert file["is_first"].tolist() == [True] + [False] * len(phase)
+
+
+def test_time_outs_are_last_but_not_terminal(multi):
+    files = [file for file in episodes(multi / "train_eps") if file["is_last"][-1]]
+    ends = {(len(file["reward"]) - 1 == 12, bool(file["is_terminal"][-1])) for file in files}
+    assert (True, False) in ends
+    for file in files:
+        out = np.abs(file["state"]).max(1) >= 1
+        np.testing.assert_array_equal(file["is_terminal"], out)
+        assert out[-1] or len(out) == 13
+        assert not file["is_last"][:-1].any()
+
+
+def test_train_and_eval_environments_differ(multi):
+    starts = [tuple(file["state"][0]) for mode in ("train", "eval") for file in episodes(multi / f"{mode}_eps")]
+    assert len(set(starts)) == len(starts)
+
+
+def test_open_loop_videos_show_truth_model_and_error(multi):
+    files = sorted((multi / "openloop" / "image").glob("*.gif"))
+    assert [file.stem for file in files] == ["000000100", "000000160"]
+    video = imageio.imread(files[-1], index=None)
+    assert video.shape[:3] == (8, 3 * 16, 4 * 16)  # batch_length frames, three rows, batch_size sequences
+    truth, model, error = np.split(video[..., :3].astype(float), 3, 1)
+    assert set(np.unique(truth.round(-1))) >= {0, 260} and model.std() > 1
+    assert np.abs(error - (model - truth + 255) / 2).mean() < 8  # exact but for the palette of a GIF
+
+
+def test_the_agent_is_filmed(multi):
+    (file,) = (multi / "videos").glob("*.mp4")
+    video = imageio.imread(file, plugin="FFMPEG")
+    assert video.shape[1:] == (16, 16, 3) and 1 <= len(video) <= 12 and video.std() > 1
+
+
+def test_the_checkpoint_holds_the_counters(multi):
+    saved = checkpoint(multi)
+    assert saved["counters"] == {"agent_steps": 160, "updates": 30, "episodes": len(scores(multi, "train"))}
+    assert all(torch.isfinite(value).all() for value in saved["agent"]["model"].values())
+    assert [path.name for path in multi.glob("replay-*.pt")] == [saved["replay"]]
+
+
+# ---------------------------------------------------------------------------
+# Clocks and seeds
+
+
+@pytest.mark.parametrize("words", ["--envs 1", "--envs 3 --train_ratio 40", "--train_ratio 10 --log_every 7"])
+def test_the_train_ratio_is_exact(vector, words):
+    logdir = vector(words)
+    config = load_config(["--config", str(logdir / "config.yaml")], dreamer.CONFIGS)
+    ratio = config.train_ratio / (config.batch_size * config.batch_length)
+    saved = checkpoint(logdir)
+    start = saved["clocks"]["ratio"]["start"]
+    assert 40 <= start < 40 + config.envs and 80 <= saved["counters"]["agent_steps"] < 80 + config.envs
+    entries = [entry for entry in lines(logdir / "metrics.jsonl") if "updates" in entry]
+    assert len(entries) > 2
+    for entry in entries:
+        assert entry["updates"] == max(0, math.floor(ratio * (entry["step"] - start)))
+    assert saved["counters"]["updates"] == math.floor(ratio * (saved["counters"]["agent_steps"] - start)) > 9
+
+
+def test_frames_count_the_action_repeat(tmp_path):
+    train(tmp_path, "--task dummy_vector --action_repeat 2 --steps 100 --prefill 30 --eval_every 0")
+    assert checkpoint(tmp_path)["counters"] == {"agent_steps": 50, "updates": 5, "episodes": 4}
+    assert [(entry["step"], entry["length"]) for entry in scores(tmp_path, "train")] == [
+        (20, 10),
+        (40, 10),
+        (60, 10),
+        (80, 10),
+    ]
+
+
+def test_the_seed_decides_everything(vector, tmp_path):
+    one, other = vector(), vector("--seed 1")
+    again = train(tmp_path, "--task dummy_vector --steps 80 --opt.warmup 0")
+    assert (one / "scores.jsonl").read_text() == (again / "scores.jsonl").read_text()
+    assert not differ(checkpoint(one), checkpoint(again))
+    assert same_episodes(episodes(one / "train_eps"), episodes(again / "train_eps"))
+    for mode in ("train", "eval"):
+        assert scores(one, mode)[0]["score"] != scores(other, mode)[0]["score"]
+    weights = [name for name, value in checkpoint(one)["agent"]["model"].items() if value.dim() == 2 and value.any()]
+    changed = differ(checkpoint(one)["agent"]["model"], checkpoint(other)["agent"]["model"])
+    assert len(weights) > 9 and {f"/{name}" for name in weights} <= set(changed)
+
+
+def test_worker_processes_change_nothing(vector):
+    alone, workers = (vector(f"--envs 2 --eval_envs 1 --parallel {parallel}") for parallel in ("false", "true"))
+    assert (alone / "scores.jsonl").read_text() == (workers / "scores.jsonl").read_text()
+    assert not differ(checkpoint(alone), checkpoint(workers))
+
+
+def test_evaluation_leaves_training_alone(vector):
+    often, never = vector("--eval_every 15 --eval_episode_num 3"), vector("--eval_every 0")
+    assert len(scores(often, "eval")) == 18 and len(scores(never, "eval")) == 2
+    assert all(entry["length"] == 20 for entry in scores(often, "eval"))
+    assert scores(often, "train") == scores(never, "train")
+    assert same_episodes(episodes(often / "train_eps"), episodes(never / "train_eps"))
+    assert not differ(checkpoint(often)["agent"], checkpoint(never)["agent"])
+
+
+# ---------------------------------------------------------------------------
+# Interruptions
+
+
+def die_at_update(number):
+    update = dreamer.Run.update
+
+    def dying(run):
+        if run.updates == number:
+            die()
+        update(run)
+
+    dreamer.Run.update = dying
+
+
+@pytest.fixture(scope="module")
+def offline(multi, tmp_path_factory):
+    """Flags of runs that learn from a fixed directory, 10 updates to step 20; and a run of 40 steps at one go."""
+    words = f"{SMALL} --script train_offline --offline_traindir {multi / 'train_eps'} --train_ratio 16 --save_every 20 "
+    words += "--eval_every 15 --opt.warmup 0 --opt.lr 1e-3"
+    return words, train(tmp_path_factory.mktemp("offline"), f"{words} --steps 40")
+
+
+def assert_equal_runs(one, other):
+    """All that a checkpoint holds, and the latents beside it, to the last bit."""
+    assert checkpoint(one)["counters"]["updates"] == 20
+    assert not differ(checkpoint(one), checkpoint(other))
+    latents = [torch.load(logdir / "replay-20.pt", weights_only=True) for logdir in (one, other)]
+    assert not differ(*latents)
+    assert latents[0]["streams"][0]["deter"].any(1).float().mean() > 0.8
+
+
+def test_n_updates_kill_resume_n_updates_equal_2n_updates(offline, tmp_path):
+    words, whole = offline
+    status, _ = run_alone(tmp_path / "run", f"{words} --steps 40", die_at_update, 13)
+    assert status == -signal.SIGKILL
+    half = checkpoint(tmp_path / "run")
+    assert half["counters"]["updates"] == 10 and half["counters"]["agent_steps"] == 20
+    assert len(differ(half["agent"]["model"], checkpoint(whole)["agent"]["model"])) > 30
+    train(tmp_path / "run", f"{words} --steps 40")
+    assert_equal_runs(whole, tmp_path / "run")
+
+
+def test_a_run_that_ended_goes_on_when_steps_are_added(offline, tmp_path):
+    words, whole = offline
+    train(tmp_path, f"{words} --steps 20")
+    train(tmp_path, f"{words} --steps 40")
+    assert_equal_runs(whole, tmp_path)
+
+
+def signal_at_step(step, kill, number):
+    collect = dreamer.Run.collect
+
+    def interrupted(run):
+        collect(run)
+        if run.agent_steps == step:
+            kill(os.getpid(), number)
+
+    dreamer.Run.collect = interrupted
+
+
+@pytest.mark.parametrize(
+    "number, kill, parallel",
+    [
+        (signal.SIGTERM, os.kill, "false"),
+        (signal.SIGINT, os.killpg, "true"),  # as Ctrl-C in a terminal, which worker processes get as well
+    ],
+)
+def test_a_signal_ends_a_run_in_good_order(tmp_path, number, kill, parallel):
+    logdir, words = tmp_path / "run", "--task dummy_vector --prefill 30 --eval_envs 1"
+    status, errors = run_alone(logdir, f"{words} --steps 1e6 --parallel {parallel}", signal_at_step, 50, kill, number)
+    assert status == 128 + number, errors
+    assert "Traceback" not in errors and "Error" not in errors
+    saved = checkpoint(logdir)
+    assert saved["counters"] == {"agent_steps": 50, "updates": 5, "episodes": 2}
+    files = episodes(logdir / "train_eps")
+    assert [len(file["reward"]) for file in files] == [21, 21, 10]  # 20 + 20 + 10 actions; the last result is not seen
+    assert [bool(file["is_last"][-1]) for file in files] == [True, True, False]
+    train(logdir, f"{words} --steps 60")
+    assert checkpoint(logdir)["counters"] == {"agent_steps": 60, "updates": 7, "episodes": 2}
+    assert all(entry["step"] >= 50 for entry in lines(logdir / "metrics.jsonl")[-2:])
+
+
+def die_in_second_save(stage):
+    """A save writes latents, then the checkpoint: die in the midst of one of them, or before the last rename."""
+    save, replace, count = torch.save, os.replace, itertools.count(1)
+    fatal = {"latents": 3, "checkpoint": 4}.get(stage)
+
+    def dying_save(state, file):
+        memory = io.BytesIO()
+        save(state, memory)
+        if next(count) == fatal:
+            file.write(memory.getvalue()[:1000])
+            file.flush()
+            die()
+        file.write(memory.getvalue())
+
+    def dying_replace(source, target):
+        if stage == "rename" and target.endswith("latest.pt") and os.path.exists(target):
+            die()
+        replace(source, target)
+
+    torch.save, os.replace = dying_save, dying_replace
+
+
+@pytest.mark.parametrize("stage", ["latents", "checkpoint", "rename"])
+def test_a_kill_in_the_midst_of_a_save_leaves_the_one_before(tmp_path, stage):
+    logdir, words = tmp_path / "run", "--task dummy_vector --steps 90 --save_every 44 --eval_every 0"
+    status, errors = run_alone(logdir, words, die_in_second_save, stage)
+    assert status == -signal.SIGKILL, errors
+    saved = checkpoint(logdir)
+    assert saved["counters"]["agent_steps"] == 44
+    torch.load(logdir / saved["replay"], weights_only=True)
+    train(logdir, words)
+    assert checkpoint(logdir)["counters"]["agent_steps"] == 90
+
+
+def test_a_checkpoint_without_its_latents_still_resumes(vector, tmp_path):
+    shutil.copytree(vector() / "train_eps", tmp_path / "train_eps")
+    shutil.copy(vector() / "latest.pt", tmp_path)
+    train(tmp_path, "--task dummy_vector --steps 88")
+    assert checkpoint(tmp_path)["counters"]["updates"] == 12
+
+
+def test_a_damaged_episode_file_is_named_once_and_the_run_goes_on(vector, tmp_path, capfd):
+    shutil.copytree(vector(), tmp_path, dirs_exist_ok=True)
+    path = min((tmp_path / "train_eps").glob("*.npz"))
+    path.write_bytes(path.read_bytes()[:300])
+    train(tmp_path, "--task dummy_vector --steps 84")
+    warnings = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
+    assert len(warnings) == 1 and str(path) in warnings[0]
+    assert checkpoint(tmp_path)["counters"]["updates"] == 11
+
+
+# ---------------------------------------------------------------------------
+# A loss that is not finite
+
+
+def test_a_non_finite_loss_ends_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, capfd):
+    reduce, kept = dreamer.Dreamer.reduce, []
+
+    def broken(agent, losses):
+        if agent.opt.count == 12:
+            kept.append((tmp_path / "latest.pt").read_bytes())
+            losses["reward"] = losses["reward"] * math.inf
+        return reduce(agent, losses)
+
+    monkeypatch.setattr(dreamer.Dreamer, "reduce", broken)
+    words = "--task dummy_vector --steps 200 --save_every 60 --eval_every 0"
+    assert dreamer.main(command(tmp_path, words)) == 1
+    error = [line for line in capfd.readouterr().err.splitlines() if line.startswith("dreamer.py: ")]
+    assert len(error) == 1
+    assert "not finite at step 92" in error[0] and "reward_loss inf" in error[0] and "cont_loss 0." in error[0]
+    assert str(tmp_path / "latest.pt") in error[0]
+    assert (tmp_path / "latest.pt").read_bytes() == kept[0]
+    saved = checkpoint(tmp_path)
+    assert saved["counters"]["updates"] == 5
+    assert all(torch.isfinite(value).all() for value in saved["agent"]["model"].values())
+
+
+@pytest.mark.parametrize("key, value", [("state", np.nan), ("state", np.inf), ("reward", np.nan)])
+def test_data_that_is_not_finite_is_caught_at_the_first_update(vector, tmp_path, capfd, key, value):
+    episode = episodes(vector() / "train_eps")[0]
+    episode[key][1:] = value
+    (tmp_path / "data").mkdir()
+    np.savez_compressed(tmp_path / "data" / "20200101T000000-bad-21.npz", **episode)
+    words = f"--task dummy_vector --steps 20 --script train_offline --offline_traindir {tmp_path / 'data'}"
+    assert dreamer.main(command(tmp_path / "run", words)) == 1
+    error = capfd.readouterr().err
+    assert f"{key}_loss" in error and "there is no checkpoint yet" in error
+    assert not (tmp_path / "run" / "latest.pt").exists()
+
+
+# ---------------------------------------------------------------------------
+# Suites, presets and scripts
+
+
+def presets():
+    config = dreamer.CONFIGS.read_text().splitlines()
+    return [line.split(":")[0] for line in config if line[:1].isalpha() and not line.startswith(("defaults", "debug"))]
+
+
+def test_debug_makes_every_preset_tiny():
+    assert len(presets()) > 8
+    tiny = load_config(["--configs", "debug"], dreamer.CONFIGS)
+    for preset in presets():
+        config = load_config(["--configs", preset, "debug"], dreamer.CONFIGS)
+        for name in ("device", "task", "steps", "rssm.deter", "rssm.hidden", "actor.units", "encoder.depth"):
+            assert config[name] == tiny[name], (preset, name)
+
+
+@pytest.mark.parametrize("preset", ["dmc_vision", "quickstart"])
+def test_suite_presets_run_with_debug(tmp_path, preset):
+    train(tmp_path, f"{SMALL} --steps 60 --eval_every 0", f"{preset} debug")
+    assert checkpoint(tmp_path)["counters"]["updates"] == 5
+
+
+def test_a_proprioceptive_task_renders_and_stores_no_image(tmp_path, monkeypatch):
+    monkeypatch.setattr(envs.dmc.DMC, "_draw", lambda *_: pytest.fail("a frame was rendered"))
+    monkeypatch.setattr(dreamer.Run, "record_video", lambda run: None)
+    words = "--task dmc_cartpole_balance --time_limit 30 --steps 60 --eval_every 40"
+    train(tmp_path, words, "dmc_proprio debug")
+    assert checkpoint(tmp_path)["counters"]["updates"] == 5
+    keys = {"position", "velocity", "action", "reward", "is_first", "is_last", "is_terminal"}
+    files = episodes(tmp_path / "train_eps") + episodes(tmp_path / "eval_eps")
+    assert len(files) == 6 and all(file.keys() == keys for file in files)
+    assert not (tmp_path / "openloop").exists()
+
+
+@pytest.mark.parametrize("limit, terminal", [(5, False), (0, True)])
+def test_a_time_limit_of_the_user_is_no_death(tmp_path, limit, terminal):
+    words = f"--task gym_CartPole-v1 --time_limit {limit} --steps 150 --prefill 1000"
+    train(tmp_path, words)
+    files = [file for file in episodes(tmp_path / "train_eps") if file["is_last"][-1]]
+    assert len(files) > 2
+    assert all(bool(file["is_terminal"][-1]) == terminal for file in files)
+    assert all((len(file["reward"]) == 6) != terminal for file in files)
+
+
+def test_offline_episodes_fill_the_replay_and_stand_for_the_prefill(multi, tmp_path):
+    folder = multi / "train_eps"
+    before = sorted(path.stat().st_mtime_ns for path in folder.iterdir())
+    train(tmp_path, f"{SMALL} --offline_traindir {folder} --prefill 10000 --steps 20 --eval_every 0")
+    assert checkpoint(tmp_path)["counters"]["updates"] == 5
+    held = [entry["replay_steps"] for entry in lines(tmp_path / "metrics.jsonl") if "replay_steps" in entry]
+    assert held[-1] >= 20 + sum(len(episode["reward"]) for episode in episodes(folder))
+    assert sorted(path.stat().st_mtime_ns for path in folder.iterdir()) == before
+    assert sum(len(episode["reward"]) for episode in episodes(tmp_path / "train_eps")) <= 22
+
+
+def test_eval_only_plays_the_agent_of_a_checkpoint(vector, tmp_path):
+    words = f"--task dummy_vector --script eval_only --eval_episode_num 3 --from_checkpoint {vector() / 'latest.pt'}"
+    run = dreamer.Run(load_config(command(tmp_path, words), dreamer.CONFIGS))
+    assert not differ(run.agent.save(), checkpoint(vector())["agent"])
+    assert run.main() == 0
+    (entry,) = lines(tmp_path / "metrics.jsonl")
+    assert entry["eval_episodes"] == 3 and entry["eval_length"] == 20
+    assert [score["mode"] for score in lines(tmp_path / "scores.jsonl")] == ["eval"] * 3
+    assert not (tmp_path / "latest.pt").exists() and not list((tmp_path / "train_eps").iterdir())
+
+
+# ---------------------------------------------------------------------------
+# Mistakes of the user
+
+MISTAKES = {
+    "--enws 2": "did you mean --envs?",
+    "--actor.layrs 2": "did you mean --actor.layers?",
+    "--envs two": "expected a whole number",
+    "--precision 17": "expected one of 32, bf16, auto",
+    "--device cuda:99": "CUDA devices",
+    "--configs debgu": "did you mean debug?",
+    "--task atari_pong": "unknown suite 'atari'",
+    "--task dummy_vektor": "did you mean 'vector'?",
+    "--task gym_CartPoel-v1": "did you mean 'CartPole-v1'?",
+    "--task dmc_walker_wlak": "did you mean 'walker_walk'?",
+    "--task custom_no.such.module:Env": "cannot be imported",
+    "--encoder.mlp_keys $^ --encoder.cnn_keys $^": "no observation is left",
+    "--encoder.cnn_keys (": "--encoder.cnn_keys (",
+    "--size 20 20": "multiple of 16",
+    "--rssm.deter 33": "no multiple of --rssm.blocks",
+    "--batch_size 0": "--batch_size 0: expected at least 1",
+    "--batch_length 1": "--batch_length 1: expected at least 2",
+    "--envs 0": "--envs 0: expected at least 1",
+    "--envs -1": "--envs -1: expected at least 1",
+    "--seed -1": "--seed -1: expected at least 0",
+    "--actor.layers 0": "--actor.layers 0: expected at least 1",
+    "--encoder.mults 2 0": "--encoder.mults (2, 0): expected at least 1",
+    "--dataset_size 8": "too few for windows of 9",
+    "--dataset_size 1e12 --steps 1e12": "do not fit into",
+    "--script train_offline": "--offline_traindir",
+    "--offline_traindir /no/such/folder": "/no/such/folder",
+    "--from_checkpoint /no/such/file.pt": "/no/such/file.pt cannot be loaded: no such file",
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_no_logdir(tmp_path, capfd, words):
+    logdir = tmp_path / "run"
+    assert dreamer.main(command(logdir, words)) == 2
+    out, error = capfd.readouterr()
+    assert out == "" and error.startswith("dreamer.py: ") and error.count("\n") == 1 and error.endswith("\n")
+    assert MISTAKES[words] in error
+    assert not logdir.exists()
+
+
+def test_a_mistake_is_the_exit_status_of_the_process(tmp_path):
+    done = launch(tmp_path / "run", "--precision 17")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_package_is_named_with_its_cure(tmp_path, monkeypatch, capfd):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "dm_control"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "dm_control", None)
+    assert dreamer.main(command(tmp_path / "run", "--task dmc_walker_walk --encoder.cnn_keys $^")) == 2
+    error = capfd.readouterr().err
+    assert "pip install dm_control" in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_logdir_that_cannot_be_made_is_one_line(tmp_path, capfd):
+    (tmp_path / "file").write_text("")
+    assert dreamer.main(command(tmp_path / "file" / "run", "--task dummy_vector")) == 2
+    assert capfd.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", ["--rssm.deter 64", "--task dummy_discrete"])
+def test_a_logdir_of_another_agent_is_refused_unharmed(vector, tmp_path, capfd, words):
+    shutil.copytree(vector(), tmp_path, dirs_exist_ok=True)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert dreamer.main(command(tmp_path, f"--task dummy_vector --steps 90 {words}")) == 2
+    error = capfd.readouterr().err
+    assert "the checkpoint is of another agent" in error and error.count("\n") == 1
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path, capfd):
+    path = tmp_path / "other.pt"
+    torch.save({"weights": torch.zeros(3)}, path)
+    assert dreamer.main(command(tmp_path / "run", f"--task dummy_vector --from_checkpoint {path}")) == 2
+    error = capfd.readouterr().err
+    assert f"{path} cannot be loaded: it is no checkpoint of this project" in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
