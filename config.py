@@ -22,6 +22,7 @@ OWN_FLAGS = ("configs", "config")
 FLAG = re.compile(r"--[A-Za-z_]")  # so that values such as -1 and $^ are not taken for flags
 COMMENT = re.compile(r":?\s*#+\s*(.*)")
 CHOICES = re.compile(r"\(([^\s()|]+(?:\|[^\s()|]+)+)\)$")
+LEAST = re.compile(r"\(>= (\d+)\)$")
 EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list"}
 
 
@@ -29,7 +30,8 @@ class Setting(NamedTuple):
     """A key of the configuration and its value.
 
     The default gives the type: null stands for text or null, a tuple for a list of any length with elements like
-    its first (text if empty). The help line may end in the values allowed: `(auto|cpu|cuda:N)`, N any digits.
+    its first (text if empty). The help line may end in the values allowed: `(auto|cpu|cuda:N)`, N any digits, or in
+    the least number allowed: `(>= 1)`.
     `given`: the value comes from the user's flags or --config files.
     """
 
@@ -54,6 +56,9 @@ class Setting(NamedTuple):
             allowed = re.escape(choices[1]).replace(r"\|", "|").replace(":N", r":\d+")
             if not re.fullmatch(allowed, str(value)):
                 raise ValueError(f"expected one of {choices[1].replace('|', ', ')}, got {value!r}")
+        least = LEAST.search(self.help)
+        if least and kind in (int, float) and not value >= int(least[1]):
+            raise ValueError(f"expected at least {least[1]}, got {value!r}")
         return value
 
     def parse(self, texts):

@@ -225,7 +225,7 @@ class TwoHot:
         above = above.clamp(max=len(self.bins) - 1)
         to_below = (value - self.bins[below]).abs()
         to_above = (self.bins[above] - value).abs()
-        share = torch.where(below == above, 1.0, to_above / (to_below + to_above))
+        share = torch.where(below == above, 1.0 + 0 * value, to_above / (to_below + to_above))  # NaN stays NaN
         picked = self.logits.gather(-1, torch.stack([below, above], -1))
         return share * picked[..., 0] + (1 - share) * picked[..., 1]
 

@@ -8,13 +8,9 @@ learning, evaluating and saving until it has seen `steps` environment frames.
 
 import functools
 import math
-import os
 import pathlib
-import re
-import shutil
 import signal
 import sys
-import sysconfig
 
 import imageio.v2 as imageio
 import numpy as np
@@ -24,7 +20,8 @@ from agent import Dreamer
 from config import load_config
 from envs import make_envs
 from exploration import Random
-from logger import Logger, Progress
+from logger import Logger, Metrics, NonFiniteLoss, Progress
+from machine import check_compiler, choose_device, choose_dtype, prepare_cpu
 from replay import EpisodeWriter, Replay
 from tools import (
     Every,
@@ -34,11 +31,11 @@ from tools import (
     atomic_save,
     derive_seed,
     get_rng_state,
-    prepare_cpu,
     seed_everything,
     set_rng_state,
 )
 
+LEVELS = ("debug", "info", "warning", "error")
 CONFIGS = pathlib.Path(__file__).parent / "configs.yaml"
 
 
@@ -97,7 +94,6 @@ class Run:
 
     def build(self):
         config = self.config
-        check_numbers(config)
         self.envs = self.open_envs("train", config.envs)
         self.eval_envs = self.open_envs("eval", min(config.eval_envs, config.eval_episode_num))
         self.agent = Dreamer(
@@ -116,7 +112,7 @@ class Run:
             derive_seed(config.seed, 4),
         )
         self.obs, self.memory = None, None
-        self.action = {key: np.zeros((config.envs, n), np.float32) for key, n in self.agent.act_spec.widths.items()}
+        self.action = self.no_action(config.envs)
         self.agent_steps = self.updates = self.episodes = 0
         self.returns, self.last_return = np.zeros(config.envs), None
         self.metrics = Metrics(self.device)
@@ -132,7 +128,8 @@ class Run:
         self.restore()  # before anything is written: it may find that nothing fits
         try:
             self.logdir.mkdir(parents=True, exist_ok=True)
-            config.save(self.logdir / "config.yaml")
+            if config.script != "eval_only" or not (self.logdir / "config.yaml").exists():
+                config.save(self.logdir / "config.yaml")
         except OSError as error:
             raise UserError(f"--logdir {config.logdir}: {error.strerror}") from None
         self.writer = EpisodeWriter(self.logdir / "train_eps", config.envs, config.dataset_size)
@@ -146,6 +143,10 @@ class Run:
         envs = make_envs(self.config, mode, count)
         self.closing.append(envs.close)
         return envs
+
+    def no_action(self, count):
+        """{key: (count, width)} zeros: what led to the first observations."""
+        return {key: np.zeros((count, width), np.float32) for key, width in self.agent.act_spec.widths.items()}
 
     def capacity(self):
         """Steps of the rings: the whole run if it is shorter than dataset_size."""
@@ -220,7 +221,8 @@ class Run:
         return enough and self.replay.ready()
 
     def housekeeping(self):
-        self.progress.update(self.step, self.updates, self.last_return)
+        if self.speaks("info"):
+            self.progress.update(self.step, self.updates, self.last_return)
         if self.clocks["log"](self.step):
             self.log()
         if self.clocks["save"](self.step):
@@ -232,6 +234,7 @@ class Run:
         if not self.stopped:
             self.evaluate()
             self.record_video()
+            self.say("info", f"curves: {sys.executable} -m tensorboard.main --logdir {self.logdir}")
         for index in range(self.config.envs if self.config.script == "train" else 0):
             self.close_episode(index, self.writer.flush(index))
         self.save()
@@ -256,9 +259,7 @@ class Run:
 
     def add_step(self, index, latent):
         """Store the current step of one environment: its observation and the action that led to it."""
-        step = {key: self.obs[key][index] for key in self.replay.layout if key in self.obs}
-        for key, action in self.action.items():
-            step[key] = action[index] * ~self.obs["is_first"][index]
+        step = stored_step(self.replay.layout, self.obs, self.action, index)
         self.replay.add(index, step, latent)
         file = self.writer.add(index, step)
         self.returns[index] = step["reward"] + self.returns[index] * ~step["is_first"]
@@ -276,6 +277,7 @@ class Run:
         """Log a finished episode of `length` stored steps; its length in metrics counts the actions."""
         extra = {key: float(value[index]) for key, value in obs.items() if key.startswith("log_")}
         self.logger.score(self.step, mode, float(score), length - 1, **extra)
+        self.say("debug", f"step {self.step:,}: {mode} episode of {length - 1} steps, return {score:.1f}")
         if mode == "train":
             scalars = {"train_return": score, "train_length": length - 1, "train_episodes": self.episodes}
             self.logger.scalars({**scalars, **extra}, self.step)
@@ -294,16 +296,15 @@ class Run:
 
     @keeps_generators
     def evaluate(self):
-        """Play `eval_episode_num` episodes in environments of their own; returns their mean return, or None."""
+        """Play `eval_episode_num` episodes in environments of their own, and log their returns."""
         envs, config = self.eval_envs, self.config
         quota = np.array([len(part) for part in np.array_split(np.arange(config.eval_episode_num), len(envs))])
         scores, lengths, done = [], [], np.zeros(len(envs), int)
         obs, memory, returns = envs.reset(), None, np.zeros(len(envs))
-        actions = {key: np.zeros((len(envs), n), np.float32) for key, n in self.agent.act_spec.widths.items()}
+        actions = self.no_action(len(envs))
         while (done < quota).any() and not self.stopped:
             for index in np.flatnonzero(done < quota):
-                step = {key: obs[key][index] for key in self.replay.layout if key in obs}
-                step |= {key: action[index] * ~obs["is_first"][index] for key, action in actions.items()}
+                step = stored_step(self.replay.layout, obs, actions, index)
                 returns[index] = step["reward"] + returns[index] * ~step["is_first"]
                 file = self.eval_writer.add(index, step)
                 if file:
@@ -314,16 +315,13 @@ class Run:
             actions, memory = self.agent.act(obs, memory, config.eval_mode)
             obs = envs.step(actions)
         if not scores:
-            return None
+            return
         result = {"eval_return": np.mean(scores), "eval_length": np.mean(lengths), "eval_episodes": len(scores)}
         self.logger.scalars(result, self.step)
         if config.video_pred_log and self.agent.obs_spec.images and self.replay.ready():
             self.log_open_loop()
         self.logger.flush()
-        self.progress.message(
-            f"step {self.step:,}: eval_return {result['eval_return']:.1f} over {len(scores)} episodes"
-        )
-        return result["eval_return"]
+        self.say("info", f"step {self.step:,}: eval_return {np.mean(scores):.1f} over {len(scores)} episodes")
 
     def log_open_loop(self):
         """Videos of replayed sequences, as TensorBoard GIFs and under openloop/<key>/: truth | model | error."""
@@ -344,14 +342,27 @@ class Run:
                 actions, memory = self.agent.act(obs, memory, self.config.eval_mode)
                 obs = self.eval_envs.step(actions)
         except UserError as error:
-            self.progress.message(f"no video: {error}")
+            self.say("info", f"no video: {error}")
             return
         path = self.logdir / "videos" / f"{self.step:09d}.mp4"
         path.parent.mkdir(exist_ok=True)
         imageio.mimwrite(path, frames, fps=30, macro_block_size=2)
-        self.progress.message(f"video: {path}")
+        self.say("info", f"video: {path}")
 
     # -- logging and saving
+
+    def speaks(self, level):
+        """Whether messages of a level are printed."""
+        return LEVELS.index(level) >= LEVELS.index(self.config.log_level)
+
+    def say(self, level, text):
+        """Print a line above the progress line, warnings to stderr by their name."""
+        if not self.speaks(level):
+            return
+        if level == "warning":
+            print(f"dreamer.py: warning: {text}", file=sys.stderr)
+        else:
+            self.progress.message(text)
 
     def log(self):
         self.metrics.drain()
@@ -389,13 +400,15 @@ class Run:
         latents = torch.load(known, weights_only=True) if saved and known.exists() else None
         offline = pathlib.Path(config.offline_traindir).expanduser().glob("*.npz") if config.offline_traindir else []
         paths = [*sorted(offline), *sorted((self.logdir / "train_eps").glob("*.npz"))]
-        self.replay.restore(latents, paths, lambda text: print(f"dreamer.py: warning: {text}", file=sys.stderr))
+        self.replay.restore(latents, paths, lambda text: self.say("warning", text))
         if (config.script == "train_offline" or config.offline_traindir) and not self.replay.ready():
             length = config.batch_length + 1
             raise UserError(f"--offline_traindir '{config.offline_traindir}' must hold {length} steps of this task")
         if saved is None:
             if config.from_checkpoint:
                 self.agent.load(load_checkpoint(config.from_checkpoint)["agent"])
+            elif config.script == "eval_only":
+                raise UserError("--script eval_only needs a --logdir with latest.pt, or --from_checkpoint")
             return
         for name, value in saved["counters"].items():
             setattr(self, name, value)
@@ -403,46 +416,6 @@ class Run:
             clock.load_state_dict(saved["clocks"][name])
         self.random.rng.bit_generator.state = saved["random"]
         set_rng_state(saved["rng"])
-
-
-class NonFiniteLoss(Exception):
-    """The loss of an update is not a number, or infinite."""
-
-
-class Metrics:
-    """Averages the metrics of updates between two logs; they stay on the device until they are drained.
-
-    Args:
-      device: of the metrics; on CPU they are drained at every update, elsewhere at every 50th.
-    """
-
-    def __init__(self, device):
-        self.every = 1 if device.type == "cpu" else 50
-        self.pending, self.sums, self.count = [], {}, 0
-
-    def add(self, metrics, step):
-        """metrics: {name: 0-d tensor}; step: environment frames at this update."""
-        self.pending.append((step, list(metrics), torch.stack([value.float() for value in metrics.values()])))
-        if len(self.pending) >= self.every:
-            self.drain()
-
-    def drain(self):
-        """Fetch what is pending. Raises NonFiniteLoss with the step and the terms."""
-        pending, self.pending = self.pending, []
-        for step, names, values in pending:
-            values = dict(zip(names, values.tolist(), strict=True))
-            if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
-                terms = ", ".join(f"{k} {v:.4g}" for k, v in values.items() if "loss" in k or k == "grad_norm")
-                raise NonFiniteLoss(f"the loss is not finite at step {step}: {terms}")
-            self.count += 1
-            for name, value in values.items():
-                self.sums[name] = self.sums.get(name, 0.0) + value
-
-    def means(self):
-        """{name: mean since the last call}"""
-        means = {name: value / self.count for name, value in self.sums.items()}
-        self.sums, self.count = {}, 0
-        return means
 
 
 def load_checkpoint(path):
@@ -457,6 +430,12 @@ def load_checkpoint(path):
     return saved
 
 
+def stored_step(layout, obs, actions, index):
+    """One environment's observation, reward and flags, and the action that led to them: zeros at is_first."""
+    step = {key: obs[key][index] for key in layout if key in obs}
+    return step | {key: action[index] * ~obs["is_first"][index] for key, action in actions.items()}
+
+
 def step_layout(obs_space, act_spec):
     """{key: (shape, dtype)} of a stored step."""
     layout = {key: (space.shape, space.dtype) for key, space in obs_space.items()}
@@ -464,58 +443,6 @@ def step_layout(obs_space, act_spec):
     layout |= {key: ((width,), np.dtype(np.float32)) for key, width in act_spec.widths.items()}
     layout |= {"reward": ((), np.float32), "is_first": ((), bool), "is_last": ((), bool), "is_terminal": ((), bool)}
     return layout
-
-
-AT_LEAST = {
-    0: "seed steps threads prefill time_limit train_ratio opt.warmup rssm.dyn_layers rssm.img_layers rssm.obs_layers",
-    1: "envs eval_envs eval_episode_num action_repeat batch_size dataset_size imag_horizon size encoder.units "
-    "encoder.depth encoder.mults encoder.kernel rssm.deter rssm.hidden rssm.stoch rssm.classes rssm.blocks "
-    "decoder.units decoder.depth decoder.mults decoder.kernel decoder.blocks reward_head.units cont_head.units "
-    "actor.units critic.units critic.slow_every encoder.layers decoder.layers reward_head.layers cont_head.layers "
-    "actor.layers critic.layers horizon",
-    2: "batch_length reward_head.bins critic.bins",
-}
-
-
-def check_numbers(config):
-    """Raises UserError for a size or a count that no run can have, and for a broken regular expression."""
-    for least, names in AT_LEAST.items():
-        for name in names.split():
-            value = config[name]
-            if min(value if isinstance(value, tuple) else (value,)) < least:
-                raise UserError(f"--{name} {value}: expected at least {least}")
-    for name in ("encoder.mlp_keys", "encoder.cnn_keys"):
-        try:
-            re.compile(config[name])
-        except re.error as error:
-            raise UserError(f"--{name} {config[name]}: {error}") from None
-
-
-def choose_device(name):
-    """auto, cpu, cuda or cuda:N -> torch.device. Raises UserError if it is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
-def choose_dtype(precision, device):
-    """The compute dtype: bfloat16 for bf16, and for auto where the hardware has it."""
-    if precision == "auto":
-        fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
-        precision = "bf16" if fast else "32"
-    return torch.bfloat16 if precision == "bf16" else torch.float32
-
-
-def check_compiler():
-    """Raises UserError if this machine lacks what torch.compile calls: a C++ compiler and Python's headers."""
-    headers = pathlib.Path(sysconfig.get_path("include")) / "Python.h"
-    if not any(map(shutil.which, [os.environ.get("CXX", "g++"), "clang++"])) or not headers.exists():
-        raise UserError(
-            "--compile needs a C++ compiler and Python's headers: apt-get install g++ python3-dev, or --compile false"
-        )
 
 
 if __name__ == "__main__":

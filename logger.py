@@ -10,6 +10,7 @@ from time import monotonic
 
 import imageio.v3 as imageio
 import numpy as np
+import torch
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
@@ -167,3 +168,43 @@ def _rate(number):
 def _clock(seconds):
     minutes, seconds = divmod(max(int(seconds), 0), 60)
     return f"{minutes // 60:02d}:{minutes % 60:02d}:{seconds:02d}"
+
+
+class NonFiniteLoss(Exception):
+    """The loss of an update is not a number, or infinite."""
+
+
+class Metrics:
+    """Averages the metrics of updates between two logs; they stay on the device until they are drained.
+
+    Args:
+      device: of the metrics; on CPU they are drained at every update, elsewhere at every 50th.
+    """
+
+    def __init__(self, device):
+        self.every = 1 if device.type == "cpu" else 50
+        self.pending, self.sums, self.count = [], {}, 0
+
+    def add(self, metrics, step):
+        """metrics: {name: 0-d tensor}; step: environment frames at this update."""
+        self.pending.append((step, list(metrics), torch.stack([value.float() for value in metrics.values()])))
+        if len(self.pending) >= self.every:
+            self.drain()
+
+    def drain(self):
+        """Fetch what is pending. Raises NonFiniteLoss with the step and the terms."""
+        pending, self.pending = self.pending, []
+        for step, names, values in pending:
+            values = dict(zip(names, values.tolist(), strict=True))
+            if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
+                terms = ", ".join(f"{k} {v:.4g}" for k, v in values.items() if "loss" in k or k == "grad_norm")
+                raise NonFiniteLoss(f"the loss is not finite at step {step}: {terms}")
+            self.count += 1
+            for name, value in values.items():
+                self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def means(self):
+        """{name: mean since the last call}"""
+        means = {name: value / self.count for name, value in self.sums.items()}
+        self.sums, self.count = {}, 0
+        return means

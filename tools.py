@@ -1,7 +1,5 @@
 """Pure functions and small clocks that every other room uses."""
 
-import contextlib
-import ctypes
 import math
 import os
 import random
@@ -164,28 +162,6 @@ def set_rng_state(state):
     torch.set_rng_state(state["torch"].cpu())
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
-
-
-# ---------------------------------------------------------------------------
-# The machine
-
-
-def prepare_cpu(threads):
-    """Settings that CPU arithmetic is slow without; call before the first tensor operation.
-
-    Denormal numbers are flushed to zero (threads inherit this from the one that starts them), and freed memory is kept
-    for the next tensor rather than returned to the system, which would have to map it page by page again.
-
-    Args:
-      threads: CPU threads of tensor operations; 0 leaves the choice to PyTorch.
-    """
-    if threads:
-        torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)
-    with contextlib.suppress(OSError, AttributeError):  # C libraries other than glibc
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: least size of an allocation that is mapped by itself
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free memory at the top of the heap that is given back
 
 
 # ---------------------------------------------------------------------------

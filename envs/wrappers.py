@@ -33,7 +33,11 @@ def is_image(space: spaces.Space) -> bool:
 
 def is_kept(encoder, key: str, image: bool) -> bool:
     """Whether the model reads an observation: images by `encoder.cnn_keys`, others by `mlp_keys`."""
-    return bool(re.match(encoder.cnn_keys if image else encoder.mlp_keys, key))
+    name = "cnn_keys" if image else "mlp_keys"
+    try:
+        return bool(re.match(getattr(encoder, name), key))
+    except re.error as error:
+        raise UserError(f"--encoder.{name} {getattr(encoder, name)}: {error}") from None
 
 
 class Wrapper:

@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 OUTSIDE = {"tests", "benchmarks", "inference_video"}  # they stand above all rooms
 ROOMS = [
     {"tools"},
-    {"config", "logger", "envs"},
+    {"config", "logger", "machine", "envs"},
     {"distributions", "optim", "replay", "layers"},
     {"encoders", "networks"},
     {"models", "exploration"},

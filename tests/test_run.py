@@ -359,17 +359,17 @@ def signal_at_step(step, kill, number):
 )
 def test_a_signal_ends_a_run_in_good_order(tmp_path, number, kill, parallel):
     logdir, words = tmp_path / "run", "--task dummy_vector --prefill 30 --eval_envs 1"
-    status, errors = run_alone(logdir, f"{words} --steps 1e6 --parallel {parallel}", signal_at_step, 50, kill, number)
+    status, errors = run_alone(logdir, f"{words} --steps 1e6 --parallel {parallel}", signal_at_step, 52, kill, number)
     assert status == 128 + number, errors
     assert "Traceback" not in errors and "Error" not in errors
     saved = checkpoint(logdir)
-    assert saved["counters"] == {"agent_steps": 50, "updates": 5, "episodes": 2}
+    assert saved["counters"] == {"agent_steps": 52, "updates": 5, "episodes": 2}
     files = episodes(logdir / "train_eps")
-    assert [len(file["reward"]) for file in files] == [21, 21, 10]  # 20 + 20 + 10 actions; the last result is not seen
+    assert [len(file["reward"]) for file in files] == [21, 21, 12]  # 20 + 20 + 12 actions; the last result is not seen
     assert [bool(file["is_last"][-1]) for file in files] == [True, True, False]
     train(logdir, f"{words} --steps 60")
     assert checkpoint(logdir)["counters"] == {"agent_steps": 60, "updates": 7, "episodes": 2}
-    assert all(entry["step"] >= 50 for entry in lines(logdir / "metrics.jsonl")[-2:])
+    assert all(entry["step"] >= 52 for entry in lines(logdir / "metrics.jsonl")[-2:])
 
 
 def die_in_second_save(stage):
@@ -549,13 +549,13 @@ MISTAKES = {
     "--encoder.cnn_keys (": "--encoder.cnn_keys (",
     "--size 20 20": "multiple of 16",
     "--rssm.deter 33": "no multiple of --rssm.blocks",
-    "--batch_size 0": "--batch_size 0: expected at least 1",
-    "--batch_length 1": "--batch_length 1: expected at least 2",
-    "--envs 0": "--envs 0: expected at least 1",
-    "--envs -1": "--envs -1: expected at least 1",
-    "--seed -1": "--seed -1: expected at least 0",
-    "--actor.layers 0": "--actor.layers 0: expected at least 1",
-    "--encoder.mults 2 0": "--encoder.mults (2, 0): expected at least 1",
+    "--batch_size 0": "--batch_size: expected at least 1, got 0",
+    "--batch_length 1": "--batch_length: expected at least 2, got 1",
+    "--envs 0": "--envs: expected at least 1, got 0",
+    "--envs -1": "--envs: expected at least 1, got -1",
+    "--seed -1": "--seed: expected at least 0, got -1",
+    "--actor.layers 0": "--actor.layers: expected at least 1, got 0",
+    "--encoder.mults 2 0": "--encoder.mults: expected at least 1, got 0",
     "--dataset_size 8": "too few for windows of 9",
     "--dataset_size 1e12 --steps 1e12": "do not fit into",
     "--script train_offline": "--offline_traindir",
