@@ -248,8 +248,13 @@ def summarize(outs):
     }
 
 
+RESERVED = {"policy", "value", "repval", "cont", "dyn", "rep", "deter", "stoch"}
+
+
 def check_sizes(spec, config):
-    """Raises UserError for a combination of sizes that no network can have."""
+    """Raises UserError for names and sizes that no network can have."""
+    for key in RESERVED & {*spec.images, *spec.vectors}:
+        raise UserError(f"the environment calls an observation {key}, which is the name of a loss or a latent here")
     factor = 2 ** len(config.encoder.mults)
     for key, shape in spec.images.items():
         if shape[0] % factor or shape[1] % factor:

@@ -11,6 +11,7 @@ import math
 import pathlib
 import signal
 import sys
+import time
 
 import imageio.v2 as imageio
 import numpy as np
@@ -22,7 +23,7 @@ from envs import make_envs
 from exploration import Random
 from logger import Logger, Metrics, NonFiniteLoss, Progress
 from machine import check_compiler, choose_device, choose_dtype, prepare_cpu
-from replay import EpisodeWriter, Replay
+from replay import EpisodeWriter, Replay, length_of
 from tools import (
     Every,
     Rates,
@@ -149,12 +150,16 @@ class Run:
         return {key: np.zeros((count, width), np.float32) for key, width in self.agent.act_spec.widths.items()}
 
     def capacity(self):
-        """Steps of the rings: the whole run if it is shorter than dataset_size."""
+        """Steps of the rings: those of the whole run and of offline_traindir if they are fewer than dataset_size."""
         config = self.config
-        if config.offline_traindir:
-            return config.dataset_size
         longest = 1.1 * config.steps / config.action_repeat + config.prefill + config.envs * (config.batch_length + 2)
-        return min(config.dataset_size, math.ceil(longest))
+        lengths = [length_of(path) for path in self.offline_paths()]
+        return min(config.dataset_size, math.ceil(longest) + sum(lengths)) if all(lengths) else config.dataset_size
+
+    def offline_paths(self):
+        """The episode files of offline_traindir, oldest first."""
+        folder = self.config.offline_traindir
+        return sorted(pathlib.Path(folder).expanduser().glob("*.npz")) if folder else []
 
     @property
     def step(self):
@@ -300,6 +305,9 @@ class Run:
         envs, config = self.eval_envs, self.config
         quota = np.array([len(part) for part in np.array_split(np.arange(config.eval_episode_num), len(envs))])
         scores, lengths, done = [], [], np.zeros(len(envs), int)
+        frames = {
+            key: [] for key in self.agent.obs_spec.images
+        }  # what the first environment's first episode looks like
         obs, memory, returns = envs.reset(), None, np.zeros(len(envs))
         actions = self.no_action(len(envs))
         while (done < quota).any() and not self.stopped:
@@ -312,16 +320,28 @@ class Run:
                     lengths.append(file[1] - 1)
                     done[index] += 1
                     self.report_episode("eval", returns[index], file[1], obs, index)
+            for key, images in frames.items() if done[0] == 0 else ():
+                images.append(obs[key][0])
             actions, memory = self.agent.act(obs, memory, config.eval_mode)
             obs = envs.step(actions)
         if not scores:
             return
         result = {"eval_return": np.mean(scores), "eval_length": np.mean(lengths), "eval_episodes": len(scores)}
         self.logger.scalars(result, self.step)
-        if config.video_pred_log and self.agent.obs_spec.images and self.replay.ready():
-            self.log_open_loop()
+        self.log_videos(frames)
         self.logger.flush()
         self.say("info", f"step {self.step:,}: eval_return {np.mean(scores):.1f} over {len(scores)} episodes")
+
+    def log_videos(self, frames):
+        """Videos of an evaluation: its first episode, {image key: [(H, W, C)]}, and open-loop predictions."""
+        if not self.config.video_pred_log or not frames:
+            return
+        start = time.monotonic()
+        for key, images in frames.items():
+            self.logger.video(f"eval_policy/{key}", np.stack(images)[:500], self.step, fps=20)
+        if self.replay.ready():
+            self.log_open_loop()
+        self.logger.scalars({"video_seconds": time.monotonic() - start}, self.step)
 
     def log_open_loop(self):
         """Videos of replayed sequences, as TensorBoard GIFs and under openloop/<key>/: truth | model | error."""
@@ -398,8 +418,7 @@ class Run:
             self.agent.load(saved["agent"])
         known = saved and self.logdir / saved["replay"]
         latents = torch.load(known, weights_only=True) if saved and known.exists() else None
-        offline = pathlib.Path(config.offline_traindir).expanduser().glob("*.npz") if config.offline_traindir else []
-        paths = [*sorted(offline), *sorted((self.logdir / "train_eps").glob("*.npz"))]
+        paths = [*self.offline_paths(), *sorted((self.logdir / "train_eps").glob("*.npz"))]
         self.replay.restore(latents, paths, lambda text: self.say("warning", text))
         if (config.script == "train_offline" or config.offline_traindir) and not self.replay.ready():
             length = config.batch_length + 1

@@ -368,3 +368,8 @@ def test_another_action_space_is_refused_by_its_widths():
     agents = [Dreamer(obs_space, {"action": Box(-1, 1, (n,))}, make_config()) for n in (6, 4)]
     with pytest.raises(UserError, match="action action is 4 there and 6 here"):
         agents[0].load(agents[1].save())
+
+
+def test_an_observation_may_not_take_the_name_of_a_loss():
+    with pytest.raises(UserError, match="observation value"):
+        Dreamer({"value": Box(-1, 1, (2,))}, {"action": Discrete(2)}, make_config())
