@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import distributions as dists
-from layers import MLP, BlockLinear, Conv2d, Linear, Norm, max_pool
+from layers import MLP, BlockLinear, Conv2d, Linear, MaxPool, Norm
 from tools import symlog
 
 
@@ -32,7 +32,7 @@ class ImageEncoder(nn.Module):
         x = torch.cat([obs[key] for key in self.keys], -1)
         x = x.to(dtype) / 255 - 0.5
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = norm(max_pool(conv(x)))
+            x = norm(MaxPool.apply(conv(x)))
         return x.reshape(len(x), -1)
 
 

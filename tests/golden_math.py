@@ -257,7 +257,7 @@ def layer_results(data):
     for name, value in {"y": y, "grad_x": x.grad, "grad_scale": norm.scale.grad}.items():
         yield "layer", f"rms {name}", error(value, data[f"layer/rms/{name}"])
     x = leaf(data["maxpool/x"])
-    y = layers.max_pool(x)
+    y = layers.MaxPool.apply(x)
     (y * data["maxpool/cotangent"]).sum().backward()
     yield "maxpool", "y", error(y, data["maxpool/y"])
     yield "maxpool", "grad_x", error(x.grad, data["maxpool/grad_x"])
