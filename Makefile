@@ -19,10 +19,11 @@ test: .venv/test
 	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.venv/test: requirements.txt requirements/dmc.txt requirements/test.txt
+.venv/test: requirements.txt requirements/dmc.txt requirements/plots.txt requirements/wandb.txt requirements/test.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check \
-	  -r requirements.txt -r requirements/dmc.txt -r requirements/test.txt
+	  -r requirements.txt -r requirements/dmc.txt -r requirements/plots.txt \
+	  -r requirements/wandb.txt -r requirements/test.txt
 	touch .venv/core $@
 
 clean:

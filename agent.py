@@ -44,7 +44,7 @@ class Dreamer(nn.Module):
     """World model, behaviour and their one optimizer.
 
     Args:
-      obs_space, act_space: {key: Gymnasium space} of the environments.
+      obs_space, act_space: {key: Gymnasium space} of the environments, or the ObsSpec and ActionSpec of a checkpoint.
       config: the whole configuration.
       device: torch device; dtype: compute dtype.
     """
@@ -52,7 +52,8 @@ class Dreamer(nn.Module):
     def __init__(self, obs_space, act_space, config, device="cpu", dtype=torch.float32):
         super().__init__()
         self.device, self.dtype = torch.device(device), dtype
-        self.obs_spec, self.act_spec = obs_spec(obs_space), act_spec(act_space)
+        self.obs_spec = obs_space if isinstance(obs_space, ObsSpec) else obs_spec(obs_space)
+        self.act_spec = act_space if isinstance(act_space, ActionSpec) else act_spec(act_space)
         check_sizes(self.obs_spec, config)
         self.world = WorldModel(self.obs_spec, self.act_spec, config, dtype)
         self.behavior = ImagBehavior(self.world.feat_size, self.act_spec, config)
@@ -164,14 +165,20 @@ class Dreamer(nn.Module):
     @torch.compiler.set_stance("force_eager")
     @torch.no_grad()
     def act(self, obs, memory=None, mode="sample"):
-        """Choose actions for a batch of environments.
+        """Choose actions for a batch of environments, or for a single one.
 
         Args:
-          obs: {key: (N, ...)} arrays, with is_first (N,).
+          obs: {key: (N, ...)} arrays, or {key: (...)} of a single environment. `is_first` (N,) or () says where an
+            episode starts; left out, one starts everywhere if `memory` is None, and nowhere else.
           memory: what the last call returned, or None.
           mode: "sample" or "mode" of the policy.
-        Returns: {key: (N, width)} float32 arrays, the new memory.
+        Returns: {key: (N, width) or (width,)} float32 arrays, the new memory.
         """
+        if self.is_single(obs):
+            actions, memory = self.act({key: np.asarray(value)[None] for key, value in obs.items()}, memory, mode)
+            return {key: value[0] for key, value in actions.items()}, memory
+        if "is_first" not in obs:
+            obs = {**obs, "is_first": np.full(len(obs[self.world.keys[0]]), memory is None)}
         state, action = memory or self.initial(len(obs["is_first"]))
         batch = {key: torch.as_tensor(obs[key], device=self.device)[:, None] for key in [*self.world.keys, "is_first"]}
         states, _ = self.world.rssm.observe(self.world.encode(batch), action[:, None], batch["is_first"], state)
@@ -184,6 +191,16 @@ class Dreamer(nn.Module):
         parts = action.cpu().split(list(self.act_spec.widths.values()), -1)
         return {key: part.numpy() for key, part in zip(self.act_spec.widths, parts, strict=True)}, (state, action)
 
+    def is_single(self, obs):
+        """Whether an observation has no batch axis."""
+        if "is_first" in obs:
+            return np.ndim(obs["is_first"]) == 0
+        key = self.world.keys[0]
+        axes = np.ndim(obs[key])
+        if len(self.obs_spec.classes.get(key, ())) == 1:  # a class (), of which a batch is (N,) or (N, 1)
+            return axes == 0
+        return axes == len(self.obs_spec.images.get(key) or self.obs_spec.vectors[key])
+
     def latents(self, memory):
         """What the replay stores of the state in `memory`: a list of (deter, stoch) for each environment."""
         return list(zip(*self.compress(memory[0]), strict=True))
@@ -192,14 +209,26 @@ class Dreamer(nn.Module):
 
     def save(self):
         """All that learning depends on: parameters, slow critic, normaliser, optimizer."""
-        return {"model": self.state_dict(), "opt": self.opt.state_dict(), "signature": self.signature()}
+        return {
+            "model": self.state_dict(),
+            "opt": self.opt.state_dict(),
+            "signature": self.signature(),
+            "specs": self.specs(),
+        }
 
     def load(self, saved):
         """Undo `save`. Raises UserError that names both shapes if the checkpoint is of another agent."""
         for name, (theirs, ours) in differences(saved["signature"], self.signature()).items():
             raise UserError(f"the checkpoint is of another agent: {name} is {theirs} there and {ours} here")
+        for kind, spec in self.specs().items():  # equal sizes may be of other classes; old checkpoints do not tell
+            for name, (theirs, ours) in differences(saved.get("specs", {}).get(kind, spec), spec).items():
+                raise UserError(f"the checkpoint is of another agent: {kind} {name}: {theirs} there and {ours} here")
         self.load_state_dict(saved["model"])
         self.opt.load_state_dict(saved["opt"])
+
+    def specs(self):
+        """What the agent sees and does in plain types, enough to build it anew without an environment."""
+        return {"observation": self.obs_spec._asdict(), "action": self.act_spec._asdict()}
 
     def signature(self):
         """Names and shapes of observations, actions and parameters, as text."""

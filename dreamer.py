@@ -18,12 +18,13 @@ import numpy as np
 import torch
 
 from agent import Dreamer
-from config import load_config
+from checkpoint import load_agent, load_checkpoint  # noqa: F401 (load_agent is for users)
+from config import CONFIGS, load_config
 from envs import make_envs
 from exploration import Random
 from logger import Logger, Metrics, NonFiniteLoss, Progress
 from machine import check_compiler, choose_device, choose_dtype, prepare_cpu
-from replay import EpisodeWriter, Replay, length_of
+from replay import EpisodeWriter, Replay, length_of, step_layout, stored_step
 from tools import (
     Every,
     Rates,
@@ -37,7 +38,6 @@ from tools import (
 )
 
 LEVELS = ("debug", "info", "warning", "error")
-CONFIGS = pathlib.Path(__file__).parent / "configs.yaml"
 
 
 def main(argv=None):
@@ -128,6 +128,7 @@ class Run:
             self.ratio(0)  # no prefill: the clock starts at once
         self.restore()  # before anything is written: it may find that nothing fits
         try:
+            self.logger = Logger(self.logdir, self.step, config.logger, config.to_dict())
             self.logdir.mkdir(parents=True, exist_ok=True)
             if config.script != "eval_only" or not (self.logdir / "config.yaml").exists():
                 config.save(self.logdir / "config.yaml")
@@ -135,7 +136,6 @@ class Run:
             raise UserError(f"--logdir {config.logdir}: {error.strerror}") from None
         self.writer = EpisodeWriter(self.logdir / "train_eps", config.envs, config.dataset_size)
         self.eval_writer = EpisodeWriter(self.logdir / "eval_eps", len(self.eval_envs), config.dataset_size)
-        self.logger = Logger(self.logdir, self.step)
         self.rates = Rates(fps=self.step, updates_per_second=self.updates)
         self.progress = Progress(config.steps, step=self.step, updates=self.updates)
         self.closing += [self.progress.close, self.logger.close]
@@ -423,11 +423,13 @@ class Run:
         if (config.script == "train_offline" or config.offline_traindir) and not self.replay.ready():
             length = config.batch_length + 1
             raise UserError(f"--offline_traindir '{config.offline_traindir}' must hold {length} steps of this task")
+        if saved is None and config.from_checkpoint:
+            start = load_checkpoint(config.from_checkpoint)
+            self.agent.load(start["agent"])
+            self.agent_steps = start["counters"]["agent_steps"] if config.script == "eval_only" else 0
+        elif saved is None and config.script == "eval_only":
+            raise UserError("--script eval_only needs a --logdir with latest.pt, or --from_checkpoint")
         if saved is None:
-            if config.from_checkpoint:
-                self.agent.load(load_checkpoint(config.from_checkpoint)["agent"])
-            elif config.script == "eval_only":
-                raise UserError("--script eval_only needs a --logdir with latest.pt, or --from_checkpoint")
             return
         for name, value in saved["counters"].items():
             setattr(self, name, value)
@@ -435,33 +437,6 @@ class Run:
             clock.load_state_dict(saved["clocks"][name])
         self.random.rng.bit_generator.state = saved["random"]
         set_rng_state(saved["rng"])
-
-
-def load_checkpoint(path):
-    """Read a checkpoint to CPU memory. Raises UserError if it is missing or no checkpoint."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(saved, dict) or "agent" not in saved:
-            raise ValueError("it is no checkpoint of this project")
-    except Exception as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
-        raise UserError(f"{path} cannot be loaded: {reason}") from None
-    return saved
-
-
-def stored_step(layout, obs, actions, index):
-    """One environment's observation, reward and flags, and the action that led to them: zeros at is_first."""
-    step = {key: obs[key][index] for key in layout if key in obs}
-    return step | {key: action[index] * ~obs["is_first"][index] for key, action in actions.items()}
-
-
-def step_layout(obs_space, act_spec):
-    """{key: (shape, dtype)} of a stored step."""
-    layout = {key: (space.shape, space.dtype) for key, space in obs_space.items()}
-    layout = {key: (shape, np.int32 if dtype.kind == "i" else dtype) for key, (shape, dtype) in layout.items()}
-    layout |= {key: ((width,), np.dtype(np.float32)) for key, width in act_spec.widths.items()}
-    layout |= {"reward": ((), np.float32), "is_first": ((), bool), "is_last": ((), bool), "is_terminal": ((), bool)}
-    return layout
 
 
 if __name__ == "__main__":

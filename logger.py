@@ -1,7 +1,9 @@
-"""What a run tells: metrics and scores as JSON lines, TensorBoard events, and a line of progress."""
+"""What a run tells: metrics and scores as JSON lines, TensorBoard, Weights & Biases, and a line of progress."""
 
+import io
 import json
 import math
+import os
 import shutil
 import sys
 from collections import deque
@@ -14,17 +16,27 @@ import torch
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
+from tools import UserError, atomic_write
+
 
 class Logger:
-    """Writes into a logdir: metrics.jsonl, scores.jsonl and TensorBoard event files. Appends to what is there."""
+    """Writes into a logdir: metrics.jsonl, scores.jsonl and what `outputs` names. Appends to what is there."""
 
-    def __init__(self, logdir, step=0):
-        """step: where a resumed run goes on; TensorBoard then hides what was logged from there on. 0: a fresh run."""
+    def __init__(self, logdir, step=0, outputs=("tensorboard",), config=None):
+        """
+        Args:
+          step: where a resumed run goes on; TensorBoard then hides what was logged from there on. 0: a fresh run.
+          outputs: any of "tensorboard" and "wandb", where metrics and videos go beside the JSON lines.
+          config: nested dict of the run's settings, for wandb to show.
+        Raises UserError if wandb is not installed, before anything is written, or if it refuses the run.
+        """
         logdir = Path(logdir)
+        kinds = {"tensorboard": _TensorBoard, "wandb": _Wandb}
+        # The one that may fail comes first.
+        self._outputs = [kinds[name](logdir, step, config) for name in sorted(set(outputs), reverse=True)]
         logdir.mkdir(parents=True, exist_ok=True)
         self._metrics = _JsonLines(logdir / "metrics.jsonl")
         self._scores = _JsonLines(logdir / "scores.jsonl")
-        self._events = SummaryWriter(str(logdir), purge_step=step or None)
         self._pending = {}
 
     def scalars(self, values, step):
@@ -36,41 +48,99 @@ class Logger:
         self._pending.setdefault(int(step), {}).update(numbers)
 
     def video(self, name, frames, step, fps=20):
-        """Write frames, uint8 (T,H,W,C) with C 1 or 3, as a GIF among TensorBoard's images.
-
-        SummaryWriter.add_video needs a moviepy that is no longer made, and without it writes nothing, in silence.
-        """
+        """Hand frames, uint8 (T,H,W,C) with C 1 or 3, to the outputs as a GIF."""
         frames = np.asarray(frames)
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] not in (1, 3):
             raise ValueError(f"video {name}: expected uint8 (T,H,W,1 or 3), got {frames.dtype} {frames.shape}")
-        _, height, width, channels = frames.shape
-        pixels = frames[..., 0] if channels == 1 else frames
+        pixels = frames[..., 0] if frames.shape[-1] == 1 else frames
         gif = imageio.imwrite(
             "<bytes>", pixels, extension=".gif", plugin="pillow", is_batch=True, duration=1000 / fps, loop=0
         )
-        image = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=gif)
-        summary = Summary(value=[Summary.Value(tag=name, image=image)])
-        self._events._get_file_writer().add_summary(summary, int(step))
+        for output in self._outputs:
+            output.video(name, gif, frames.shape[1:], int(step))
 
     def score(self, step, mode, score, length, **extra):
         """Write a finished episode to scores.jsonl at once. mode: "train" or "eval"; extra: numbers or text."""
         self._scores.write({"step": step, "mode": mode, "score": score, "length": length, **extra})
 
     def flush(self):
-        """Write the pending scalars: a line of metrics.jsonl for each step, and TensorBoard's curves."""
+        """Write the pending scalars: a line of metrics.jsonl for each step, and the curves of the outputs."""
         for step, numbers in self._pending.items():
             self._metrics.write({"step": step, **numbers})
-            for name, number in numbers.items():
-                self._events.add_scalar(name, number, step)
+            for output in self._outputs:
+                output.scalars(numbers, step)
         self._pending = {}
-        self._events.flush()
+        for output in self._outputs:
+            output.flush()
 
     def close(self):
         """Flush and close all files."""
         self.flush()
-        self._events.close()
-        self._metrics.close()
-        self._scores.close()
+        for file in (*self._outputs, self._metrics, self._scores):
+            file.close()
+
+
+class _TensorBoard:
+    """TensorBoard's event files; videos are GIFs among its images."""
+
+    def __init__(self, logdir, step, config):
+        self._events = SummaryWriter(str(logdir), purge_step=step or None)
+        self.flush, self.close = self._events.flush, self._events.close
+
+    def scalars(self, numbers, step):
+        for name, number in numbers.items():
+            self._events.add_scalar(name, number, step)
+
+    def video(self, name, gif, shape, step):
+        """SummaryWriter.add_video needs a moviepy that is no longer made, and without it writes nothing, in silence."""
+        height, width, channels = shape
+        image = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=gif)
+        summary = Summary(value=[Summary.Value(tag=name, image=image)])
+        self._events._get_file_writer().add_summary(summary, step)
+
+
+class _Wandb:
+    """Weights & Biases, steered by its own variables (WANDB_MODE=offline, WANDB_PROJECT, ...).
+
+    The id of the run there is kept in the logdir, so that a resumed run goes on as the same one.
+    """
+
+    def __init__(self, logdir, step, config):
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("--logger wandb needs a package: pip install -r requirements/wandb.txt") from None
+        self._video = wandb.Video
+        logdir.mkdir(parents=True, exist_ok=True)
+        known = logdir / "wandb_id.txt"
+        try:
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "dreamer"),
+                name=os.environ.get("WANDB_NAME", logdir.name),
+                dir=str(logdir),
+                id=known.read_text().strip() if known.exists() else None,
+                resume="allow",
+                config=config,
+                settings=wandb.Settings(console="off"),  # or the progress line fills its log
+            )
+        except wandb.Error as error:
+            raise UserError(f"--logger wandb: {str(error).splitlines()[0]}") from None
+        atomic_write(known, lambda file: file.write(self._run.id.encode()))
+        # The x axis is our step: wandb's own counter drops what comes late, as after a resume.
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
+
+    def scalars(self, numbers, step):
+        self._run.log({"step": step, **numbers})
+
+    def video(self, name, gif, shape, step):
+        self._run.log({"step": step, name: self._video(io.BytesIO(gif), format="gif")})
+
+    def flush(self):
+        """Its own process writes at once."""
+
+    def close(self):
+        self._run.finish()
 
 
 class _JsonLines:

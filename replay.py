@@ -119,6 +119,25 @@ def length_of(path):
 
 
 # ---------------------------------------------------------------------------
+# Steps
+
+
+def stored_step(layout, obs, actions, index):
+    """One environment's observation, reward and flags, and the action that led to them: zeros at is_first."""
+    step = {key: obs[key][index] for key in layout if key in obs}
+    return step | {key: action[index] * ~obs["is_first"][index] for key, action in actions.items()}
+
+
+def step_layout(obs_space, act_spec):
+    """{key: (shape, dtype)} of a stored step."""
+    layout = {key: (space.shape, space.dtype) for key, space in obs_space.items()}
+    layout = {key: (shape, np.int32 if dtype.kind == "i" else dtype) for key, (shape, dtype) in layout.items()}
+    layout |= {key: ((width,), np.dtype(np.float32)) for key, width in act_spec.widths.items()}
+    layout |= {"reward": ((), np.float32), "is_first": ((), bool), "is_last": ((), bool), "is_terminal": ((), bool)}
+    return layout
+
+
+# ---------------------------------------------------------------------------
 # Rings of steps
 
 

@@ -51,8 +51,11 @@ class Env(Protocol):
     def step(self, action: dict[str, np.ndarray]) -> dict:
         """Act. Each action is float32: (n,) clipped to [-1, 1], or one-hots of width n or sum(nvec)."""
 
-    def render(self) -> np.ndarray:
-        """A picture (H, W, 3) uint8 for people. Raises UserError where there is none."""
+    def render(self, size: tuple[int, int] | None = None) -> np.ndarray:
+        """A picture (H, W, 3) uint8 for people. Raises UserError where there is none.
+
+        size: the (H, W) wished for; an environment that cannot choose draws at its own, as all do without it.
+        """
 
     def close(self) -> None:
         """Free what is held; may be called twice."""

@@ -72,8 +72,10 @@ class DMC:
                 break
         return self._observe(timestep, reward)
 
-    def render(self):
-        return self._draw(RENDER_SIZE)
+    def render(self, size=None):
+        size = tuple(size or RENDER_SIZE)
+        self._enlarge_buffer(size)
+        return self._draw(size)
 
     def close(self):
         if self._env is not None:
@@ -88,6 +90,14 @@ class DMC:
         if self._size:
             obs["image"] = self._draw(self._size)
         return obs
+
+    def _enlarge_buffer(self, size):
+        physics = self._env.physics
+        view = physics.model.vis.global_
+        if size[0] > view.offheight or size[1] > view.offwidth:
+            view.offheight, view.offwidth = np.maximum(size, (view.offheight, view.offwidth))
+            if physics._contexts:  # of the old size; the next frame makes new ones
+                physics._free_rendering_contexts()
 
     def _draw(self, size):
         import mujoco

@@ -39,15 +39,15 @@ class Dummy:
         last = terminal or self._steps >= self.length
         return {**self._observe(), **flags(reward, is_last=last, is_terminal=terminal)}
 
-    def render(self):
-        return self._draw()
+    def render(self, size=None):
+        return self._draw(size or self._size)
 
     def close(self):
         pass
 
-    def _square(self, x, y):
+    def _square(self, size, x, y):
         """A white square, an eighth of the picture wide, on black; (x, y) in [0, 1] is where it stands."""
-        height, width = self._size
+        height, width = size
         high, wide = max(1, height // 8), max(1, width // 8)
         top, left = round(y * (height - high)), round(x * (width - wide))
         image = np.zeros((height, width, 3), np.uint8)
@@ -76,8 +76,8 @@ class Vector(Dummy):
     def _observe(self):
         return {"state": np.append(self._target, np.float32(1 - self._steps / self.length))}
 
-    def _draw(self):
-        return self._square(*(self._target + 1) / 2)
+    def _draw(self, size):
+        return self._square(size, *(self._target + 1) / 2)
 
 
 class Corridor(Dummy):
@@ -101,8 +101,8 @@ class Corridor(Dummy):
     def _observe(self):
         return {"position": np.int32(self._position)}
 
-    def _draw(self):
-        return self._square(self._position / 4, 0.5)
+    def _draw(self, size):
+        return self._square(size, self._position / 4, 0.5)
 
 
 class Pixels(Dummy):
@@ -123,10 +123,10 @@ class Pixels(Dummy):
         return float(self._column == 7), False
 
     def _observe(self):
-        return {"image": self._draw()}
+        return {"image": self._draw(self._size)}
 
-    def _draw(self):
-        return self._square(self._column / 7, 0.5)
+    def _draw(self, size):
+        return self._square(size, self._column / 7, 0.5)
 
 
 class Multi(Dummy):
@@ -160,11 +160,11 @@ class Multi(Dummy):
     def _observe(self):
         phase = np.int32(self._steps % 3)
         return {
-            "image": self._draw(),
+            "image": self._draw(self._size),
             "state": self._point,
             "phase": phase,
             "log_steps": np.float32(self._steps),
         }
 
-    def _draw(self):
-        return self._square(*(self._point + 1) / 2)
+    def _draw(self, size):
+        return self._square(size, *(self._point + 1) / 2)

@@ -14,6 +14,10 @@ from envs.errors import one_line, unknown
 from envs.wrappers import ActionRepeat, flags, is_image
 from tools import UserError
 
+# Pictures are drawn into memory: without this, pygame looks for a display and complains.
+os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+
 # Start of an id -> (module that registers it when imported, what pip installs for it).
 REGISTERED_BY = {
     "ALE/": ("ale_py", "ale-py==0.12.1"),
@@ -108,7 +112,7 @@ class FromGym:
         ends = flags(reward, is_last=terminated or truncated, is_terminal=terminated)
         return {**self._observe(obs), **ends}
 
-    def render(self):
+    def render(self, size=None):  # drawn as large as the environment likes
         try:
             image = self._env.render()
         except (gymnasium.error.Error, AttributeError, NotImplementedError) as error:

@@ -8,7 +8,6 @@ small pieces of mathematics.
 
 import contextlib
 import json
-import pathlib
 import re
 import sys
 import zipfile
@@ -19,7 +18,7 @@ from gymnasium.spaces import Box, Discrete, MultiDiscrete
 
 import distributions as dists
 from agent import Dreamer
-from config import load_config
+from config import CONFIGS, load_config
 from networks import OneHotLatent, State, feature
 from tests.golden_math import compare_math
 
@@ -203,7 +202,7 @@ def make_config(j):
         values[f"opt.{key}"] = j["opt"][key]
     assert j["opt"]["schedule"] == "const" and not j["opt"]["wd"]
     assert j["repl_loss"]["lam"] == j["imag_loss"]["lam"] and j["repl_loss"]["slowreg"] == j["imag_loss"]["slowreg"]
-    return load_config([], pathlib.Path(__file__).parents[1] / "configs.yaml").replace(**values)
+    return load_config([], CONFIGS).replace(**values)
 
 
 class RecordedOneHot(dists.OneHot):

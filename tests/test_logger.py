@@ -2,6 +2,7 @@ import io
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import logger as logger_module
 from logger import Logger, Progress
+from tools import UserError
 
 
 def lines(path):
@@ -170,6 +172,99 @@ def test_tensorboard_forgets_what_a_resumed_run_does_again(tmp_path):
     curve = [(event.step, event.value) for event in events(tmp_path).Scalars("kl")]
     assert curve == [(0, 0), (100, 100), (160, 310), (250, 400)]
     assert len(lines(tmp_path / "metrics.jsonl")) == 5
+
+
+# Weights & Biases
+
+
+def wandb_records(path):
+    """The records in the file of an offline run, in the format of LevelDB's log.
+
+    A header of 7 bytes, then blocks of 32 KiB that hold pieces, each with a checksum (4 bytes), a length (2) and a
+    type (1): 1 a whole record, 2 its beginning, 3 its middle, 4 its end.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, place, record = path.read_bytes(), 7, b""
+    while place < len(data):
+        room = 32768 - place % 32768
+        if room < 7:  # too small for a piece: padding
+            place += room
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, place)
+        record += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):
+            yield Record.FromString(record)
+            record = b""
+
+
+def wandb_history(path):
+    """What was logged to an offline run: [{name: value}]."""
+    for record in wandb_records(path):
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            yield {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+def test_wandb_offline_has_the_same_names_and_a_resumed_run_goes_on(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    frames = np.zeros((5, 16, 16, 3), np.uint8)
+    frames[range(5), :, range(5)] = 250  # a bar that moves to the right
+    metrics = {"train_return": 1.5, "opt/grad norm": 2.0}
+    logdir, ids = tmp_path / "walker", []
+    for start in (0, 100):
+        logger = Logger(logdir, start, ("tensorboard", "wandb"), {"seed": 3, "actor": {"layers": 2}})
+        logger.scalars(metrics, start + 10)
+        logger.video("eval_policy/image", frames, start + 20)  # before the scalars of an earlier step are flushed
+        logger.close()
+        ids.append((logdir / "wandb_id.txt").read_text())
+    wandb.teardown()  # its process writes the last of a file some time after finish(); the end of a program waits too
+    assert ids[0] == ids[1]
+    files = sorted(logdir.glob("wandb/offline-run-*/*.wandb"), key=lambda path: next(wandb_history(path))["step"])
+    assert [path.stem for path in files] == [f"run-{ids[0]}"] * 2
+    for start, path in zip((0, 100), files, strict=True):
+        video, scalars = wandb_history(path)
+        assert {k: v for k, v in scalars.items() if k[0] != "_"} == {"step": start + 10, **metrics}
+        assert video["step"] == start + 20
+        (gif,) = path.parent.glob("files/media/videos/eval_policy/*.gif")
+        assert imageio.imread(gif, plugin="pillow", index=...).shape == frames.shape
+        (run,) = (r.run for r in wandb_records(path) if r.WhichOneof("record_type") == "run")
+        assert (run.run_id, run.project, run.display_name) == (ids[0], "dreamer", "walker")
+        config = {item.key or item.nested_key[0]: item.value_json for item in run.config.update}
+        assert json.loads(config["seed"]) == 3 and json.loads(config["actor"]) == {"layers": 2}
+    assert set(metrics) <= set(events(logdir).Tags()["scalars"])
+    assert set(metrics) <= set(lines(logdir / "metrics.jsonl")[0])
+
+
+def test_wandb_is_imported_only_when_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    Logger(tmp_path / "a").close()
+    with pytest.raises(UserError, match=r"--logger wandb needs a package: pip install -r requirements/wandb.txt"):
+        Logger(tmp_path / "b", 0, ("tensorboard", "wandb"))
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_run_that_wandb_refuses_is_one_line(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+
+    def refuse(**_):
+        raise wandb.errors.UsageError("No API key configured.\nUse `wandb login` to log in.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(UserError, match=r"^--logger wandb: No API key configured\.$"):
+        Logger(tmp_path, 0, ("wandb",))
+
+
+def test_json_lines_are_written_without_any_output(tmp_path):
+    logger = Logger(tmp_path, 0, ())
+    logger.scalars({"kl": 1.0}, 10)
+    logger.video("clip", np.zeros((2, 8, 8, 3), np.uint8), 10)
+    logger.close()
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 10, "kl": 1.0}]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "scores.jsonl"]
 
 
 # Progress

@@ -18,6 +18,7 @@ ROOMS = [
     {"encoders", "networks"},
     {"models", "exploration"},
     {"agent", "agents"},
+    {"checkpoint"},
     {"dreamer"},
 ]
 

@@ -1,0 +1,575 @@
+"""Learning curves of runs beside the published ones, as a picture and a table.
+
+python3 benchmarks/plot_scores.py 'logdir/walker_*' 'mine=logdir/cheetah_*' --out scores
+
+Reads config.yaml and scores.jsonl of each logdir and writes scores.png and scores.csv. Runs whose configurations
+differ in nothing but seed and logdir are the seeds of one curve; with the same name (or the same settings) on several
+tasks they also go into their group's aggregate. Scores are those of training episodes, as in the published curves:
+averaged in equal bins of environment steps (action repeat counted), a bin ends where its point is drawn.
+"""
+
+import argparse
+import csv
+import functools
+import glob
+import itertools
+import json
+import math
+import os
+import pathlib
+import re
+import sys
+import textwrap
+from typing import NamedTuple
+
+import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from config import yaml12
+from tools import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+DATA = ROOT / "benchmarks" / "data"
+ACHIEVEMENT = re.compile(r"(log[_/])?achievement_")  # keys of scores.jsonl that count a Crafter achievement
+OWN = {"seed", "logdir"}  # what may differ between the seeds of a curve
+STEPS = "environment steps (action repeat counted)"
+RETURN, NORMALISED, CRAFTER = "return", "human-normalised return", "Crafter score (%)"
+# Colours of Okabe and Ito, without the yellow that is too faint for lines. Ours also differ in dashes and markers.
+OURS = (("#0072B2", "#D55E00", "#009E73"), ("-", "--", "-.", ":"), ("o", "s", "^", "D", "v"))
+PUBLISHED = {  # {published method: (name, colour, dashes)}
+    "dreamerv3": ("DreamerV3 (published)", "#000000", (0, (4, 1.5))),
+    "ppo_fixhp": ("PPO (published)", "#E69F00", (0, (1, 1))),
+    "d4pg": ("D4PG (published)", "#56B4E9", (0, (4, 1, 1, 1))),
+    "drqv2": ("DrQ-v2 (published)", "#CC79A7", (0, (7, 2))),
+}
+
+
+class Run(NamedTuple):
+    """A logdir: its configuration, and its training episodes.
+
+    steps, scores: (N) environment steps at the end of each episode, and its return.
+    unlocked: {achievement: (N) bool} of Crafter, empty elsewhere.
+    """
+
+    logdir: str
+    label: str  # the user's name for it, or ""
+    config: dict
+    steps: np.ndarray
+    scores: np.ndarray
+    unlocked: dict
+
+
+class Curve(NamedTuple):
+    """A line of a panel: (N) each; low and high bound its band; nan where there is no data.
+
+    runs: how many stand behind each point.
+    """
+
+    name: str
+    steps: np.ndarray
+    value: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    runs: np.ndarray
+    published: bool = False
+
+
+def main(argv=None):
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("logdirs", nargs="+", metavar="[NAME=]GLOB", help="logdirs, as patterns; NAME labels the curve")
+    parser.add_argument("--out", default="scores", help="writes OUT.png and OUT.csv (default: scores)")
+    parser.add_argument("--bin", type=int, default=0, help="environment steps of a bin; 0 for those of the published")
+    args = parser.parse_args(argv)
+    try:
+        if args.bin < 0:
+            raise UserError(f"--bin: expected at least 0, got {args.bin}")
+        import_extras()
+        panels, notes = make_panels(read_runs(args.logdirs), args.bin)
+        written = write(panels, notes, args.out)
+    except UserError as error:
+        print(f"plot_scores.py: {error}", file=sys.stderr)
+        return 2
+    for (name, unit), curves in panels.items():
+        print(f"{name}, {unit}:")
+        for curve in curves:
+            print(f"  {curve.name}: {last_point(curve)}")
+    print(f"written: {' '.join(written)}")
+    return 0
+
+
+def import_extras():
+    """Raise UserError unless what draws and resamples is installed."""
+    try:
+        import matplotlib
+        import scipy.stats  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"{error.name} is not installed: pip install -r requirements/plots.txt") from None
+    matplotlib.use("Agg")  # no screen
+
+
+def warn(text):
+    print(f"plot_scores.py: warning: {text}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------
+# Reading
+
+
+def read_runs(patterns):
+    """The runs that match any of `patterns`, each "glob" or "name=glob", with at least one training episode."""
+    runs = {}
+    for text in patterns:
+        label, equals, pattern = ("", "", text) if os.path.exists(text) else text.rpartition("=")
+        if equals and not label:
+            raise UserError(f"{text}: the name is missing before '='")
+        found = sorted(glob.glob(os.path.expanduser(pattern)))
+        if not found:
+            raise UserError(f"{pattern}: no such logdir")
+        for logdir in map(os.path.normpath, found):
+            run = read_run(logdir, label)
+            if run and logdir not in runs:
+                runs[logdir] = run
+    if not runs:
+        raise UserError("no logdir has a finished training episode")
+    return list(runs.values())
+
+
+def read_run(logdir, label=""):
+    """The Run in a logdir, or None, with a warning, if there is none."""
+    try:
+        config = yaml12().load(pathlib.Path(logdir, "config.yaml").read_text())
+        task = config["task"]
+        text = pathlib.Path(logdir, "scores.jsonl").read_text()
+    except OSError as error:
+        warn(f"{logdir} is skipped: {os.path.basename(error.filename)}: {error.strerror}")
+        return None
+    except Exception:  # whatever the parser makes of it
+        raise UserError(f"{logdir}/config.yaml is no configuration of a run") from None
+    rows, torn = read_scores(text)
+    if torn:
+        warn(f"{logdir}/scores.jsonl: {torn} unreadable line{'s' * (torn > 1)} skipped")
+    if not rows:
+        warn(f"{logdir} is skipped: no finished training episode yet")
+        return None
+    keys = {key for row in rows for key in row if ACHIEVEMENT.match(key)} if task.startswith("crafter") else ()
+    unlocked = {key: np.array([row.get(key, 0) > 0 for row in rows]) for key in sorted(keys)}
+    steps, scores = (np.array([row[key] for row in rows], float) for key in ("step", "score"))
+    return Run(logdir, label, config, steps, scores, unlocked)
+
+
+def read_scores(text):
+    """Training episodes in the lines of scores.jsonl, and how many lines could not be read."""
+    rows, torn = [], 0
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+            training = row["mode"] == "train"
+            whole = all(math.isfinite(row[key]) for key in ("step", "score"))
+        except (ValueError, KeyError, TypeError):
+            whole = False
+        if not whole:
+            torn += 1
+        elif training:
+            # A run that was killed and resumed goes back to its checkpoint: what it does again replaces what was.
+            while rows and rows[-1]["step"] > row["step"]:
+                rows.pop()
+            rows.append(row)
+    return rows, torn
+
+
+def settings(config, *but):
+    """{dotted key: value} of a configuration, without what may differ between seeds and without `but`."""
+
+    def walk(tree, prefix=""):
+        for key, value in tree.items():
+            yield from walk(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+
+    return {key: value for key, value in walk(config) if key not in OWN | set(but)}
+
+
+def name_runs(runs):
+    """{name: {(group, task): [Run]}}: runs with the user's label, or else the same settings, have a name in common."""
+    groups = {}
+    for run in runs:
+        key = run.label or json.dumps(settings(run.config, "task"), sort_keys=True)
+        groups.setdefault(key, []).append(run)
+    named = {}
+    for group in groups.values():
+        names = [os.path.basename(run.logdir) for run in group]
+        stem = os.path.commonprefix(names)  # noqa: RUF071 (letters, not parts of a path)
+        name = group[0].label or (stem.rstrip("-_.0123456789") if len(names) > 1 else stem) or names[0]
+        if name in named:
+            name = next(new for i in itertools.count(2) if (new := f"{name} ({i})") not in named)
+        tasks = named.setdefault(name, {})
+        for run in group:
+            tasks.setdefault((group_of(run.config), run.config["task"]), []).append(run)
+        for (_, task), seeds in tasks.items():
+            check_same(name, task, [settings(run.config) for run in seeds])
+    return named
+
+
+def check_same(name, task, configs):
+    """Warn if runs that are drawn as seeds of one curve differ in more than the seed."""
+    keys = sorted(set().union(*configs))
+    differ = [key for key in keys if any(config.get(key) != configs[0].get(key) for config in configs)]
+    if differ:
+        warn(f"{name}, {task}: taken as seeds of one curve, but they also differ in {', '.join(differ)}")
+
+
+# ---------------------------------------------------------------------------
+# Published
+
+
+def group_of(config):
+    """What a run is compared within: a set of published curves where there is one for its kind, or else its suite.
+
+    "dmc_proprio" and "dmc_vision" are for agents that see vectors or images alone; "atari100k" is for short runs.
+    """
+    suite = config["task"].partition("_")[0]
+    if suite == "atari" and float(config.get("steps", 0)) <= 1e6:
+        return "atari100k"
+    if suite == "dmc":
+        encoder = config.get("encoder", {})
+        images = bool(re.match(encoder.get("cnn_keys", ".*"), "image"))
+        vectors = bool(re.match(encoder.get("mlp_keys", ".*"), "position"))
+        return {(True, False): "dmc_vision", (False, True): "dmc_proprio"}.get((images, vectors), "dmc")
+    return suite
+
+
+def published_curves(group, task):
+    """The Curves of a set, such as "dmc_proprio", that are published for a task."""
+    curves = []
+    for method, data in published().get(group, {}).items():
+        if task in data["tasks"]:
+            entry = data["tasks"][task]
+            mean, std = (np.array(entry[key], float) for key in ("mean", "std"))  # null becomes nan
+            name = PUBLISHED[method][0]
+            steps = np.array(data["env_steps"], float)
+            runs = np.where(np.isnan(mean), 0, entry["seeds"])
+            curves.append(Curve(name, steps, mean, mean - std, mean + std, runs, True))
+    return curves
+
+
+@functools.cache
+def published():
+    """{set: {method: {"env_steps": [bin ends], "tasks": {task: {"seeds", "mean", "std"}}}}}"""
+    return json.loads((DATA / "published_curves.json").read_text())
+
+
+@functools.cache
+def atari_scores():
+    """{game: (score of a random player, of the human player)}, as DQN's and later papers publish them."""
+    with open(DATA / "atari_scores.csv", newline="") as file:
+        return {row["game"]: (float(row["random"]), float(row["human"])) for row in csv.DictReader(file)}
+
+
+def human_normalised(task, scores):
+    """Scores of an Atari task on the scale where a random player has 0 and the published human player 1."""
+    low, high = atari_scores()[task.removeprefix("atari_")]
+    return (np.asarray(scores) - low) / (high - low)
+
+
+# ---------------------------------------------------------------------------
+# Numbers
+
+
+def bin_means(steps, values, width, count):
+    """Means of values (N) in bins (0, width], (width, 2 width], ... of steps (N): (count), nan where there are none."""
+    index = np.clip(np.ceil(np.asarray(steps) / width).astype(int) - 1, 0, None)
+    total = np.bincount(index, values, minlength=count)[:count]
+    number = np.bincount(index, minlength=count)[:count]
+    return np.divide(total, number, out=np.full(count, np.nan), where=number > 0)
+
+
+def mean_and_std(rows):
+    """Mean and standard deviation (population) over the seeds that have data, of (seeds, bins): 2 x (bins)."""
+    known = np.ma.masked_invalid(rows)
+    return known.mean(0).filled(np.nan), known.std(0).filled(np.nan)
+
+
+def crafter_score(unlocked, steps, ends):
+    """Crafter score in percent over all episodes up to each of `ends` (Hafner 2021, eq. 1): (len(ends)).
+
+    The geometric mean over achievements of their success rates: exp(mean(log(1 + s))) - 1 with s in percent.
+    """
+    scores = []
+    for end in ends:
+        rates = [100 * done[steps <= end].mean() for done in unlocked.values()] if (steps <= end).any() else [np.nan]
+        scores.append(np.expm1(np.mean(np.log1p(rates))))
+    return np.array(scores)
+
+
+# Aggregates (Agarwal et al. 2021) take the scores of each task along the last axis, (..., seeds) each.
+
+
+def task_mean(*tasks, axis=-1):
+    """Mean over tasks of their means."""
+    return np.mean([np.mean(scores, axis) for scores in tasks], 0)
+
+
+def task_median(*tasks, axis=-1):
+    """Median over tasks of their means."""
+    return np.median([np.mean(scores, axis) for scores in tasks], 0)
+
+
+def task_iqm(*tasks, axis=-1):
+    """Interquartile mean: of all runs of all tasks together, without the lowest and the highest quarter."""
+    from scipy.stats import trim_mean
+
+    return trim_mean(np.concatenate(tasks, axis), 0.25, axis)
+
+
+STATISTICS = {"mean": task_mean, "median": task_median, "IQM": task_iqm}
+
+
+def interval(statistic, tasks):
+    """95% interval of a statistic of [(seeds)] by the bootstrap that resamples seeds within each task: (low, high).
+
+    A task of one seed has nothing to resample: nan.
+    """
+    from scipy.stats import bootstrap
+
+    if min(map(len, tasks)) < 2:
+        return np.nan, np.nan
+    found = bootstrap(
+        tasks, statistic, n_resamples=2000, vectorized=True, method="percentile", rng=np.random.default_rng(0)
+    )
+    return found.confidence_interval
+
+
+# ---------------------------------------------------------------------------
+# Panels
+
+
+def make_panels(runs, width=0):
+    """{(title, unit): [Curve]} for each task, and for each group with several tasks; and notes for the caption.
+
+    width: environment steps of a bin; 0 takes the published bins, or else what `bin_width` finds.
+    """
+    named = name_runs(runs)
+    panels, aggregates, notes = {}, {}, []
+    for group in dict.fromkeys(group_of(run.config) for run in runs):
+        own = [run for run in runs if group_of(run.config) == group]
+        size = width or bin_width(group, own)
+        ends = size * np.arange(1, math.ceil(max(run.steps.max() for run in own) / size) + 1)
+        others = {run.config["task"]: published_curves(group, run.config["task"]) for run in own}
+        rows = {}  # {name: {task: (seeds, bins)}}
+        for task, name in itertools.product(others, named):
+            seeds = named[name].get((group, task), [])
+            if seeds:
+                rows.setdefault(name, {})[task] = np.array(
+                    [bin_means(run.steps, run.scores, size, len(ends)) for run in seeds]
+                )
+                curve = seed_curve(name, ends, rows[name][task])
+                panels.setdefault((title(group, task), RETURN), []).append(curve)
+            if any(run.unlocked for run in seeds):
+                scores = np.array([crafter_score(run.unlocked, run.steps, ends) for run in seeds])
+                panels.setdefault((title(group, task), CRAFTER), []).append(seed_curve(name, ends, scores))
+        for task, curves in others.items():
+            panels[title(group, task), RETURN] += curves
+        aggregates |= group_panels(group, ends, rows, others)
+        notes += group_notes(group, size, own, any(others.values()))
+    return panels | aggregates, [*notes, *(aggregate_notes() if aggregates else [])]
+
+
+def title(group, task):
+    """Heading of a task's panel: with what the agent sees where that makes a difference."""
+    return f"{task} ({group[4:]})" if group.startswith("dmc_") else task
+
+
+def seed_curve(name, steps, rows):
+    """The Curve of (seeds, bins): their mean, and one standard deviation to either side."""
+    mean, std = mean_and_std(rows)
+    return Curve(name, steps, mean, mean - std, mean + std, (~np.isnan(rows)).sum(0))
+
+
+def bin_width(group, runs):
+    """Environment steps of a bin: the published, or a 25th of the longest run, or what leaves no bin empty."""
+    methods = published().get(group, {}).values()
+    if methods:
+        return next(iter(methods))["env_steps"][0]
+    gaps = [np.diff(run.steps, prepend=0).max() for run in runs]
+    return math.ceil(max(1, *gaps, max(run.steps.max() for run in runs) / 25))
+
+
+def group_panels(group, ends, rows, others):
+    """The aggregates of a group over the tasks that all its curves have: {(title, unit): [Curve]}.
+
+    ends: (bins) environment steps; rows: {name: {task: (seeds, bins)}}; others: {task: [published Curve]}.
+    """
+    suite = group.removesuffix("100k").partition("_")[0]
+    if len(others) < 2:
+        return {}
+    if suite not in ("dmc", "atari"):
+        warn(f"no aggregate of {group}: returns of its tasks have no scale in common")
+        return {}
+    known = {task for task in others if suite != "atari" or task.removeprefix("atari_") in atari_scores()}
+    if known < set(others):
+        warn(f"aggregate of {group}: no human score is known of {', '.join(sorted({*others} - known))}")
+    tasks = [task for task in others if task in known and all(task in own for own in rows.values())]
+    if len(tasks) < 2:
+        warn(f"no aggregate of {group}: it takes two tasks that every curve has")
+        return {}
+    if left := sorted(known - set(tasks)):
+        warn(f"aggregate of {group}: left out, for not every curve has them: {', '.join(left)}")
+    scale = human_normalised if suite == "atari" else lambda task, scores: scores
+    unit = NORMALISED if suite == "atari" else RETURN
+    common = set.intersection(*({curve.name for curve in others[task]} for task in tasks))
+    panels = {}
+    for what, statistic in STATISTICS.items():
+        lines = panels[f"{group}: {what} of {len(tasks)} tasks", unit] = []
+        for name, own in rows.items():
+            scores = [scale(task, own[task]) for task in tasks]
+            columns = [[seeds[~np.isnan(seeds[:, i]), i] for seeds in scores] for i in range(len(ends))]
+            points = [aggregate(statistic, column) for column in columns]
+            runs = np.array([sum(map(len, column)) for column in columns])
+            lines.append(Curve(name, ends, *np.array(points).T, runs))
+        # Means of tasks are all that is published, from which no IQM over runs and no interval can be had.
+        for name in sorted(common) if what != "IQM" else ():
+            found = [(task, next(curve for curve in others[task] if curve.name == name)) for task in tasks]
+            value = statistic(*(scale(task, curve.value)[:, None] for task, curve in found))
+            none = np.full(len(value), np.nan)
+            runs = sum(curve.runs for _, curve in found)
+            lines.append(Curve(name, found[0][1].steps, value, none, none, runs, True))
+    return panels
+
+
+def aggregate(statistic, tasks):
+    """Value, low and high of a statistic of [(seeds)]; nan where a task has no data."""
+    return (statistic(*tasks), *interval(statistic, tasks)) if all(map(len, tasks)) else (np.nan,) * 3
+
+
+def group_notes(group, size, runs, compared):
+    """What the caption says about a group."""
+    yield f"{group}: bins of {size:,.0f} environment steps."
+    if group.startswith("dmc") and compared:
+        ours = sorted({describe(run.config) for run in runs})
+        yield (
+            "Published dmc curves were made with action repeat 2, train ratio 512 and size12m, and compare under "
+            f"those settings only; here: {'; '.join(ours)}."
+        )
+
+
+def aggregate_notes():
+    yield (
+        "Aggregates: bands are 95% intervals of a bootstrap over seeds, within each task (none with one seed). "
+        "IQM: interquartile mean over all runs; none of published curves, of which only the means are at hand."
+    )
+
+
+def describe(config):
+    """Action repeat, train ratio and size of a configuration, in words."""
+    repeat, ratio = config.get("action_repeat", "?"), config.get("train_ratio", math.nan)
+    return f"action repeat {repeat}, train ratio {ratio:g}, {size_name(config)}"
+
+
+def size_name(config):
+    """The preset of configs.yaml, size1m to size400m, that a configuration has, or how it is else known."""
+    presets = yaml12().load((ROOT / "configs.yaml").read_text())
+    ours = settings(config)
+    for name, preset in presets.items():
+        if name.startswith("size") and all(ours.get(key) == value for key, value in settings(preset).items()):
+            return name
+    return f"deter {ours.get('rssm.deter')}"
+
+
+def last_point(curve):
+    """The end of a curve in words."""
+    known = np.flatnonzero(~np.isnan(curve.value))
+    if not len(known):
+        return "no data"
+    i = known[-1]
+    spread = "" if np.isnan(curve.low[i]) else f" [{curve.low[i]:.4g}, {curve.high[i]:.4g}]"
+    return (
+        f"{curve.value[i]:.4g}{spread} at {curve.steps[i]:,.0f}, {curve.runs[i]} run{'s' if curve.runs[i] > 1 else ''}"
+    )
+
+
+# ---------------------------------------------------------------------------
+# Writing
+
+
+def write(panels, notes, out):
+    """Write OUT.png and OUT.csv; returns their paths."""
+    paths = [f"{out}.png", f"{out}.csv"]
+    figure = draw(panels, notes)
+    try:
+        figure.savefig(paths[0], dpi=150)
+        with open(paths[1], "w", newline="") as file:
+            write_table(panels, file)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}") from None
+    return paths
+
+
+def write_table(panels, file):
+    """One line per point. low, high: one standard deviation over seeds, or the 95% interval of an aggregate."""
+    table = csv.writer(file)
+    table.writerow(["panel", "unit", "curve", "published", "env_steps", "runs", "value", "low", "high"])
+    for (panel, unit), curves in panels.items():
+        for curve in curves:
+            points = zip(curve.steps, curve.runs, curve.value, curve.low, curve.high, strict=True)
+            for step, runs, *numbers in points:
+                shown = ["" if np.isnan(number) else f"{number:.6g}" for number in numbers]
+                table.writerow([panel, unit, curve.name, int(curve.published), int(step), runs, *shown])
+
+
+def draw(panels, notes):
+    """A figure with a panel for each entry of `panels`, one legend, and a caption."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    columns = min(4, math.ceil(math.sqrt(len(panels))))
+    rows = math.ceil(len(panels) / columns)
+    width = max(7.0, 4.0 * columns)
+    figure = Figure(figsize=(width, 3.0 * rows + 1.4), layout="constrained")
+    styles = make_styles(itertools.chain(*panels.values()))
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    handles = {}
+    for axes, ((heading, unit), curves) in zip(grid, panels.items(), strict=False):
+        # Ours come last, on top.
+        for curve in sorted(curves, key=lambda curve: not curve.published):
+            handles[curve.name] = draw_curve(axes, curve, styles[curve.name])
+        axes.set_title(heading, fontsize=10)
+        axes.set_xlabel(STEPS, fontsize=8)
+        axes.set_ylabel(unit, fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.set_xlim(left=0)
+        axes.grid(alpha=0.25, linewidth=0.5)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    names = [name for name in styles if name in handles]
+    lines = [handles[name] for name in names]
+    figure.legend(lines, names, loc="outside upper center", ncols=columns + 1, fontsize=8, frameon=False)
+    caption = " ".join(
+        ["Training episodes; lines of tasks are means over seeds, bands one standard deviation.", *notes]
+    )
+    figure.supxlabel("\n".join(textwrap.wrap(caption, int(17 * width))), fontsize=7, x=0.01, ha="left")
+    return figure
+
+
+def make_styles(curves):
+    """{name: keywords of `Axes.plot`}, in the order of the legend: ours, then the published."""
+    ours = dict.fromkeys(curve.name for curve in curves if not curve.published)
+    styles = {
+        name: {"color": colour, "linestyle": dashes, "marker": marker, "markersize": 3.5, "linewidth": 1.8}
+        for name, colour, dashes, marker in zip(ours, *map(itertools.cycle, OURS), strict=False)
+    }
+    published = {name: {"color": c, "linestyle": dashes, "linewidth": 1.4} for name, c, dashes in PUBLISHED.values()}
+    return styles | published
+
+
+def draw_curve(axes, curve, style):
+    """Draw line and band, across bins without data; returns the line."""
+    known = ~np.isnan(curve.value)
+    steps = curve.steps[known]
+    axes.fill_between(steps, curve.low[known], curve.high[known], color=style["color"], alpha=0.15, linewidth=0)
+    return axes.plot(steps, curve.value[known], **style)[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

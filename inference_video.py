@@ -1,0 +1,372 @@
+"""Watch trained agents play: one video per episode, their scores, and what their world model expected to see.
+
+    python3 inference_video.py --checkpoint ~/logdir/run/latest.pt --episodes 5 --output ./videos/
+
+The task and the model are those of the run's config.yaml, beside the checkpoint; any flag of dreamer.py overrides it.
+"""
+
+import argparse
+import contextlib
+import difflib
+import json
+import pathlib
+import signal
+import sys
+import tempfile
+
+import cv2
+import imageio.v2 as imageio
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from agent import Dreamer
+from agent import act_spec as spec_of_actions
+from checkpoint import checkpoint_file, load_checkpoint
+from config import CONFIGS, load_config
+from envs import make_env
+from exploration import Random
+from machine import choose_device, choose_dtype, prepare_cpu
+from tools import UserError, atomic_write, derive_seed, seed_everything
+
+FORMATS = {"mp4": ["mp4"], "gif": ["gif"], "both": ["mp4", "gif"]}
+SEEN, IMAGINED = (0, 114, 178), (230, 159, 0)  # borders: a blue and an orange that the colour-blind tell apart
+PANEL = 192  # least height of an open-loop panel in pixels
+BORDER = 6  # its width in pixels
+
+
+def main(argv=None):
+    """Run the command line; returns the exit status."""
+    try:
+        options, rest = parse(sys.argv[1:] if argv is None else argv)
+        with contextlib.ExitStack() as stack:
+            players = open_players(options, rest, stack)
+            summaries = film_players(players, options)
+    except UserError as error:
+        print(f"inference_video.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    report(summaries)
+    print(f"videos and scores.json: {options.output}")
+    return 0
+
+
+# ---------------------------------------------------------------------------
+# The command line
+
+
+class Parser(argparse.ArgumentParser):
+    """Its errors are a UserError of one line."""
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def parse(argv):
+    """The command line: own options, and the words left for dreamer.py's configuration."""
+    about, _, more = __doc__.partition("\n\n")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser("inference_video.py", None, about, more, formatter_class=raw, allow_abbrev=False)
+    add = parser.add_argument
+    add("--checkpoint", nargs="+", default=["none"], help="checkpoints or logdirs; none is the random agent")
+    add("--use-random-agent", action="store_true", help="let none act at random; without a checkpoint give --task")
+    add("--episodes", type=positive(int), default=5, help="episodes of each agent (5)")
+    add("--output", type=pathlib.Path, default=pathlib.Path("videos"), help="folder for what is written (videos)")
+    add("--format", choices=FORMATS, default="mp4", help="of the videos (mp4)")
+    add("--fps", type=positive(float), default=30, help="agent steps per second of video (30)")
+    add("--size", type=positive(int), nargs=2, metavar=("H", "W"), help="of the video (the environment's own)")
+    add("--mode", choices=["sample", "mode"], help="samples of the policy or its mode (the run's eval_mode)")
+    add("--openloop", action="store_true", help="also film truth | model | error, in turns seen and imagined")
+    add("--task", help="suite and task (the run's)")
+    add("--seed", help="of environments and agent (the run's)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
+    options, rest = parser.parse_known_args(argv)
+    for word in rest:
+        near = difflib.get_close_matches(word.partition("=")[0], parser._option_string_actions, 1, 0.8)
+        if word.startswith("--") and near:
+            parser.error(f"{word}: unknown flag, did you mean {near[0]}?")
+    for name in ("task", "seed", "device"):  # the configuration checks them
+        rest += [f"--{name}={vars(options)[name]}"] if vars(options)[name] is not None else []
+    if "none" in options.checkpoint and not options.use_random_agent:
+        parser.error("give --checkpoint PATH, or --use-random-agent and --task")
+    if options.use_random_agent and "none" not in options.checkpoint:
+        parser.error("--use-random-agent needs a --checkpoint none")
+    options.output = options.output.expanduser()
+    return options, rest
+
+
+def positive(kind):
+    """A reader of positive numbers."""
+
+    def read(text):
+        number = kind(text)
+        if not 0 < number < float("inf"):
+            raise ValueError
+        return number
+
+    read.__name__ = f"positive {kind.__name__}"  # argparse names it in its error
+    return read
+
+
+# ---------------------------------------------------------------------------
+# Agents and their environments
+
+
+class Player:
+    """An agent in an environment of its own.
+
+    Args:
+      name: a short unique name; path: its checkpoint, or None for the random agent.
+      config: the whole configuration; options: of the command line.
+    """
+
+    def __init__(self, name, path, config, options):
+        self.name, self.path, self.config, self.options = name, path, config, options
+        self.mode = options.mode or config.eval_mode
+        prepare_cpu(config.threads)
+        saved = load_checkpoint(path) if path else None
+        self.step = saved["counters"]["agent_steps"] * config.action_repeat if saved else None
+        self.env = make_env(config, "eval", 0)
+        try:
+            self.agent = self.build(saved["agent"]) if saved else None
+            self.random = Random(spec_of_actions(self.env.act_space), derive_seed(config.seed, 3))
+            if options.openloop and self.agent and not self.agent.obs_spec.images:
+                raise UserError(f"--openloop shows images, and the agent of {path} sees none")
+            self.env.reset()
+            self.frame()  # an environment that cannot be filmed says so before anything is written
+        except BaseException:
+            self.env.close()
+            raise
+
+    def build(self, saved):
+        device = choose_device(self.config.device)
+        dtype = choose_dtype(self.config.precision, device)
+        agent = Dreamer(self.env.obs_space, self.env.act_space, self.config, device, dtype)
+        try:
+            agent.load(saved)
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from None
+        return agent
+
+    def act(self, obs, memory):
+        """An action {key: (width,)} for one observation, and what to remember."""
+        if self.agent:
+            return self.agent.act(obs, memory, self.mode)
+        actions, _ = self.random.act({"is_first": obs["is_first"][None]})
+        return {key: value[0] for key, value in actions.items()}, None
+
+    def frame(self):
+        """The environment as people see it, uint8 (H, W, 3)."""
+        size = self.options.size
+        image = as_rgb(self.env.render(size))
+        if size and image.shape[:2] != tuple(size):
+            shrinks = image.shape[0] > size[0]
+            image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+        return image
+
+
+def open_players(options, rest, stack):
+    """A Player for each checkpoint, all checked before the first one plays; `stack` closes them."""
+    paths = [None if text == "none" else checkpoint_file(text) for text in options.checkpoint]
+    known = [path for path in paths if path]
+    players = []
+    for index, path in enumerate(paths):
+        run = path or (known[0] if known else None)  # a random agent plays what the others play
+        if path and not path.is_file():
+            raise UserError(f"{path}: no such checkpoint")
+        config = load_config([*(["--config", str(run.parent / "config.yaml")] if run else []), *rest], CONFIGS)
+        if "task" not in config.explicit:
+            raise UserError("a random agent without a checkpoint beside it needs --task")
+        label = "random" if not path else path.resolve().parent.name if path.stem == "latest" else path.stem
+        name = f"{index}_{label}" if len(paths) > 1 else label
+        players.append(Player(name, path, config, options))
+        stack.callback(players[-1].env.close)
+    return players
+
+
+# ---------------------------------------------------------------------------
+# Playing on film
+
+
+def film_players(players, options):
+    """Play and film all episodes of all players; several get a subfolder each. Returns [summary]."""
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+        summaries = []
+        with tqdm(total=options.episodes * len(players), unit="episode", mininterval=0.5, miniters=0) as bar:
+            for player in players:
+                folder = options.output / player.name if len(players) > 1 else options.output
+                folder.mkdir(exist_ok=True)
+                summaries.append(film_player(player, folder, options, bar))
+                write_json(folder / "scores.json", summaries[-1])
+        if len(players) > 1:
+            write_json(options.output / "scores.json", summaries)
+        return summaries
+    except OSError as error:
+        raise UserError(f"--output {options.output}: {error.strerror or error}") from None
+
+
+def film_player(player, folder, options, bar):
+    """All episodes of one player; returns its summary."""
+    seed_everything(player.config.seed)
+    scores, lengths, videos = [], [], []
+    for index in range(options.episodes):
+        # A video is renamed when it is whole, for its name tells the score; what is not whole goes with the scratch.
+        with tempfile.TemporaryDirectory(prefix=".", dir=folder) as scratch, contextlib.ExitStack() as stack:
+            films = Films(pathlib.Path(scratch), options, stack)
+            score, length = play(player, films, bar)
+            stack.close()  # ends the files
+            stem = f"episode_{index:03d}"
+            videos += films.publish(folder, {"": f"{stem}_score_{score:.1f}", "openloop": f"{stem}_openloop"})
+        scores.append(score)
+        lengths.append(length)
+        bar.update()
+    return {
+        "agent": player.name,
+        "checkpoint": str(player.path) if player.path else None,
+        "step": player.step,
+        "task": player.config.task,
+        "seed": player.config.seed,
+        "mode": player.mode if player.agent else "random",
+        "episodes": len(scores),
+        "mean": float(np.mean(scores)),
+        "std": float(np.std(scores)),
+        "min": min(scores),
+        "max": max(scores),
+        "scores": scores,
+        "lengths": lengths,
+        "videos": videos,
+    }
+
+
+def play(player, films, bar):
+    """One episode on film; returns the sum of its rewards and the number of agent steps."""
+    obs, memory = player.env.reset(), None
+    actions = {key: np.zeros(width, np.float32) for key, width in player.random.spec.widths.items()}
+    open_loop = OpenLoop(player.agent, player.config.batch_length, films)
+    score, length, filming = 0.0, 0, player.options.openloop and player.agent
+    while True:
+        films.add("", player.frame())
+        if filming:
+            open_loop.add(obs, actions, memory)
+        if obs["is_last"]:
+            break
+        actions, memory = player.act(obs, memory)
+        obs = player.env.step(actions)
+        score, length = score + float(obs["reward"]), length + 1
+        bar.set_postfix(agent=player.name, step=length, score=f"{score:.1f}", refresh=False)
+        bar.update(0)  # redraws, if it is time to
+    if filming:
+        open_loop.flush()
+    return score, length
+
+
+class Films:
+    """The videos of an episode while they are made: {name: a file for each format}.
+
+    Args:
+      scratch: folder for files not yet whole; options: of the command line; stack: closes them.
+    """
+
+    def __init__(self, scratch, options, stack):
+        self.scratch, self.options, self.stack = scratch, options, stack
+        self.files = {}
+
+    def add(self, name, frame):
+        """Append a frame, uint8 (H, W, 3), to the video `name`: "" or "openloop/<key>"."""
+        if name not in self.files:
+            paths = [self.scratch / f"{len(self.files)}.{kind}" for kind in FORMATS[self.options.format]]
+            self.files[name] = [(path, self.stack.enter_context(open_video(path, self.options.fps))) for path in paths]
+        height, width, _ = frame.shape
+        even = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), "edge")  # H.264 halves the colours' size
+        for path, writer in self.files[name]:
+            writer.append_data(even if path.suffix == ".mp4" else frame)
+
+    def publish(self, folder, stems):
+        """Rename the finished files; `stems` says how each kind of video shall be called. Returns their names."""
+        names = []
+        for name, files in self.files.items():
+            kind, *key = name.split("/")
+            for path, _ in files:
+                names.append("_".join([stems[kind], *key]) + path.suffix)
+                path.replace(folder / names[-1])
+        return names
+
+
+def open_video(path, fps):
+    """A writer of frames, one by one. GIFs come to disk when they are closed, for all frames share their palette."""
+    if path.suffix == ".gif":
+        return imageio.get_writer(path, mode="I", duration=1000 / fps, loop=0)
+    return imageio.get_writer(path, fps=fps, macro_block_size=1, ffmpeg_log_level="error")
+
+
+class OpenLoop:
+    """Films truth | model | error of an episode, in chunks of `length` steps.
+
+    In the first half of a chunk the model reconstructs what it sees (blue borders), in the second it knows the
+    actions alone (orange borders). Each chunk begins with what the agent remembers there.
+    """
+
+    def __init__(self, agent, length, films):
+        self.agent, self.length, self.films = agent, length, films
+        self.steps, self.state = [], None
+
+    def add(self, obs, actions, memory):
+        """obs: of one environment; actions: {key: (width,)} that led to it; memory: before it."""
+        if not self.steps:
+            self.state = (memory or self.agent.initial(1))[0]
+        self.steps.append({key: obs[key] for key in [*self.agent.world.keys, "reward", "is_first"]} | actions)
+        if len(self.steps) == self.length:
+            self.flush()
+
+    def flush(self):
+        """Film the steps so far, if they are enough for something seen and something imagined."""
+        steps, self.steps = self.steps, []
+        if len(steps) < 2:
+            return
+        batch = {key: torch.as_tensor(np.stack([step[key] for step in steps]))[None] for key in steps[0]}
+        batch = {key: value.to(self.agent.device) for key, value in batch.items()}
+        for key, video in self.agent.open_loop(batch, self.state).items():
+            for time, rows in enumerate(video):  # (3 H, W, C)
+                color = SEEN if time < len(steps) // 2 else IMAGINED
+                panels = [panel(image, color) for image in np.split(rows, 3)]
+                self.films.add(f"openloop/{key}", np.concatenate(panels, 1))
+
+
+def panel(image, color):
+    """An image (H, W, C), enlarged by a whole number, with a border."""
+    factor = max(1, PANEL // image.shape[0])
+    image = as_rgb(image).repeat(factor, 0).repeat(factor, 1)
+    return cv2.copyMakeBorder(image, *[BORDER] * 4, cv2.BORDER_CONSTANT, value=color)
+
+
+def as_rgb(image):
+    """uint8 (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) -> (H, W, 3)"""
+    image = image.reshape(*image.shape[:2], -1)
+    return np.ascontiguousarray(image.repeat(3, -1) if image.shape[-1] == 1 else image[..., :3])
+
+
+# ---------------------------------------------------------------------------
+# What is told at the end
+
+
+def write_json(path, content):
+    atomic_write(path, lambda file: file.write(json.dumps(content, indent=2).encode() + b"\n"))
+
+
+def report(summaries):
+    """Print a table, a line for each agent."""
+    wide = max(len(summary["agent"]) for summary in summaries)
+    print(f"{'agent':{wide}}  {'step':>11}  episodes  {'mean':>8}  {'std':>8}  {'min':>8}  {'max':>8}  length")
+    for summary in summaries:
+        step = "-" if summary["step"] is None else f"{summary['step']:,}"
+        numbers = "  ".join(f"{summary[name]:8.1f}" for name in ("mean", "std", "min", "max"))
+        lengths = summary["lengths"]
+        span = f"{np.mean(lengths):.1f} ({min(lengths)} to {max(lengths)})"
+        print(f"{summary['agent']:{wide}}  {step:>11}  {summary['episodes']:8}  {numbers}  {span}")
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C, with nothing half-written
+    sys.exit(main())
