@@ -7,6 +7,7 @@ type, and any mistake, also one in a preset that nobody asked for, is a `tools.U
 import contextlib
 import difflib
 import functools
+import pathlib
 import re
 from typing import NamedTuple
 
