@@ -142,9 +142,9 @@ class Worker:
 
 @contextlib.contextmanager
 def _interrupts_blocked():
-    """What starts within never sees Ctrl-C or a request to end, not even while it imports: its parent ends it."""
+    """What starts within never sees Ctrl-C, not even while it imports: the parent ends it in good order."""
     resource_tracker.ensure_running()  # its start, at that of the first process, would unblock them
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:

@@ -15,8 +15,8 @@ from tests.golden import LOSSES, TOLERANCE, Golden, compare, make_config, make_s
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted((ROOT / "tests" / "data").glob("*.npz"))
 GROUPS = {
-    "tokens", "latents", "heads", "norms", "core", "losses", "imagination", "normaliser", "gradients", "optimizer",
-    "metrics", "slow critic",
+    "tokens", "latents", "heads", "norms", "core", "losses", "replay", "imagination", "normaliser", "gradients",
+    "optimizer", "metrics", "slow critic",
 }  # fmt: skip
 MATHS = {
     "symlog", "symexp", "silu", "twohot", "lambda_return", "normalize", "percentile", "binary", "categorical",
@@ -171,7 +171,8 @@ class Writer:
     def __init__(self, j):
         torch.manual_seed(0)
         self.json, self.data = j, {"config_json": json.dumps(j)}
-        spaces = [{key: make_space(entry) for key, entry in j[name].items()} for name in ("obs_space", "act_space")]
+        kinds = ("obs_space", "act_space")
+        spaces = [{key: make_space(entry, None) for key, entry in j[name].items()} for name in kinds]
         self.agent = Dreamer(*spaces, make_config(j))
         self.classes = self.agent.act_spec.classes
         with torch.no_grad():
@@ -193,6 +194,7 @@ class Writer:
         losses, states, outs = self.agent.loss(self.inputs, self.state, imagine=self.imagine)
         self.observation(states)
         self.imagination(outs)
+        self.replay(states, outs["ret"][0].view(self.inputs["reward"].shape))
         self.losses(losses)
         self.learn(losses)
         np.savez(path, **{key: np.asarray(value) for key, value in self.data.items()})
@@ -277,6 +279,11 @@ class Writer:
         policy = self.agent.behavior.actor(feature(self.imagined)[:-1])
         for key, part in zip("abc", policy.parts, strict=True):
             self.put("img/ent", **{key: part.entropy().T})
+        self.put("img", deter=self.imagined.deter.transpose(0, 1))
+        policy = self.agent.behavior.actor(feature(self.imagined).transpose(0, 1))
+        for key, part in zip("abc", policy.parts, strict=True):
+            kinds = {"logits": cat_logits(part)} if key in self.classes else {"mean": part.mean, "stddev": part.stddev}
+            self.put(f"img/policy/{key}", **kinds)
         offset, scale, ret = outs["ret_offset"], outs["ret_scale"], outs["ret"]
         normed = (ret - offset) / scale
         self.put("img", roffset=offset, rscale=scale)
@@ -284,6 +291,12 @@ class Writer:
         self.put("metric", tar=ret.mean(), ret=normed.mean(), ret_min=normed.min(), ret_max=normed.max())
         self.put("metric", ret_rate=(normed.abs() >= 1).float().mean())
         self.put("metric", adv_std=outs["adv"].numpy().std(), adv_mag=outs["adv"].abs().mean())
+        self.put("metric", adv=outs["adv"].mean())
+
+    def replay(self, states, boot):
+        behavior, feat = self.agent.behavior, feature(states)
+        _, ret = behavior.replay_loss(states, self.inputs, boot)
+        self.put("rep", boot=boot, ret=ret, val=behavior.critic(feat).mode(), slowval=behavior.slow(feat).mode())
 
     def losses(self, losses):
         losses = {LOSSES.get(name, name): loss for name, loss in losses.items()}
