@@ -305,9 +305,7 @@ class Run:
         envs, config = self.eval_envs, self.config
         quota = np.array([len(part) for part in np.array_split(np.arange(config.eval_episode_num), len(envs))])
         scores, lengths, done = [], [], np.zeros(len(envs), int)
-        frames = {
-            key: [] for key in self.agent.obs_spec.images
-        }  # what the first environment's first episode looks like
+        frames = {key: [] for key in self.agent.obs_spec.images}  # of the first environment's first episode
         obs, memory, returns = envs.reset(), None, np.zeros(len(envs))
         actions = self.no_action(len(envs))
         while (done < quota).any() and not self.stopped:

@@ -115,7 +115,7 @@ class RMSNorm(nn.Module):
 
 
 class NormSiLU(torch.autograd.Function):
-    """silu(x / rms(x) * scale) with the gradient written out: a third of the passes over memory that autograd takes."""
+    """silu(x / rms(x) * scale) with the gradient written out, in fewer passes over memory than autograd takes."""
 
     @staticmethod
     def forward(ctx, x, scale):
@@ -155,7 +155,8 @@ class MLP(nn.Sequential):
 class MaxPool(torch.autograd.Function):
     """2x2 maximum of (N, H, W, C), where equal maxima share the gradient evenly.
 
-    PyTorch's pooling gives all of it to the first of them; its `amax` shares it, but takes three times as long.
+    PyTorch's pooling gives all of it to the first of them; its `amax` shares it, but is
+    slow on CPU.
     """
 
     @staticmethod

@@ -78,16 +78,6 @@ class Every:
         self.next = state["next"]
 
 
-class Until:
-    """True while `step` is below `until`; 0 or less means always."""
-
-    def __init__(self, until):
-        self.until = until
-
-    def __call__(self, step):
-        return self.until <= 0 or step < self.until
-
-
 class Ratio:
     """How many times to act so that the total is floor(ratio * steps), exactly, however the calls fall."""
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tools
-from tools import Every, Ratio, Until, atomic_save, atomic_write, derive_seed, lambda_return, symexp, symlog
+from tools import Every, Ratio, atomic_save, atomic_write, derive_seed, lambda_return, symexp, symlog
 
 # ---------------------------------------------------------------------------
 # Mathematics
@@ -65,11 +65,6 @@ def test_every_goes_on_from_its_state():
     clock(17)
     other.load_state_dict(clock.state_dict())
     assert [other(19), other(20)] == [False, True]
-
-
-def test_until():
-    assert [Until(5)(step) for step in (0, 4, 5)] == [True, True, False]
-    assert Until(0)(10**9)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 1 / 3, 0.5, 1.0, 2.3])
