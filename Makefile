@@ -19,11 +19,13 @@ test: .venv/test
 	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.venv/test: requirements.txt requirements/dmc.txt requirements/plots.txt requirements/wandb.txt requirements/test.txt
+# Everything that a test needs: the core and each group under requirements/, procgen without what it asks for.
+GROUPS := $(filter-out requirements/procgen.txt, $(wildcard requirements/*.txt))
+
+.venv/test: requirements.txt requirements/procgen.txt $(GROUPS)
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --disable-pip-version-check \
-	  -r requirements.txt -r requirements/dmc.txt -r requirements/plots.txt \
-	  -r requirements/wandb.txt -r requirements/test.txt
+	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt $(addprefix -r ,$(GROUPS))
+	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements/procgen.txt
 	touch .venv/core $@
 
 clean:

@@ -7,9 +7,11 @@ import torch.nn as nn
 
 from distributions import one_hot
 from encoders import ObsSpec
-from models import ImagBehavior, WorldModel
+from exploration import Plan2Explore, perturb
+from models import ImagBehavior, WorldModel, behavior_metrics, frozen
 from networks import ActionSpec, State, feature
-from optim import LaProp
+from optim import Adams, LaProp
+from planner import CEM
 from tools import UserError
 
 
@@ -56,50 +58,84 @@ class Dreamer(nn.Module):
         self.act_spec = act_space if isinstance(act_space, ActionSpec) else act_spec(act_space)
         check_sizes(self.obs_spec, config)
         self.world = WorldModel(self.obs_spec, self.act_spec, config, dtype)
-        self.behavior = ImagBehavior(self.world.feat_size, self.act_spec, config)
+        self.behavior = self.make_behavior(config)
+        self.explorer = self.make_explorer(config) if config.expl_behavior == "plan2explore" else None
+        self.expl_noise = config.expl_noise
         self.to(self.device)
-        trained = ((name, param) for name, param in self.named_parameters() if param.requires_grad)
-        self.opt = LaProp(trained, **config.opt.to_dict())
+        trained = [(name, param) for name, param in self.named_parameters() if param.requires_grad]
+        self.opt = LaProp(trained, **config.opt.to_dict()) if config.optimizer == "laprop" else Adams(trained, config)
         self.scales = config.loss_scales.to_dict()
-        self.latent_size = config.rssm.deter, (config.rssm.stoch, config.rssm.classes)
+        sizes = config.rssm.deter, (config.rssm.stoch, config.rssm.classes)
+        self.latent_size = sizes if config.replay_context else None
+
+    def make_behavior(self, config):
+        if config.behavior == "cem":
+            return CEM(self.act_spec, config.cem)
+        return ImagBehavior(self.world.feat_size, self.act_spec, config, replayed=config.loss_scales.repval > 0)
+
+    def make_explorer(self, config):
+        behavior = ImagBehavior(self.world.feat_size, self.act_spec, config, replayed=False)
+        rssm = self.world.rssm
+        sizes = {"stoch": rssm.latent.size, "deter": rssm.deter, "feat": self.world.feat_size}
+        sizes["embed"] = self.world.encoder.size
+        return Plan2Explore(sizes, self.world.feat_size, self.act_spec.size, config, behavior)
 
     def compile(self):
         """Compile what an update spends its time in: one step of each scan, and the behaviour's loss.
 
         The scans themselves stay Python loops, whose compilation would take minutes. Acting stays as it is written.
         """
-        rssm, behavior = self.world.rssm, self.behavior
+        rssm = self.world.rssm
         rssm.observe_step = torch.compile(rssm.observe_step, dynamic=False)
         rssm.imagine_step = torch.compile(rssm.imagine_step, dynamic=False)
-        behavior.policy = torch.compile(behavior.policy, dynamic=False)
-        behavior.loss = torch.compile(behavior.loss, dynamic=False)
+        self.behavior.compile()
+        if self.explorer:
+            self.explorer.behavior.compile()
 
     # -- learning
 
     def loss(self, batch, state, noise=None, imagine=None):
-        """The one loss of world model, actor and critic.
+        """The one loss of world model, actor and critic, and of the explorer if there is one.
 
         Args:
           batch: {key: (B, T, ...)} tensors on the agent's device; state: State (B, ...) before the first step.
           noise: (B, T, S) for the posterior draws, or None.
           imagine: function (world, start State (N, ...)) -> imagined states and actions; the policy's own if None.
-        Returns: {name: unreduced loss}, the posterior State (B, T, ...), {name: tensor} for metrics.
+        Returns: {name: unreduced loss}, the posterior State (B, T, ...), {name: tensor} of what came up on the way.
         """
         lead = batch["reward"].shape
-        batch = {**batch, "action": self.join_actions(batch)}
-        losses, states, metrics = self.world.loss(batch, state, noise)
+        batch = self.world.preprocess({**batch, "action": self.join_actions(batch)})
+        losses, states, outs = self.world.loss(batch, state, noise)
         assert all(loss.shape == lead for loss in losses.values()), (lead, {k: v.shape for k, v in losses.items()})
-        start = states.map(lambda x: x.detach().flatten(0, 1))
-        with torch.no_grad():
-            imagined, actions = (imagine or self.behavior.imagine)(self.world, start)
-        behavior, outs = self.behavior.loss(self.world, imagined, actions, lambda feat: self.world.reward(feat).mode())
-        losses.update({name: loss.mean(0).view(lead) for name, loss in behavior.items()})
-        losses["repval"], _ = self.behavior.replay_loss(states, batch, outs["ret"][0].view(lead))
-        return losses, states, {**metrics, **outs}
+        behavior, imagined = self.behavior.losses(self.world, states, batch, self.task_reward, imagine)
+        losses, outs = losses | behavior, outs | imagined
+        if self.explorer:
+            explorer, outs["explorer"] = self.explorer_losses(states, batch, outs["embed"])
+            losses |= explorer
+        return losses, states, outs
+
+    def task_reward(self, feat, actions):
+        """The reward head's prediction for features (H + 1, N, F): (H + 1, N)."""
+        return self.world.reward(feat).mode()
+
+    def explorer_losses(self, states, batch, embed):
+        """Losses of the explorer, its behaviour's by names that begin with expl_, and what it imagined."""
+        feat = feature(states)
+        targets = {"stoch": states.stoch.flatten(2), "deter": states.deter, "feat": feat, "embed": embed}
+        target = targets[self.explorer.target]
+        disag = self.explorer.ensemble_loss(feat, batch["action"], target, batch["is_first"])
+        reward = self.explorer.reward(self.task_reward)
+        with frozen(self.explorer.ensemble):
+            losses, outs = self.explorer.behavior.losses(self.world, states, batch, reward)
+        return {"disag": disag, **{f"expl_{name}": loss for name, loss in losses.items()}}, outs
 
     def reduce(self, losses):
         """{name: loss} -> their weighted sum of means, 0-d."""
-        return sum(self.scales.get(name, self.scales["rec"]) * loss.mean() for name, loss in losses.items())
+        return sum(self.scale(name) * loss.mean() for name, loss in losses.items())
+
+    def scale(self, name):
+        """The weight of a loss; the explorer's policy and value weigh as much as the task's."""
+        return self.scales.get(name.removeprefix("expl_"), self.scales["rec"])
 
     def update(self, batch, state):
         """One gradient step on a batch (see `loss`).
@@ -111,23 +147,27 @@ class Dreamer(nn.Module):
         total = self.reduce(losses)
         total.backward()
         metrics = self.opt.step()
-        self.behavior.update_slow()
-        metrics.update({f"{name}_loss": loss.detach().mean() for name, loss in losses.items()})
-        metrics.update(summarize(outs), loss=total.detach())
-        observed = [*self.obs_spec.images, *self.obs_spec.vectors, "reward", "cont", "dyn", "rep"]
-        metrics["model_loss"] = sum(
-            self.scales.get(name, self.scales["rec"]) * metrics[f"{name}_loss"] for name in observed
-        )
+        for behavior in [self.behavior, *([self.explorer.behavior] if self.explorer else [])]:
+            behavior.update_slow()
+        metrics |= summarize(outs)
+        metrics |= {f"{name}_loss": loss.detach().mean() for name, loss in losses.items()}
+        metrics["loss"] = total.detach()
+        observed = {*self.obs_spec.images, *self.obs_spec.vectors, "reward", "cont", "dyn", "rep"}
+        metrics["model_loss"] = sum(self.scale(name) * metrics[f"{name}_loss"] for name in losses if name in observed)
         return states.map(torch.Tensor.detach), metrics
 
     def batch(self, arrays):
         """A batch of the replay as tensors on the device, and the state that its context step lends.
 
         Args:
-          arrays: {key: (B, T + 1, ...)} with latents `deter` and `stoch`.
+          arrays: {key: (B, T + 1, ...)} with latents `deter` and `stoch`, or {key: (B, T, ...)} without, in which case
+            every sequence starts from the initial state.
         Returns: {key: (B, T, ...)}, State (B, ...).
         """
         tensors = {key: torch.from_numpy(value).to(self.device, non_blocking=True) for key, value in arrays.items()}
+        if not self.latent_size:
+            tensors["is_first"][:, 0] = True
+            return tensors, self.world.rssm.initial(len(tensors["is_first"]), self.device, self.dtype)
         deter, stoch = tensors.pop("deter")[:, 0], tensors.pop("stoch")[:, 0]
         stoch = one_hot(stoch, self.latent_size[1][1])
         known = deter.any(-1)[:, None, None]  # a step that no agent has seen has no latent: the initial state then
@@ -164,7 +204,7 @@ class Dreamer(nn.Module):
 
     @torch.compiler.set_stance("force_eager")
     @torch.no_grad()
-    def act(self, obs, memory=None, mode="sample"):
+    def act(self, obs, memory=None, mode="sample", explore=False):
         """Choose actions for a batch of environments, or for a single one.
 
         Args:
@@ -172,22 +212,24 @@ class Dreamer(nn.Module):
             episode starts; left out, one starts everywhere if `memory` is None, and nowhere else.
           memory: what the last call returned, or None.
           mode: "sample" or "mode" of the policy.
+          explore: act to collect data: by the explorer's policy, if there is one, and with exploration noise.
         Returns: {key: (N, width) or (width,)} float32 arrays, the new memory.
         """
         if self.is_single(obs):
-            actions, memory = self.act({key: np.asarray(value)[None] for key, value in obs.items()}, memory, mode)
+            obs = {key: np.asarray(value)[None] for key, value in obs.items()}
+            actions, memory = self.act(obs, memory, mode, explore)
             return {key: value[0] for key, value in actions.items()}, memory
         if "is_first" not in obs:
             obs = {**obs, "is_first": np.full(len(obs[self.world.keys[0]]), memory is None)}
         state, action = memory or self.initial(len(obs["is_first"]))
         batch = {key: torch.as_tensor(obs[key], device=self.device)[:, None] for key in [*self.world.keys, "is_first"]}
-        states, _ = self.world.rssm.observe(self.world.encode(batch), action[:, None], batch["is_first"], state)
+        embed = self.world.encode(self.world.preprocess(batch))
+        states, _ = self.world.rssm.observe(embed, action[:, None], batch["is_first"], state)
         state = states.map(lambda x: x[:, 0])
-        policy = self.behavior.actor(feature(state))
-        if mode == "mode":
-            action = policy.mode()
-        else:
-            action = policy.sample(self.behavior.actor.noise(state.deter.shape[:1], self.device))
+        behavior = self.explorer.behavior if explore and self.explorer else self.behavior
+        action = behavior.act(self.world, state, mode)
+        if explore and self.expl_noise:
+            action = perturb(action, self.act_spec, self.expl_noise)
         parts = action.cpu().split(list(self.act_spec.widths.values()), -1)
         return {key: part.numpy() for key, part in zip(self.act_spec.widths, parts, strict=True)}, (state, action)
 
@@ -202,7 +244,9 @@ class Dreamer(nn.Module):
         return axes == len(self.obs_spec.images.get(key) or self.obs_spec.vectors[key])
 
     def latents(self, memory):
-        """What the replay stores of the state in `memory`: a list of (deter, stoch) for each environment."""
+        """What the replay stores of the state in `memory`: for each environment (deter, stoch), or None."""
+        if not self.latent_size:
+            return [None] * len(memory[1])
         return list(zip(*self.compress(memory[0]), strict=True))
 
     # -- saving
@@ -253,31 +297,16 @@ def differences(theirs, ours):
 
 @torch.no_grad()
 def summarize(outs):
-    """Metrics of an update: means of the imagined and observed quantities, 0-d tensors."""
-    ret = (outs["ret"] - outs["ret_offset"]) / outs["ret_scale"]
-    return {
-        "kl": outs["kl"].mean(),
-        "post_ent": outs["post_ent"].mean(),
-        "prior_ent": outs["prior_ent"].mean(),
-        "actor_entropy": outs["entropy"].mean(),
-        "adv": outs["adv"].mean(),
-        "adv_std": outs["adv"].std(correction=0),
-        "adv_mag": outs["adv"].abs().mean(),
-        "imag_reward": outs["reward"].mean(),
-        "imag_cont": outs["cont"].mean(),
-        "imag_return": outs["ret"].mean(),
-        "imag_return_norm": ret.mean(),
-        "imag_return_min": ret.min(),
-        "imag_return_max": ret.max(),
-        "imag_return_rate": (ret.abs() >= 1).float().mean(),
-        "imag_value": outs["value"].mean(),
-        "imag_slow_value": outs["slow"].mean(),
-        "imag_weight": outs["weight"].mean(),
-        "return_scale": outs["ret_scale"],
-    }
+    """Metrics of an update, 0-d tensors."""
+    metrics = {name: outs[name].mean() for name in ("kl", "post_ent", "prior_ent")}
+    if "ret" in outs:
+        metrics |= behavior_metrics(outs)
+    if "explorer" in outs:
+        metrics |= {f"expl_{name}": value for name, value in behavior_metrics(outs["explorer"]).items()}
+    return metrics
 
 
-RESERVED = {"policy", "value", "repval", "cont", "dyn", "rep", "deter", "stoch"}
+RESERVED = {"policy", "value", "repval", "cont", "dyn", "rep", "deter", "stoch", "disag", "expl_policy", "expl_value"}
 
 
 def check_sizes(spec, config):
@@ -286,6 +315,10 @@ def check_sizes(spec, config):
         raise UserError(f"the environment calls an observation {key}, which is the name of a loss or a latent here")
     factor = 2 ** len(config.encoder.mults)
     for key, shape in spec.images.items():
+        if config.decoder.cnn == "valid" and (shape[:2] != (64, 64) or len(config.decoder.mults) != 4):
+            raise UserError(
+                f"image {key} is {shape[0]}x{shape[1]}: --decoder.cnn valid draws 64x64, in 4 stages, alone"
+            )
         if shape[0] % factor or shape[1] % factor:
             raise UserError(f"image {key} is {shape[0]}x{shape[1]}: --size must be a multiple of {factor}")
     if config.rssm.deter % config.rssm.blocks:

@@ -6,6 +6,7 @@ compiled or captured, and recorded draws can be replayed. Everything here is com
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -132,22 +133,27 @@ class Classes(MultiOneHot):
         return super().log_prob(one_hots(value, self.classes))
 
 
-class BoundedNormal:
-    """Diagonal normal over the last axis: mean tanh(m), stddev (max - min) sigmoid(s + 2) + min, not squashed.
+HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+
+
+class Normal:
+    """Diagonal normal over the last axis.
 
     Args:
-      mean, stddev: (..., A) raw network outputs.
-      min_std, max_std: bounds of the standard deviation.
+      mean, stddev: (..., n)
     """
 
-    def __init__(self, mean, stddev, min_std, max_std):
-        self.mean = mean.float().tanh()
-        self.stddev = (max_std - min_std) * torch.sigmoid(stddev.float() + 2) + min_std
+    def __init__(self, mean, stddev):
+        self.mean, self.stddev = mean, stddev
 
     @staticmethod
     def noise(shape, device=None):
         """Noise for `sample`: standard normal variables of the sample's shape."""
         return torch.randn(shape, device=device)
+
+    def detach(self):
+        """The same distribution without gradient."""
+        return Normal(self.mean.detach(), self.stddev.detach())
 
     def sample(self, noise):
         return self.mean + self.stddev * noise
@@ -157,10 +163,96 @@ class BoundedNormal:
 
     def log_prob(self, value):
         z = (value - self.mean) / self.stddev
-        return (-0.5 * z.square() - self.stddev.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
+        return (-0.5 * z.square() - self.stddev.log() - HALF_LOG_2PI).sum(-1)
 
     def entropy(self):
-        return (self.stddev.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+        return (self.stddev.log() + 0.5 + HALF_LOG_2PI).sum(-1)
+
+    def kl(self, other):
+        """KL(self || other) in nats (...)."""
+        ratio = (self.stddev / other.stddev).square()
+        distance = ((self.mean - other.mean) / other.stddev).square()
+        return 0.5 * (ratio + distance - 1 - ratio.log()).sum(-1)
+
+
+class BoundedNormal(Normal):
+    """Actions of DreamerV3: mean tanh(m), stddev (max - min) sigmoid(s + 2) + min, samples not squashed.
+
+    Args:
+      mean, stddev: (..., A) raw network outputs.
+      min_std, max_std: bounds of the standard deviation.
+    """
+
+    def __init__(self, mean, stddev, min_std, max_std):
+        stddev = (max_std - min_std) * torch.sigmoid(stddev.float() + 2) + min_std
+        super().__init__(mean.float().tanh(), stddev)
+
+
+class TruncatedNormal(Normal):
+    """Actions of DreamerV2: a normal cut to [-1, 1], mean tanh(m), stddev max sigmoid(s / max) + min before the cut.
+
+    Args: as for BoundedNormal.
+    """
+
+    def __init__(self, mean, stddev, min_std, max_std):
+        super().__init__(mean.float().tanh(), max_std * torch.sigmoid(stddev.float() / max_std) + min_std)
+        self.low, self.high = (-1 - self.mean) / self.stddev, (1 - self.mean) / self.stddev
+        self.below = torch.special.ndtr(self.low)
+        self.inside = (torch.special.ndtr(self.high) - self.below).clamp(min=1e-6)
+
+    @staticmethod
+    def noise(shape, device=None):
+        """Noise for `sample`: uniform variables of the sample's shape."""
+        return torch.rand(shape, device=device)
+
+    def sample(self, noise):
+        """By inverting the cumulative distribution, which keeps the gradient; just inside the bounds."""
+        z = torch.special.ndtri((self.below + noise * self.inside).clamp(1e-6, 1 - 1e-6))
+        value = self.mean + self.stddev * z
+        return value + (value.clamp(-1 + 1e-6, 1 - 1e-6) - value).detach()
+
+    def log_prob(self, value):
+        return super().log_prob(value) - self.inside.log().sum(-1)
+
+    def entropy(self):
+        edges = [z * torch.exp(-0.5 * z.square() - HALF_LOG_2PI) for z in (self.low, self.high)]
+        return super().entropy() + (self.inside.log() + (edges[0] - edges[1]) / (2 * self.inside)).sum(-1)
+
+
+class TanhNormal(Normal):
+    """Actions of Dreamer: tanh of a normal with mean 5 tanh(m / 5), stddev softplus(s + c) + min, c so that s = 0
+    gives max + min.
+
+    Args: as for BoundedNormal.
+    """
+
+    # Nodes of Gaussian quadrature and their weights.
+    NODES = list(zip(*(x.tolist() for x in np.polynomial.hermite_e.hermegauss(15)), strict=True))
+
+    def __init__(self, mean, stddev, min_std, max_std):
+        start = math.log(math.expm1(max_std))
+        super().__init__(5 * torch.tanh(mean.float() / 5), F.softplus(stddev.float() + start) + min_std)
+
+    def sample(self, noise):
+        return torch.tanh(super().sample(noise))
+
+    def mode(self):
+        """The median: the likeliest action has no closed form."""
+        return torch.tanh(self.mean)
+
+    def log_prob(self, value):
+        z = torch.atanh(value.clamp(-1 + 1e-6, 1 - 1e-6))
+        return super().log_prob(z) - log_slope_of_tanh(z).sum(-1)
+
+    def entropy(self):
+        """The normal's and the mean log-slope of tanh, by quadrature."""
+        slopes = (weight * log_slope_of_tanh(self.mean + self.stddev * node) for node, weight in self.NODES)
+        return super().entropy() + sum(slopes).sum(-1) / math.sqrt(2 * math.pi)
+
+
+def log_slope_of_tanh(x):
+    """log(1 - tanh(x)^2), exact also where tanh is 1."""
+    return 2 * (math.log(2) - x - F.softplus(-2 * x))
 
 
 class Joint:
@@ -230,6 +322,33 @@ class TwoHot:
         return share * picked[..., 0] + (1 - share) * picked[..., 1]
 
 
+class SymlogTwoHot(TwoHot):
+    """The two-hot of DreamerV3's 2023 form: bins evenly spaced in symlog space, where target and mean are taken."""
+
+    def mode(self):
+        return symexp(super().mode())
+
+    def log_prob(self, value):
+        return super().log_prob(symlog(value))
+
+
+class UnitNormal:
+    """A number predicted with unit variance.
+
+    Args:
+      mean: (..., 1)
+    """
+
+    def __init__(self, mean):
+        self.mean = mean.float().squeeze(-1)
+
+    def mode(self):
+        return self.mean
+
+    def log_prob(self, value):
+        return -0.5 * (self.mean - value).square() - HALF_LOG_2PI
+
+
 class Bernoulli:
     """A binary variable that accepts soft targets.
 
@@ -268,6 +387,23 @@ class SymlogMSE:
         return -(self.mean - symlog(value.reshape(self.mean.shape))).square().sum(-1)
 
 
+class VectorNormal:
+    """A vector predicted with unit variance (Dreamer, DreamerV2).
+
+    Args:
+      mean: (..., n)
+    """
+
+    def __init__(self, mean):
+        self.mean = mean.float()
+
+    def mode(self):
+        return self.mean
+
+    def log_prob(self, value):
+        return -(0.5 * (self.mean - value.reshape(self.mean.shape)).square() + HALF_LOG_2PI).sum(-1)
+
+
 class ImageMSE:
     """An image predicted in [0, 1]; log_prob is minus the squared error summed over the image.
 
@@ -284,3 +420,10 @@ class ImageMSE:
     def log_prob(self, value):
         """value: (..., H, W, C), uint8 0..255."""
         return -(self.mean - value.float() / 255).square().sum((-3, -2, -1))
+
+
+class ImageNormal(ImageMSE):
+    """An image predicted in [0, 1] with unit variance (Dreamer, DreamerV2)."""
+
+    def log_prob(self, value):
+        return 0.5 * super().log_prob(value) - HALF_LOG_2PI * math.prod(self.mean.shape[-3:])

@@ -111,13 +111,15 @@ class Run:
             self.capacity(),
             config.batch_length,
             derive_seed(config.seed, 4),
+            config.replay_window,
         )
         self.obs, self.memory = None, None
         self.action = self.no_action(config.envs)
         self.agent_steps = self.updates = self.episodes = 0
         self.returns, self.last_return = np.zeros(config.envs), None
         self.metrics = Metrics(self.device)
-        self.ratio = Ratio(config.train_ratio / (config.batch_size * config.batch_length))
+        updates_per_step = config.train_ratio / (config.batch_size * config.batch_length)
+        self.ratio = Ratio(updates_per_step, config.train_burst, config.pretrain)
         self.clocks = {
             "ratio": self.ratio,
             "log": Every(config.log_every),
@@ -247,11 +249,14 @@ class Run:
     # -- acting
 
     def collect(self):
-        """One step in every environment; steps and their latents go to the replay and, in episodes, to disk."""
-        if self.obs is None:
-            self.obs = self.envs.reset()
-        if self.filled():
-            actions, self.memory = self.agent.act(self.obs, self.memory)
+        """One step in every environment; steps and their latents go to the replay and, in episodes, to disk.
+
+        The environments act on while the agent learns: what they come to is received at the next call.
+        """
+        self.obs = self.envs.reset() if self.obs is None else self.envs.receive()
+        self.report_restarts(self.envs)
+        if self.filled() and not (self.exploring() and self.config.expl_behavior == "random"):
+            actions, self.memory = self.agent.act(self.obs, self.memory, explore=self.exploring())
             latents = self.agent.latents(self.memory)
         else:
             actions, self.memory = self.random.act(self.obs)
@@ -260,11 +265,17 @@ class Run:
             self.add_step(index, latents[index])
         self.action = actions
         self.agent_steps += int((~self.obs["is_last"]).sum())
-        self.obs = self.envs.step(actions)
+        self.envs.send(actions)
+
+    def exploring(self):
+        """Whether it is still for `expl_behavior` to collect."""
+        return not self.config.expl_until or self.step < self.config.expl_until
 
     def add_step(self, index, latent):
         """Store the current step of one environment: its observation and the action that led to it."""
         step = stored_step(self.replay.layout, self.obs, self.action, index)
+        if step["is_first"]:  # what is unfinished then was cut off by the end of its worker
+            self.close_episode(index, self.writer.flush(index))
         self.replay.add(index, step, latent)
         file = self.writer.add(index, step)
         self.returns[index] = step["reward"] + self.returns[index] * ~step["is_first"]
@@ -277,6 +288,12 @@ class Run:
     def close_episode(self, index, file):
         if file:
             self.replay.streams[index].close_episode(*file)
+
+    def report_restarts(self, envs):
+        """Warn of environments that had to be restarted since the last call."""
+        for event in envs.events:
+            self.say("warning", event)
+        envs.events.clear()
 
     def report_episode(self, mode, score, length, obs, index):
         """Log a finished episode of `length` stored steps; its length in metrics counts the actions."""
@@ -293,7 +310,8 @@ class Run:
         """One gradient step on a batch from the replay, and its fresh latents back into the replay."""
         batch, places = self.replay.sample(self.config.batch_size)
         states, metrics = self.agent.update(*self.agent.batch(batch))
-        self.replay.refresh(places, *self.agent.compress(states))
+        if self.replay.context:
+            self.replay.refresh(places, *self.agent.compress(states))
         self.metrics.add(metrics, self.step)
         self.updates += 1
 
@@ -322,6 +340,7 @@ class Run:
                 images.append(obs[key][0])
             actions, memory = self.agent.act(obs, memory, config.eval_mode)
             obs = envs.step(actions)
+            self.report_restarts(envs)
         if not scores:
             return
         result = {"eval_return": np.mean(scores), "eval_length": np.mean(lengths), "eval_episodes": len(scores)}
@@ -336,7 +355,7 @@ class Run:
             return
         start = time.monotonic()
         for key, images in frames.items():
-            self.logger.video(f"eval_policy/{key}", np.stack(images)[:500], self.step, fps=20)
+            self.logger.video(f"eval_policy/{key}", self.visible(np.stack(images)[:500]), self.step, fps=20)
         if self.replay.ready():
             self.log_open_loop()
         self.logger.scalars({"video_seconds": time.monotonic() - start}, self.step)
@@ -345,10 +364,16 @@ class Run:
         """Videos of replayed sequences, as TensorBoard GIFs and under openloop/<key>/: truth | model | error."""
         batch, _ = self.replay.sample(min(6, self.config.batch_size), fresh=False)
         for key, video in self.agent.open_loop(*self.agent.batch(batch)).items():
+            video = self.visible(video)
             self.logger.video(f"openloop/{key}", video, self.step, fps=10)
             folder = self.logdir / "openloop" / key
             folder.mkdir(parents=True, exist_ok=True)
             imageio.mimwrite(folder / f"{self.step:09d}.gif", list(video), duration=100, loop=0)
+
+    def visible(self, video):
+        """(T, H, W, C) -> what a person sees of it (T, H, W, 3): the last of stacked images, gray or in colour."""
+        last = video[..., -(video.shape[-1] // self.config.frame_stack) :]
+        return last.repeat(3, -1) if last.shape[-1] == 1 else last[..., :3]
 
     @keeps_generators
     def record_video(self):
@@ -386,6 +411,7 @@ class Run:
         self.metrics.drain()
         scalars = self.metrics.means()
         scalars |= {"updates": self.updates, "replay_steps": len(self.replay)}
+        scalars["env_restarts"] = self.envs.restarts + self.eval_envs.restarts
         scalars |= self.rates(fps=self.step, updates_per_second=self.updates)
         self.logger.scalars(scalars, self.step)
         self.logger.flush()

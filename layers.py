@@ -5,6 +5,7 @@ norms compute their statistics in float32.
 """
 
 import itertools
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -13,23 +14,56 @@ import torch.nn.functional as F
 EPS = 1e-4  # added to the mean square in norms
 
 
-def init_(weight, fan_in, outscale=1.0):
-    """Truncated normal within two standard deviations, of standard deviation outscale / sqrt(fan_in)."""
+class Style(NamedTuple):
+    """How hidden layers are made, by name.
+
+    norm: of what the linear part gives: rms (DreamerV3), layer (its 2023 form; the linear part has no bias then), none.
+    act: activation, silu, elu or relu.
+    init: rule of the initial weights, see `INITS`.
+    """
+
+    norm: str = "rms"
+    act: str = "silu"
+    init: str = "fan_in"
+
+
+DREAMERV3 = Style()
+
+
+def truncated_normal_(weight, variance):
+    """A normal of that variance cut at two standard deviations; the factor makes up for what is cut off."""
+    return nn.init.trunc_normal_(weight, 0, 1, -2, 2).mul_(1.1368 * variance**0.5)
+
+
+# Rule -> function of a weight, its fan-in and its fan-out.
+INITS = {
+    "fan_in": lambda weight, fan_in, fan_out: truncated_normal_(weight, 1 / fan_in),
+    "fan_avg": lambda weight, fan_in, fan_out: truncated_normal_(weight, 2 / (fan_in + fan_out)),
+    "glorot": lambda weight, fan_in, fan_out: weight.uniform_(-1, 1).mul_((6 / (fan_in + fan_out)) ** 0.5),
+}
+
+
+def init_(weight, fan_in, fan_out, rule="fan_in", outscale=1.0):
+    """Fill a weight with its initial values."""
     with torch.no_grad():
-        nn.init.trunc_normal_(weight, 0, 1, -2, 2)
-        return weight.mul_(1.1368 * outscale / fan_in**0.5)
+        return INITS[rule](weight, fan_in, fan_out).mul_(outscale)
+
+
+def cast(x, dtype):
+    """x.to(dtype), None staying None."""
+    return None if x is None else x.to(dtype)
 
 
 class Linear(nn.Module):
     """x W + b, with W stored (out, in)."""
 
-    def __init__(self, inputs, outputs, outscale=1.0):
+    def __init__(self, inputs, outputs, outscale=1.0, init="fan_in", bias=True):
         super().__init__()
-        self.weight = nn.Parameter(init_(torch.empty(outputs, inputs), inputs, outscale))
-        self.bias = nn.Parameter(torch.zeros(outputs))
+        self.weight = nn.Parameter(init_(torch.empty(outputs, inputs), inputs, outputs, init, outscale))
+        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        return F.linear(x, self.weight.to(x.dtype), cast(self.bias, x.dtype))
 
     def head(self, x):
         """The share of the output that the first inputs give, without the bias."""
@@ -37,7 +71,7 @@ class Linear(nn.Module):
 
     def tail(self, x):
         """The share of the output that the last inputs give, with the bias: head(x) + tail(y) = forward([x, y])."""
-        return F.linear(x, self.weight[:, -x.shape[-1] :].to(x.dtype), self.bias.to(x.dtype))
+        return F.linear(x, self.weight[:, -x.shape[-1] :].to(x.dtype), cast(self.bias, x.dtype))
 
 
 class BlockLinear(nn.Module):
@@ -49,7 +83,7 @@ class BlockLinear(nn.Module):
     def __init__(self, inputs, outputs, blocks):
         super().__init__()
         shape = (blocks, inputs // blocks, outputs // blocks)
-        self.kernel = nn.Parameter(init_(torch.empty(shape), inputs))
+        self.kernel = nn.Parameter(init_(torch.empty(shape), inputs, outputs))
         self.bias = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, x):
@@ -67,38 +101,49 @@ class BlockLinear(nn.Module):
 
 
 class Conv2d(nn.Module):
-    """A convolution with 'same' padding on images (N, H, W, C), stride 1 or 2."""
+    """A convolution of images (N, H, W, C), stride 1 or 2, with 'same' padding or, if `valid`, none."""
 
-    def __init__(self, inputs, outputs, kernel, stride=1):
+    def __init__(self, inputs, outputs, kernel, stride=1, valid=False, init="fan_in", bias=True):
         super().__init__()
-        self.weight = nn.Parameter(init_(torch.empty(outputs, inputs, kernel, kernel), inputs * kernel**2))
-        self.bias = nn.Parameter(torch.zeros(outputs))
+        shape, area = (outputs, inputs, kernel, kernel), kernel**2
+        self.weight = nn.Parameter(init_(torch.empty(shape), inputs * area, outputs * area, init))
+        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
         self.stride = stride
+        self.padding = 0 if valid else kernel - stride  # of both sides together
 
     def forward(self, x):
-        x = x.permute(0, 3, 1, 2)
-        total = self.weight.shape[-1] - self.stride
-        if total % 2:
-            x = F.pad(x, (total // 2, total - total // 2) * 2)
-            total = 0
+        x, padding = x.permute(0, 3, 1, 2), self.padding
+        if padding % 2:
+            x = F.pad(x, (padding // 2, padding - padding // 2) * 2)
+            padding = 0
         weight = self.weight.to(x.dtype, memory_format=torch.channels_last)
-        x = F.conv2d(x, weight, self.bias.to(x.dtype), self.stride, total // 2)
+        x = F.conv2d(x, weight, cast(self.bias, x.dtype), self.stride, padding // 2)
         return x.permute(0, 2, 3, 1)
+
+    def size(self, size):
+        """The height or width of what comes out, of what goes in."""
+        return (size + self.padding - self.weight.shape[-1]) // self.stride + 1
 
 
 class ConvTranspose2d(nn.Module):
-    """The transpose of a 'same' convolution of stride 2: images (N, H, W, C) -> (N, 2 H, 2 W, outputs)."""
+    """The transpose of a convolution of stride 2: images (N, H, W, C) -> (N, 2 H, 2 W, outputs) if that has 'same'
+    padding, else (N, 2 H + kernel - 2, 2 W + kernel - 2, outputs)."""
 
-    def __init__(self, inputs, outputs, kernel):
+    def __init__(self, inputs, outputs, kernel, valid=False, init="fan_in", bias=True):
         super().__init__()
-        self.weight = nn.Parameter(init_(torch.empty(inputs, outputs, kernel, kernel), inputs * kernel**2))
-        self.bias = nn.Parameter(torch.zeros(outputs))
+        shape, area = (inputs, outputs, kernel, kernel), kernel**2
+        self.weight = nn.Parameter(init_(torch.empty(shape), inputs * area, outputs * area, init))
+        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
+        self.padding = 0 if valid else kernel - 2  # of both sides together
 
     def forward(self, x):
-        height, width = 2 * x.shape[1], 2 * x.shape[2]
-        padding = (self.weight.shape[-1] - 2) // 2
+        height, width = (2 * size + self.weight.shape[-1] - 2 - self.padding for size in x.shape[1:3])
         x = F.conv_transpose2d(
-            x.permute(0, 3, 1, 2), self.weight.to(x.dtype), self.bias.to(x.dtype), stride=2, padding=padding
+            x.permute(0, 3, 1, 2),
+            self.weight.to(x.dtype),
+            cast(self.bias, x.dtype),
+            stride=2,
+            padding=self.padding // 2,
         )
         return x[:, :, :height, :width].permute(0, 2, 3, 1)
 
@@ -137,18 +182,42 @@ class NormSiLU(torch.autograd.Function):
 
 
 class Norm(RMSNorm):
-    """RMSNorm and SiLU: what follows every hidden layer."""
+    """RMSNorm and SiLU in one piece: what follows every hidden layer of DreamerV3."""
 
     def forward(self, x):
         return NormSiLU.apply(x, self.scale)
 
 
-class MLP(nn.Sequential):
-    """`layers` times [Linear, RMSNorm, SiLU] of width `units`."""
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(variance + 1e-3) * scale + bias over the last axis, statistics in float32."""
 
-    def __init__(self, inputs, layers, units):
+    def __init__(self, size):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size))
+
+    def forward(self, x):
+        return F.layer_norm(x.float(), self.scale.shape, self.scale, self.bias, 1e-3).to(x.dtype)
+
+
+NORMS = {"rms": RMSNorm, "layer": LayerNorm, "none": lambda size: nn.Identity()}
+ACTS = {"silu": nn.SiLU, "elu": nn.ELU, "relu": nn.ReLU}
+
+
+def norm_act(size, style):
+    """The module that follows the linear part of a hidden layer: norm and activation."""
+    if style.norm == "rms" and style.act == "silu":
+        return Norm(size)
+    return nn.Sequential(NORMS[style.norm](size), ACTS[style.act]())
+
+
+class MLP(nn.Sequential):
+    """`layers` times [Linear, norm, activation] of width `units`."""
+
+    def __init__(self, inputs, layers, units, style=DREAMERV3):
         sizes = [inputs] + [units] * layers
-        pairs = [(Linear(a, b), Norm(b)) for a, b in itertools.pairwise(sizes)]
+        bias = style.norm != "layer"
+        pairs = [(Linear(a, b, init=style.init, bias=bias), norm_act(b, style)) for a, b in itertools.pairwise(sizes)]
         super().__init__(*[module for pair in pairs for module in pair])
 
 

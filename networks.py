@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 import distributions as dists
-from layers import MLP, BlockLinear, Linear, Norm
+from layers import DREAMERV3, MLP, BlockLinear, LayerNorm, Linear, Norm
 
 # ---------------------------------------------------------------------------
 # Heads
@@ -23,10 +24,10 @@ class Head(nn.Module):
       dist: function of the logits (..., outputs) that makes the distribution.
     """
 
-    def __init__(self, inputs, outputs, dist, layers, units, outscale=1.0):
+    def __init__(self, inputs, outputs, dist, layers, units, outscale=1.0, style=DREAMERV3):
         super().__init__()
-        self.mlp = MLP(inputs, layers, units)
-        self.out = Linear(units, outputs, outscale)
+        self.mlp = MLP(inputs, layers, units, style)
+        self.out = Linear(units, outputs, outscale, style.init)
         self.dist = dist
 
     def forward(self, feat):
@@ -34,14 +35,32 @@ class Head(nn.Module):
 
 
 class TwoHotHead(Head):
-    """A head whose output is a TwoHot over `bins` bins at symexp(linspace(-20, 20))."""
+    """A head whose output spreads a number over bins: a `kind` of distribution with the positions of its bins."""
 
-    def __init__(self, inputs, bins, layers, units, outscale):
-        super().__init__(inputs, bins, self.twohot, layers, units, outscale)
-        self.register_buffer("bins", dists.symexp_bins(bins), persistent=False)
+    def __init__(self, inputs, kind, bins, *args):
+        super().__init__(inputs, len(bins), self.twohot, *args)
+        self.kind = kind
+        self.register_buffer("bins", bins, persistent=False)
 
     def twohot(self, logits):
-        return dists.TwoHot(logits, self.bins)
+        return self.kind(logits, self.bins)
+
+
+# How a head predicts a number, by name: function of the head's inputs, its number of bins, and what an MLP takes.
+SCALARS = {
+    "symexp_twohot": lambda n, bins, *args: TwoHotHead(n, dists.TwoHot, dists.symexp_bins(bins), *args),
+    "symlog_twohot": lambda n, bins, *args: TwoHotHead(n, dists.SymlogTwoHot, torch.linspace(-20, 20, bins), *args),
+    "normal": lambda n, bins, *args: Head(n, 1, dists.UnitNormal, *args),
+}
+
+
+def scalar_head(inputs, config, style=DREAMERV3):
+    """A head for rewards or values.
+
+    Args:
+      config: with dist, bins, layers, units, outscale.
+    """
+    return SCALARS[config.dist](inputs, config.bins, config.layers, config.units, config.outscale, style)
 
 
 class ActionSpec(NamedTuple):
@@ -55,35 +74,42 @@ class ActionSpec(NamedTuple):
         return sum(self.widths.values())
 
 
+CONTINUOUS = {
+    "bounded_normal": dists.BoundedNormal,
+    "truncated_normal": dists.TruncatedNormal,
+    "tanh_normal": dists.TanhNormal,
+}
+
+
 class ActionHead(nn.Module):
     """Features of the policy -> distribution of one action key (..., width)."""
 
-    def __init__(self, units, width, classes, config):
+    def __init__(self, width, classes, config, init):
         super().__init__()
         self.classes = classes
         self.config = config
+        self.kind = dists.OneHot if classes else CONTINUOUS[config.dist]
         names = ["logits"] if classes else ["mean", "stddev"]
-        self.outs = nn.ModuleDict({name: Linear(units, width, config.outscale) for name in names})
+        self.outs = nn.ModuleDict({name: Linear(config.units, width, config.outscale, init) for name in names})
 
     def forward(self, x):
         outs = [out(x) for out in self.outs.values()]
         if self.classes:
             return dists.MultiOneHot(*outs, self.classes, self.config.unimix)
-        return dists.BoundedNormal(*outs, self.config.min_std, self.config.max_std)
+        return self.kind(*outs, self.config.min_std, self.config.max_std)
 
 
 class Actor(nn.Module):
     """Features -> distribution of the action vector: one head per action key."""
 
-    def __init__(self, inputs, spec, config):
+    def __init__(self, inputs, spec, config, style=DREAMERV3):
         super().__init__()
-        self.mlp = MLP(inputs, config.layers, config.units)
+        self.mlp = MLP(inputs, config.layers, config.units, style)
         self.widths = list(spec.widths.values())
         self.heads = nn.ModuleList(
-            ActionHead(config.units, width, spec.classes.get(key), config) for key, width in spec.widths.items()
+            ActionHead(width, spec.classes.get(key), config, style.init) for key, width in spec.widths.items()
         )
         self.noises = [len(spec.classes.get(key, range(width))) for key, width in spec.widths.items()]
-        self.kinds = [dists.OneHot if key in spec.classes else dists.BoundedNormal for key in spec.widths]
 
     def forward(self, feat):
         x = self.mlp(feat)
@@ -91,8 +117,8 @@ class Actor(nn.Module):
 
     def noise(self, shape, device):
         """Noise for the distribution's `sample`: (*shape, n)."""
-        pairs = zip(self.kinds, self.noises, strict=True)
-        return torch.cat([kind.noise((*shape, width), device) for kind, width in pairs], -1)
+        pairs = zip(self.heads, self.noises, strict=True)
+        return torch.cat([head.kind.noise((*shape, width), device) for head, width in pairs], -1)
 
 
 # ---------------------------------------------------------------------------
@@ -152,6 +178,69 @@ class BlockGRU(nn.Module):
         return torch.lerp(slices, cand, update).reshape(deter.shape)
 
 
+class DenseGRU(nn.Module):
+    """The recurrent cell of PlaNet to DreamerV3's 2023 form: hidden layers on [stoch, action], then a dense GRU.
+
+    Args:
+      deter, stoch, action: widths of the state and the action.
+      hidden, layers: width and number of the hidden layers.
+      gru: `GRU` or `NormGRU`; style: Style.
+    """
+
+    def __init__(self, deter, stoch, action, hidden, layers, gru, style=DREAMERV3):
+        super().__init__()
+        self.hidden = MLP(stoch + action, layers, hidden, style)
+        self.gru = gru(hidden, deter, style.init)
+
+    def prepare(self, action):
+        """The part that does not depend on the state, for any number of steps: (..., A) -> (..., hidden)."""
+        return self.hidden[0].tail(action / action.detach().abs().clamp(min=1))
+
+    def forward(self, deter, stoch, prepared):
+        """(N, D), (N, S K) and a prepared action (N, hidden) -> the next deter (N, D)"""
+        first, *rest = self.hidden
+        x = first.head(stoch) + prepared
+        for layer in rest:
+            x = layer(x)
+        return self.gru(x, deter)
+
+
+class GRU(nn.Module):
+    """The gated recurrent unit (arXiv:1406.1078): inputs (N, n), state (N, D) -> state (N, D)."""
+
+    def __init__(self, inputs, deter, init="fan_in"):
+        super().__init__()
+        self.inputs = Linear(inputs, 3 * deter, init=init)
+        self.state = Linear(deter, 3 * deter, init=init)
+
+    def forward(self, x, deter):
+        (reset, update, cand), (reset_, update_, cand_) = self.inputs(x).chunk(3, -1), self.state(deter).chunk(3, -1)
+        cand = torch.tanh(cand + torch.sigmoid(reset + reset_) * cand_)
+        return torch.lerp(cand, deter, torch.sigmoid(update + update_))
+
+
+class NormGRU(nn.Module):
+    """The GRU of DreamerV2 with LayerNorm on its gates, and a bias of -1 towards keeping the state; as `GRU`."""
+
+    def __init__(self, inputs, deter, init="fan_in"):
+        super().__init__()
+        self.linear = Linear(inputs + deter, 3 * deter, init=init, bias=False)
+        self.norm = LayerNorm(3 * deter)
+
+    def forward(self, x, deter):
+        reset, cand, update = self.norm(self.linear(torch.cat([x, deter], -1))).chunk(3, -1)
+        cand = torch.tanh(torch.sigmoid(reset) * cand)
+        return torch.lerp(deter, cand, torch.sigmoid(update - 1))
+
+
+# Recurrent cells by name: function of the widths of deter, stoch and action, the RSSM's configuration, and the Style.
+CELLS = {
+    "block_gru": lambda d, s, a, c, style: BlockGRU(d, s, a, c.hidden, c.blocks, c.dyn_layers),
+    "norm_gru": lambda d, s, a, c, style: DenseGRU(d, s, a, c.hidden, c.dyn_layers, NormGRU, style),
+    "gru": lambda d, s, a, c, style: DenseGRU(d, s, a, c.hidden, c.dyn_layers, GRU, style),
+}
+
+
 class OneHotLatent:
     """S independent one-hot variables of K classes with a share of uniform probability.
 
@@ -179,6 +268,40 @@ class OneHotLatent:
         return post.kl(prior).sum(-1)
 
 
+class GaussianLatent:
+    """S independent normal variables, of K = 1 number each, with stddev softplus(s) + min_std (PlaNet, Dreamer).
+
+    Args:
+      size: S.
+      min_std: least standard deviation.
+    """
+
+    def __init__(self, size, min_std=0.1):
+        self.shape = (size, 1)
+        self.min_std = min_std
+        self.size = size
+        self.outputs = 2 * size
+
+    def dist(self, params):
+        """(..., 2 S) -> distribution with batch shape (..., S)"""
+        mean, stddev = params.float().unflatten(-1, (2, *self.shape)).unbind(-3)
+        return dists.Normal(mean, F.softplus(stddev) + self.min_std)
+
+    def noise(self, shape, device):
+        """Noise for a draw of batch shape `shape`: (*shape, S, 1)."""
+        return dists.Normal.noise((*shape, *self.shape), device)
+
+    def kl(self, post, prior):
+        """KL(post || prior) summed over the variables: (...)"""
+        return post.kl(prior).sum(-1)
+
+
+LATENTS = {
+    "onehot": lambda config: OneHotLatent(config.stoch, config.classes, config.unimix),
+    "gaussian": lambda config: GaussianLatent(config.stoch),
+}
+
+
 class RSSM(nn.Module):
     """A recurrent state-space model (PlaNet, arXiv:1811.04551) made of a recurrent cell and a kind of latent.
 
@@ -187,18 +310,24 @@ class RSSM(nn.Module):
       latent: object with shape, size, outputs, dist, noise, kl.
       deter, hidden, embed: widths of the recurrent state, of the hidden layers and of the encoder's output.
       img_layers, obs_layers: hidden layers of the prior and of the posterior.
+      learned: whether the state before anything was seen is learned (DreamerV3's 2023 form) or zero.
     """
 
-    def __init__(self, cell, latent, deter, hidden, embed, img_layers, obs_layers):
+    def __init__(self, cell, latent, deter, hidden, embed, img_layers, obs_layers, style=DREAMERV3, learned=False):
         super().__init__()
         self.cell = cell
         self.latent = latent
         self.deter = deter
-        self.prior = nn.Sequential(MLP(deter, img_layers, hidden), Linear(hidden, latent.outputs))
-        self.posterior = nn.Sequential(MLP(deter + embed, obs_layers, hidden), Linear(hidden, latent.outputs))
+        out = (hidden, latent.outputs, 1.0, style.init)
+        self.prior = nn.Sequential(MLP(deter, img_layers, hidden, style), Linear(*out))
+        self.posterior = nn.Sequential(MLP(deter + embed, obs_layers, hidden, style), Linear(*out))
+        self.start = nn.Parameter(torch.zeros(deter)) if learned else None
 
     def initial(self, batch, device, dtype=torch.float32):
-        """The state before anything was seen: zeros."""
+        """The state before anything was seen: State (batch, ...), zeros or the prior's mode at a learned deter."""
+        if self.start is not None:
+            deter = torch.tanh(self.start).to(dtype).expand(batch, -1)
+            return State(deter, self.predict(deter).mode().to(dtype))
         return State(
             torch.zeros(batch, self.deter, device=device, dtype=dtype),
             torch.zeros(batch, *self.latent.shape, device=device, dtype=dtype),
@@ -207,7 +336,8 @@ class RSSM(nn.Module):
     def observe(self, embed, action, is_first, state, noise=None):
         """Filter a sequence.
 
-        Time alignment: action[t] is the action that led to embed[t]; where is_first[t], state and action are zeroed.
+        Time alignment: action[t] is the action that led to embed[t]; where is_first[t], the state is set to the
+        initial one and the action to zero.
 
         Args:
           embed: (B, T, E); action: (B, T, A); is_first: (B, T) bool.
@@ -221,24 +351,27 @@ class RSSM(nn.Module):
         action = self.cell.prepare(action.to(embed.dtype).transpose(0, 1) * keep)
         embed = self.posterior[0][0].tail(embed.transpose(0, 1))
         deter, stoch = state.deter.to(embed.dtype), state.stoch.to(embed.dtype)
+        initial = self.initial(len(deter), deter.device, deter.dtype)
         deters, stochs, logits = [], [], []
         steps = zip(*(x.unbind() for x in (keep, action, embed, noise.transpose(0, 1))), strict=True)
         for inputs in steps:
-            deter, stoch, logit = self.observe_step(deter, stoch, *inputs)
+            deter, stoch, logit = self.observe_step(deter, stoch, initial, *inputs)
             deters.append(deter)
             stochs.append(stoch)
             logits.append(logit)
         return State(torch.stack(deters, 1), torch.stack(stochs, 1)), self.latent.dist(torch.stack(logits, 1))
 
-    def observe_step(self, deter, stoch, keep, action, embed, noise):
+    def observe_step(self, deter, stoch, initial, keep, action, embed, noise):
         """One step of `observe`; what depends on neither deter nor stoch comes prepared.
 
         Args:
-          deter: (B, D); stoch: (B, S, K); keep: (B, 1), 0 where the episode starts.
+          deter: (B, D); stoch: (B, S, K); initial: State (B, ...) to start from; keep: (B, 1), 0 where to.
           action: prepared (B, hidden); embed: its share of the posterior's first layer (B, hidden); noise: (B, S).
         Returns: deter (B, D), stoch (B, S, K), posterior logits (B, S K).
         """
-        deter = self.cell(deter * keep, stoch.flatten(1) * keep, action)
+        deter = torch.lerp(initial.deter, deter, keep)
+        stoch = torch.lerp(initial.stoch, stoch, keep[..., None])
+        deter = self.cell(deter, stoch.flatten(1), action)
         first, *rest = self.posterior[0]
         hidden = first.head(deter) + embed
         for layer in rest:

@@ -1,4 +1,4 @@
-"""LaProp with adaptive gradient clipping and warm-up, on one flat buffer, without a host sync."""
+"""LaProp with adaptive gradient clipping and warm-up, on one flat buffer, without a host sync; and three Adams."""
 
 import re
 
@@ -90,7 +90,63 @@ class LaProp:
 
     def load_state_dict(self, state):
         """Raises ValueError if the state belongs to other parameters."""
-        if state["names"] != self.names or state["nu"].shape != self.nu.shape:
+        if state.get("names") != self.names or state["nu"].shape != self.nu.shape:
             raise ValueError("the optimizer state belongs to other parameters")
         for name in ("nu", "mu", "count"):
             getattr(self, name).copy_(state[name])
+
+
+class Adams:
+    """The optimizers of the older forms: an Adam each for the world model, for every actor and for every critic.
+
+    Each clips the global norm of its gradients. Weight decay multiplies by 1 - decay, whatever the learning rate, as
+    DreamerV2 has it.
+
+    Args:
+      named_parameters: iterable of (name, parameter).
+      config: with model_opt, actor_opt, critic_opt, each with lr, eps, clip, decay.
+    """
+
+    def __init__(self, named_parameters, config):
+        groups = {}
+        for name, param in named_parameters:
+            groups.setdefault(group_of(name), {})[name] = param
+        self.names = {group: list(params) for group, params in groups.items()}
+        self.params = {group: list(params.values()) for group, params in groups.items()}
+        settings = {"actor": config.actor_opt, "critic": config.critic_opt}
+        self.settings = {group: settings.get(group.split("_")[-1], config.model_opt) for group in groups}
+        self.adams = {
+            group: torch.optim.AdamW(self.params[group], lr=s.lr, eps=s.eps, weight_decay=s.decay / s.lr)
+            for group, s in self.settings.items()
+        }
+
+    def zero_grad(self):
+        """Forget all gradients."""
+        for adam in self.adams.values():
+            adam.zero_grad()
+
+    def step(self):
+        """One update from the gradients in place. Returns metrics as 0-d tensors."""
+        metrics = {}
+        for group, adam in self.adams.items():
+            norm = torch.nn.utils.clip_grad_norm_(self.params[group], self.settings[group].clip)
+            metrics[f"{group}_grad_norm"] = norm
+            adam.step()
+        return metrics
+
+    def state_dict(self):
+        return {"names": self.names, "adams": {group: adam.state_dict() for group, adam in self.adams.items()}}
+
+    def load_state_dict(self, state):
+        """Raises ValueError if the state belongs to other parameters."""
+        if state.get("names") != self.names:
+            raise ValueError("the optimizer state belongs to other parameters")
+        for group, adam in self.adams.items():
+            adam.load_state_dict(state["adams"][group])
+
+
+def group_of(name):
+    """Which Adam a parameter belongs to: model, actor or critic; expl_actor or expl_critic of the explorer."""
+    parts = name.split(".")
+    kind = next((part for part in parts if part in ("actor", "critic")), "model")
+    return f"expl_{kind}" if parts[0] == "explorer" and kind != "model" else kind

@@ -148,13 +148,16 @@ class Stream:
     steps arrive.
 
     Args:
-      layout: {key: (shape, dtype)} of one step, with deter and stoch; capacity: number of steps.
+      layout: {key: (shape, dtype)} of one step, perhaps with deter and stoch; capacity: number of steps.
+      window: steps of the windows that will be asked for.
     """
 
-    def __init__(self, layout, capacity):
-        self.capacity = capacity
+    def __init__(self, layout, capacity, window):
+        self.capacity, self.window = capacity, window
         self.data = {key: np.zeros((capacity, *shape), dtype) for key, (shape, dtype) in layout.items()}
+        self.latents = [key for key in ("deter", "stoch") if key in layout]
         self.episodes = collections.deque()  # (file name, length, position behind the last step)
+        self.whole = collections.deque()  # (position of the first step, length) of those that hold a window
         self.rewind(0)
 
     def rewind(self, position):
@@ -183,10 +186,19 @@ class Stream:
         self.stop += length
 
     def close_episode(self, name, length):
-        """Note that the last `length` steps stand in an episode file."""
+        """Note that the last `length` steps stand in an episode file, and that the last of them is the episode's."""
+        self.data["is_last"][(self.stop - 1) % self.capacity] = True
         self.episodes.append((name, length, self.stop))
         while self.episodes[0][2] <= self.start:
             self.episodes.popleft()
+        if length >= self.window:
+            self.whole.append((self.stop - length, length))
+
+    def whole_episodes(self):
+        """The finished episodes that hold a window and of which nothing was overwritten: (first position, length)."""
+        while self.whole and self.whole[0][0] < self.start:
+            self.whole.popleft()
+        return self.whole
 
     def save(self):
         """Names and lengths of the episodes held, and the latents of their steps."""
@@ -194,12 +206,8 @@ class Stream:
         steps = np.concatenate(steps) if steps else np.zeros(0, int)
         held = (steps >= self.start)[:, None]  # the oldest episode may be overwritten in part: no latents for that
         stop = self.episodes[-1][2] if self.episodes else self.stop
-        return {
-            "episodes": [(name, length) for name, length, _ in self.episodes],
-            "stop": stop,
-            "deter": torch.from_numpy(self.data["deter"][steps % self.capacity] * held),
-            "stoch": torch.from_numpy(self.data["stoch"][steps % self.capacity] * held),
-        }
+        latents = {key: torch.from_numpy(self.data[key][steps % self.capacity] * held) for key in self.latents}
+        return {"episodes": [(name, length) for name, length, _ in self.episodes], "stop": stop, **latents}
 
     def gather(self, position, length, out, row):
         """Copy {key: (length, ...)} from a position into row `row` of the arrays of `out`."""
@@ -212,30 +220,37 @@ class Stream:
 
 
 class Replay:
-    """Samples windows of consecutive steps of one stream, across the ends of episodes as they happened.
+    """Samples windows of consecutive steps of one stream.
 
-    Fresh windows come first, each once and without overlap; the rest of a batch is uniform over all windows. Beside
-    each step stands the latent state that the agent last computed for it, deter in half precision and stoch as class
-    indices; a window's first step only lends its latent as the state that the sequence starts from.
+    Which, is said by `windows`:
+      fresh: windows that were never sampled come first, each once and without overlap; the rest of a batch is uniform
+        over all windows, across the ends of episodes as they happened (DreamerV3).
+      uniform: the same without the fresh ones (its 2023 form).
+      episode: a finished episode, then a window of it, all with equal chances (PlaNet, Dreamer).
+      episode_ends: the same, with the chances of windows that would overlap the end given to the last one (DreamerV2).
+
+    Beside each step may stand the latent state that the agent last computed for it, deter in half precision and stoch
+    as class indices; a window's first step then only lends its latent as the state that the sequence starts from.
 
     Args:
       layout: {key: (shape, dtype)} of one step, without latents.
-      latent: (D, (S, K)) widths of the latent state.
+      latent: (D, (S, K)) widths of the latent state, or None if it is not stored.
       streams: number of environments; capacity: agent steps over all streams.
-      length: trained steps in a sequence (T); one step of context is added.
+      length: trained steps in a sequence (T); one step of context is added if latents are stored.
       seed: of the sampling.
     """
 
-    def __init__(self, layout, latent, streams, capacity, length, seed):
-        self.length, self.capacity = length, capacity
+    def __init__(self, layout, latent, streams, capacity, length, seed, windows="fresh"):
+        self.length, self.capacity, self.windows = length, capacity, windows
+        self.context = 1 if latent else 0
+        self.window = length + self.context
         self.layout = dict(layout)
-        deter, (groups, classes) = latent
-        kinds = {"deter": ((deter,), np.float16), "stoch": ((groups,), np.uint8 if classes <= 256 else np.int16)}
+        layout = self.layout | latent_layout(latent)
         shares = [(capacity + index) // streams for index in range(streams)]  # their sum is the capacity
-        if shares[0] <= length:
-            raise UserError(f"--dataset_size leaves {shares[0]} steps a stream, too few for windows of {length + 1}")
-        check_memory({**self.layout, **kinds}, capacity)
-        self.streams = [Stream({**self.layout, **kinds}, share) for share in shares]
+        if shares[0] < self.window:
+            raise UserError(f"--dataset_size leaves {shares[0]} steps a stream, too few for windows of {self.window}")
+        check_memory(layout, capacity)
+        self.streams = [Stream(layout, share, self.window) for share in shares]
         self.fresh = collections.deque()
         self.queued = [0] * streams
         self.rng = np.random.default_rng(seed)
@@ -245,13 +260,16 @@ class Replay:
 
     def ready(self):
         """Whether a window can be sampled."""
-        return any(len(stream) > self.length for stream in self.streams)
+        if self.windows.startswith("episode"):
+            return any(stream.whole_episodes() for stream in self.streams)
+        return any(len(stream) >= self.window for stream in self.streams)
 
     def add(self, index, step, latent=None):
         """Append one step {key: value} to stream `index`, with its latent (deter (D,), stoch (S,) class indices)."""
         deter, stoch = latent or (0, 0)
         self.streams[index].append({**step, "deter": deter, "stoch": stoch})
-        self.queue_fresh(index)
+        if self.windows == "fresh":
+            self.queue_fresh(index)
 
     def extend(self, index, name, episode, latent=None):
         """Append {key: (T, ...)} of an episode file to stream `index`, with latents or zeros; not as fresh data."""
@@ -262,46 +280,59 @@ class Replay:
         self.queued[index] = self.streams[index].stop
 
     def queue_fresh(self, index):
-        stop, window = self.streams[index].stop, self.length + 1
-        if stop - self.queued[index] >= window:
+        if self.streams[index].stop - self.queued[index] >= self.window:
             self.fresh.append((index, self.queued[index]))
-            self.queued[index] += window
+            self.queued[index] += self.window
 
     def sample(self, batch, fresh=True):
         """A batch of `batch` windows, fresh ones first unless `fresh` is false.
 
         Returns:
-          {key: (B, T + 1, ...)} arrays with `deter` (B, T + 1, D) float16 and `stoch` (B, T + 1, S) integers, and
+          {key: (B, T + context, ...)} arrays, perhaps with `deter` (..., D) float16 and `stoch` (..., S) integers, and
           where they stand: list of (stream, position).
         """
-        counts = np.array([max(0, len(stream) - self.length) for stream in self.streams])
-        bounds = counts.cumsum()
+        draw = self.draw_episode if self.windows.startswith("episode") else self.draw
         places = []
         while len(places) < batch:
-            places.append((fresh and self.next_fresh()) or self.draw(bounds))
+            places.append((fresh and self.next_fresh()) or draw())
         out = {
-            key: np.empty((batch, self.length + 1, *value.shape[1:]), value.dtype)
+            key: np.empty((batch, self.window, *value.shape[1:]), value.dtype)
             for key, value in self.streams[0].data.items()
         }
         for row, (index, position) in enumerate(places):
-            self.streams[index].gather(position, self.length + 1, out, row)
+            self.streams[index].gather(position, self.window, out, row)
         return out, places
 
     def next_fresh(self):
         while self.fresh:
             index, position = self.fresh.popleft()
             stream = self.streams[index]
-            if stream.start <= position < stream.stop - self.length:
+            if stream.start <= position <= stream.stop - self.window:
                 return index, position
         return None
 
-    def draw(self, bounds):
+    def draw(self):
+        """A window (stream, position), all with equal chances."""
+        index, number = self.choose([max(0, len(stream) - self.window + 1) for stream in self.streams])
+        return index, self.streams[index].start + number
+
+    def draw_episode(self):
+        """A window (stream, position) of an episode; both with equal chances, but for `episode_ends`."""
+        index, number = self.choose([len(stream.whole_episodes()) for stream in self.streams])
+        begin, length = self.streams[index].whole[number]
+        last = length - self.window
+        beyond = self.window if self.windows == "episode_ends" else 0
+        return index, begin + min(int(self.rng.integers(last + 1 + beyond)), last)
+
+    def choose(self, counts):
+        """One of all the things of which there are `counts` in each stream, with equal chances: (stream, number)."""
+        bounds = np.cumsum(counts)
         number = int(self.rng.integers(bounds[-1]))
         index = int(np.searchsorted(bounds, number, side="right"))
-        return index, self.streams[index].start + number - int(bounds[index - 1] if index else 0)
+        return index, number - int(bounds[index - 1] if index else 0)
 
     def refresh(self, places, deter, stoch):
-        """Write back the latents of the trained steps: deter (B, T, D), stoch (B, T, S) class indices."""
+        """Write back the latents of the trained steps, if they are stored: deter (B, T, D), stoch (B, T, S) indices."""
         for row, (index, position) in enumerate(places):
             stream = self.streams[index]
             where = np.arange(position + 1, position + 1 + self.length) % stream.capacity
@@ -336,10 +367,10 @@ class Replay:
             if len(known) == len(self.streams):  # else several go into one, at positions of its own
                 first = sum(length for _, length in stream["episodes"])
                 self.streams[index].rewind(stream["stop"] - first)
-            for (name, length), deter, stoch in latents_by_episode(stream):
+            for (name, length), *latent in latents_by_episode(stream):
                 episode = self.read(rest.pop(name, None), warn)
                 if episode and len(episode["reward"]) == length:
-                    self.extend(index, name, episode, (deter, stoch))
+                    self.extend(index, name, episode, latent)
         if len(known) == len(self.streams):
             self.fresh.extend(map(tuple, saved["fresh"]))
             self.queued = [min(old, s.stop) for old, s in zip(saved["queued"], self.streams, strict=True)]
@@ -367,11 +398,19 @@ class Replay:
             warn(f"skipped {path}: {error}")
 
 
+def latent_layout(latent):
+    """{key: (shape, dtype)} of a stored latent of widths (D, (S, K)); nothing for None."""
+    if not latent:
+        return {}
+    deter, (groups, classes) = latent
+    return {"deter": ((deter,), np.float16), "stoch": ((groups,), np.uint8 if classes <= 256 else np.int16)}
+
+
 def latents_by_episode(stream):
-    """((name, length), deter (length, D), stoch (length, S)) for each episode of a saved stream."""
+    """((name, length), deter (length, D), stoch (length, S)) for each episode of a saved stream, or without latents."""
     lengths = [length for _, length in stream["episodes"]]
     cuts = np.cumsum(lengths)[:-1]
-    latents = (np.split(stream[key].numpy(), cuts) for key in ("deter", "stoch"))
+    latents = (np.split(stream[key].numpy(), cuts) for key in ("deter", "stoch") if key in stream)
     return zip(stream["episodes"], *latents, strict=True)
 
 

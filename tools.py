@@ -79,17 +79,25 @@ class Every:
 
 
 class Ratio:
-    """How many times to act so that the total is floor(ratio * steps), exactly, however the calls fall."""
+    """How many times to act so that the total is floor(ratio * steps), exactly, however the calls fall.
 
-    def __init__(self, ratio):
-        self.ratio = ratio
+    Args:
+      ratio: times for a step.
+      burst: act in multiples of this many times, when they are due.
+      first: times at the first call, beyond the ratio.
+    """
+
+    def __init__(self, ratio, burst=1, first=0):
+        self.ratio, self.burst, self.first = ratio, burst, first
         self.start = None
         self.done = 0
 
     def __call__(self, step):
         if self.start is None:
             self.start = step
+            return self.first
         due = math.floor((step - self.start) * self.ratio + 1e-9) - self.done
+        due -= due % self.burst
         self.done += due
         return due
 

@@ -8,8 +8,8 @@ from envs.wrappers import ActionRepeat, flags
 
 
 def make(task: str, config, seed: int):
-    """`vector`, `discrete`, `pixels` or `multi`. Raises UserError for any other."""
-    tasks = {"vector": Vector, "discrete": Corridor, "pixels": Pixels, "multi": Multi}
+    """`vector`, `discrete`, `pixels`, `multi` or `maze`. Raises UserError for any other."""
+    tasks = {"vector": Vector, "discrete": Corridor, "pixels": Pixels, "multi": Multi, "maze": Maze}
     if task not in tasks:
         raise unknown("dummy task", task, tasks)
     return ActionRepeat(tasks[task](np.random.default_rng(seed), tuple(config.size)), config.action_repeat)
@@ -168,3 +168,50 @@ class Multi(Dummy):
 
     def _draw(self, size):
         return self._square(size, *(self._point + 1) / 2)
+
+
+class Maze(Dummy):
+    """Four rooms behind doors: go up, right, down or left, from one corner to the only reward, in the opposite one.
+
+    `position` (2,) in [-1, 1] is where one stands. `log_cells` counts the distinct cells that this environment has
+    ever seen visited, of `cells`: it tells how well somebody explores.
+    """
+
+    length = 60
+    size = 19
+    cells = 9 * 9 * 4 + 4
+
+    def __init__(self, rng, size):
+        super().__init__(rng, size)
+        self.obs_space = {"position": spaces.Box(-1, 1, (2,))}
+        self.act_space = {"action": spaces.Discrete(4)}
+        middle, quarter = self.size // 2, self.size // 4
+        self._free = np.ones((self.size, self.size), bool)
+        self._free[middle] = self._free[:, middle] = False
+        for door in (quarter, self.size - 1 - quarter):
+            self._free[middle, door] = self._free[door, middle] = True
+        self._seen = np.zeros_like(self._free)
+
+    def _start(self):
+        self._place = (0, 0)
+        self._seen[self._place] = True
+
+    def _act(self, action):
+        down, right = ((-1, 0), (0, 1), (1, 0), (0, -1))[action["action"]]
+        place = self._place[0] + down, self._place[1] + right
+        if min(place) >= 0 and max(place) < self.size and self._free[place]:
+            self._place = place
+        self._seen[self._place] = True
+        arrived = self._place == (self.size - 1, self.size - 1)
+        return float(arrived), arrived
+
+    def _observe(self):
+        position = 2 * np.array(self._place, np.float32) / (self.size - 1) - 1
+        return {"position": position, "log_cells": np.float32(self._seen.sum())}
+
+    def _draw(self, size):
+        walls = np.repeat(np.repeat(~self._free, 8, 0), 8, 1)[..., None] * np.uint8(90)
+        image = np.tile(walls, 3)
+        top, left = (8 * x for x in self._place)
+        image[top : top + 8, left : left + 8] = 255
+        return image

@@ -10,6 +10,7 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import load_env_creator
 
+from envs.dmc import _choose_renderer, _close_before_exit
 from envs.errors import one_line, unknown
 from envs.wrappers import ActionRepeat, flags, is_image
 from tools import UserError
@@ -41,13 +42,18 @@ def make(task: str, config, seed: int):
         entry = gymnasium.spec(name).entry_point
         creator = entry if callable(entry) else load_env_creator(entry)
         draws = "rgb_array" in getattr(creator, "metadata", {}).get("render_modes", ())
+        mujoco = "mujoco" in str(entry).lower()
+        draws = draws and (not mujoco or _choose_renderer())  # MuJoCo without OpenGL may end the process
         kwargs = {"render_mode": "rgb_array"} if draws else {}  # not every environment takes the argument
         env = gymnasium.make(name, disable_env_checker=True, **kwargs)
     except (gymnasium.error.NameNotFound, gymnasium.error.VersionNotFound) as error:
         raise unknown("gym task", name, gymnasium.registry) from error
     except (gymnasium.error.Error, ImportError) as error:
         raise UserError(f"gym_{task} cannot be made: {one_line(error)}") from error
-    return ActionRepeat(FromGym(env, seed), config.action_repeat)
+    env = FromGym(env, seed)
+    if mujoco:
+        _close_before_exit(env)
+    return ActionRepeat(env, config.action_repeat)
 
 
 def make_custom(task: str, config, seed: int):
@@ -75,8 +81,9 @@ def make_custom(task: str, config, seed: int):
 class FromGym:
     """A Gymnasium environment (or what quacks like one) with dicts for observations and actions.
 
-    Nested dict spaces are flattened, their keys joined by "/". A bare observation is called `image` or
-    `state`, a bare action `action`. Raises UserError where the environment does not follow the Gymnasium API.
+    Nested dict and tuple spaces are flattened, their keys and places joined by "/". A bare observation is
+    called `image` or `state`, the places of a bare tuple `state/0`, `state/1`, and a bare action `action`.
+    Raises UserError where the environment does not follow the Gymnasium API.
     """
 
     def __init__(self, env, seed: int):
@@ -136,16 +143,24 @@ class FromGym:
 
 def _flatten(space, tree, bare, path=""):
     """The leaves of a tree shaped like `space` (or of the space itself) as one dict."""
-    if not isinstance(space, spaces.Dict):
+    if not isinstance(space, (spaces.Dict, spaces.Tuple)):
         return {path or bare: tree}
     leaves = {}
-    for name, child in space.items():
-        leaves |= _flatten(child, tree[name], bare, f"{path}/{name}" if path else str(name))
+    for name, below, child in _children(space, bare, path):
+        leaves |= _flatten(child, tree[name], bare, below)
     return leaves
 
 
 def _nest(space, leaves, bare, path=""):
     """Undo `_flatten`."""
-    if not isinstance(space, spaces.Dict):
+    if not isinstance(space, (spaces.Dict, spaces.Tuple)):
         return leaves[path or bare]
-    return {name: _nest(child, leaves, bare, f"{path}/{name}" if path else str(name)) for name, child in space.items()}
+    tree = {name: _nest(child, leaves, bare, below) for name, below, child in _children(space, bare, path)}
+    return tree if isinstance(space, spaces.Dict) else tuple(tree.values())
+
+
+def _children(space, bare, path):
+    """(name or index, path, space) of each member of a dict or tuple at `path`."""
+    if isinstance(space, spaces.Dict):
+        return [(name, f"{path}/{name}" if path else str(name), child) for name, child in space.items()]
+    return [(index, f"{path or bare}/{index}", child) for index, child in enumerate(space)]

@@ -1,36 +1,94 @@
-"""Many environments that step together, in this process or each in its own."""
+"""Many environments that step together, in this process or each in its own.
+
+Actions and observations lie in memory that parent and workers share: a record for each environment, which only
+one side touches at a time. A socket hands it over:
+
+    parent                              worker
+                                        make the environment
+                    <---  MESSAGE, its spaces
+    file of the memory  --->
+    STEP, RESET or RENDER  --->         read the action, write the observation
+                    <---  DONE, or MESSAGE and a message: `log_*` entries, a picture, an error
+
+The end of either process, however it comes, is an end of file for the other: a worker then closes its
+environment and ends, a parent starts another worker.
+"""
 
 import contextlib
+import mmap
 import multiprocessing
+import os
+import select
 import signal
+import tempfile
+import time
 import traceback
-from multiprocessing import resource_tracker
+from multiprocessing import reduction, resource_tracker
 
 import numpy as np
+from gymnasium import spaces
 
 from envs.errors import one_line
-from envs.wrappers import AutoReset
+from envs.wrappers import AutoReset, flags
 from tools import UserError
+
+STEP, RESET, RENDER = b"s", b"r", b"p"
+DONE, MESSAGE = b"d", b"m"
+START = 600  # seconds to make an environment, unless even a step may take longer
+CLOSE = 5  # seconds to close it
+TRIES = 3  # restarts of an environment without one step in between
+
+
+class Failure(Exception):
+    """What makes a worker useless, such as "died (exit code -9)"; `details` is its traceback, or empty."""
+
+    def __init__(self, reason, details=""):
+        super().__init__(reason)
+        self.details = details
 
 
 class Envs:
     """Environments that step together and start their next episodes by themselves.
 
-    Observations are dicts of arrays (N, ...) with dtypes uint8, float32, int32 and bool. An environment whose
-    previous observation was the last of its episode ignores its action and returns the first of the next. A
-    `log_*` entry that an environment did not give is 0.
+    Observations are dicts of arrays (N, ...) with dtypes uint8, float32, int32 and bool, copies that stay as they
+    are. An environment whose previous observation was the last of its episode ignores its action and returns the
+    first of the next. A `log_*` entry that an environment did not give is 0.
+
+    A worker that dies, hangs or raises is replaced by one with another seed, and what comes back for it is the
+    first observation of a new episode; that the one before was not a last tells the two cases apart. One that
+    fails at its start, or over and over, is a RuntimeError with its traceback. A UserError is passed on. After
+    either only `close` makes sense.
 
     Args:
       kind: `Local` or `Worker`.
-      makers: one picklable function per environment that makes it.
+      makers: one picklable function per environment that makes it, given how often it was restarted.
+      timeout: seconds that a step may take, once it is waited for.
+    Attributes:
+      events: a line about each restart, for the caller to log and clear.
     """
 
-    def __init__(self, kind, makers):
+    def __init__(self, kind, makers, timeout=600.0):
+        self.events = []
+        self._kind, self._makers, self._timeout = kind, makers, timeout
+        self._restarts = [0] * len(makers)
+        self._tries = [0] * len(makers)  # restarts since the last step
         self._handles = []
+        self._under_way = False
+        self._file = _anonymous_file()
         try:
             for make in makers:  # all start before the first is waited for
-                self._handles.append(kind(make))
-            (self.obs_space, self.act_space), *_ = [handle.receive() for handle in self._handles]
+                self._handles.append(kind(make, 0))
+            answers, failures = self._answers(range(len(makers)), self._start_timeout)
+            for index, failure in failures.items():
+                raise _fatal(index, failure)
+            self.obs_space, self.act_space = answers[0]
+            layout = _layout(self.obs_space, self.act_space)
+            self._file.write(bytes(layout.itemsize * len(makers)))
+            self._file.flush()
+            self._records = _map(self._file.fileno(), layout, len(makers))
+            self._observations, self._actions = (_columns(self._records[name]) for name in ("obs", "act"))
+            for index, handle in enumerate(self._handles):
+                handle.attach(self._file.fileno(), self._records, index)
         except BaseException:
             self.close()
             raise
@@ -38,106 +96,248 @@ class Envs:
     def __len__(self):
         return len(self._handles)
 
+    @property
+    def restarts(self) -> int:
+        """How often an environment was restarted."""
+        return sum(self._restarts)
+
     def reset(self) -> dict[str, np.ndarray]:
         """Start new episodes everywhere."""
-        for handle in self._handles:
-            handle.send("reset")
-        return self._stack([handle.receive() for handle in self._handles])
+        self._check_idle()
+        self._tell_all(RESET)
+        return self.receive()
 
     def step(self, actions: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Act everywhere; every array of `actions` is (N, A)."""
-        for index, handle in enumerate(self._handles):
-            handle.send("step", {key: value[index] for key, value in actions.items()})
-        return self._stack([handle.receive() for handle in self._handles])
+        self.send(actions)
+        return self.receive()
+
+    def send(self, actions: dict[str, np.ndarray]):
+        """Start a step everywhere without waiting for it. Until `receive`, nothing else may be asked but `close`."""
+        self._check_idle()
+        for key, column in self._actions.items():
+            column[...] = actions[key]
+        self._tell_all(STEP)
+
+    def receive(self) -> dict[str, np.ndarray]:
+        """The observations of the step that was sent."""
+        if not self._under_way:
+            raise RuntimeError("nothing to receive: no step was sent")
+        logs, failures = self._answers(range(len(self)), self._timeout)
+        for index in logs:
+            self._tries[index] = 0
+        while failures:
+            answers, failures = self._restart(failures)
+            logs |= answers
+        self._under_way = False
+        names = sorted({name for entries in logs.values() for name in entries})
+        stacked = {name: np.array([logs[i].get(name, 0) for i in range(len(self))], np.float32) for name in names}
+        return stacked | {key: column.copy() for key, column in self._observations.items()}
 
     def render(self, index: int) -> np.ndarray:
         """A picture (H, W, 3) uint8 of one environment. Raises UserError where there is none."""
-        self._handles[index].send("render")
-        return self._handles[index].receive()
+        self._check_idle()
+        self._handles[index].send(RENDER)
+        answers, failures = self._answers([index], self._timeout)
+        if failures:  # the next step finds it dead
+            raise UserError(f"no picture: environment {index} {failures[index]}")
+        return answers[index]
 
     def close(self):
-        """Close the environments and end their processes; may be called twice."""
+        """Close the environments and end their processes, also in the midst of a step; may be called twice."""
         for handle in self._handles:
             handle.stop()
+        deadline = time.monotonic() + CLOSE
         for handle in self._handles:
-            handle.join()
+            handle.join(deadline - time.monotonic())
+        self._file.close()
 
-    def _stack(self, observations):
-        logs = {key for obs in observations for key in obs if key.startswith("log_")}
-        stacked = {key: np.array([obs.get(key, 0) for obs in observations], np.float32) for key in sorted(logs)}
-        for key in (*self.obs_space, "reward", "is_first", "is_last", "is_terminal"):
-            stacked[key] = np.stack([obs[key] for obs in observations])
-        return stacked
+    @property
+    def _start_timeout(self):
+        return max(START, self._timeout)
+
+    def _check_idle(self):
+        if self._under_way:
+            raise RuntimeError("a step is under way: receive it first")
+
+    def _tell_all(self, command):
+        self._under_way = True
+        for handle in self._handles:
+            handle.send(command)
+
+    def _answers(self, indices, seconds):
+        """Wait for one answer of each, for `seconds` in all: {index: answer} and {index: Failure}."""
+        deadline = time.monotonic() + seconds
+        answers, failures = {}, {}
+        for index in indices:
+            try:
+                answers[index] = self._handles[index].receive(deadline - time.monotonic())
+            except Failure as failure:
+                failures[index] = failure
+        return answers, failures
+
+    def _restart(self, failures):
+        """Replace what failed and begin episodes there; returns what `_answers` does."""
+        for index, failure in failures.items():
+            self._handles[index].stop()
+            self._handles[index].join(CLOSE)
+            if self._tries[index] == TRIES:
+                raise _fatal(index, failure)
+            self._tries[index] += 1
+            self._restarts[index] += 1
+            self.events.append(f"environment {index} was restarted: it {failure}")
+            handle = self._handles[index] = self._kind(self._makers[index], self._restarts[index])
+            handle.attach(self._file.fileno(), self._records, index)
+            handle.send(RESET)
+        made, failed = self._answers(failures, self._start_timeout)
+        begun, failed_later = self._answers(made, self._start_timeout)
+        return begun, failed | failed_later
+
+
+def _fatal(index, failure):
+    return RuntimeError(f"environment {index} {failure}\n{failure.details}".strip())
+
+
+# ---------------------------------------------------------------------------
+# Memory
+
+
+def _anonymous_file():
+    """A file without a name, in memory where the system offers it: gone with the last process that holds it."""
+    return tempfile.TemporaryFile(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+
+
+def _layout(obs_space, act_space):
+    """The record of one environment as a NumPy dtype: its observation `obs` and its next action `act`."""
+    obs = [
+        (key, space.dtype if isinstance(space, spaces.Box) else np.int32, space.shape)
+        for key, space in obs_space.items()
+    ]
+    obs += [(key, value.dtype) for key, value in flags().items()]
+    act = [(key, np.float32, (spaces.flatdim(space),)) for key, space in act_space.items()]
+    return np.dtype([("obs", np.dtype(obs, align=True)), ("act", np.dtype(act, align=True))], align=True)
+
+
+def _map(descriptor, layout, count):
+    """A file as an array (count,) of records."""
+    return np.ndarray(count, layout, mmap.mmap(descriptor, layout.itemsize * count))
+
+
+def _columns(records):
+    """{key: (N, ...)}, views of an array (N,) of records."""
+    return {key: records[key] for key in records.dtype.names}
+
+
+class Seat:
+    """An environment at its record, where actions are read and observations written."""
+
+    def __init__(self, env, records, index):
+        self._env = env
+        self._index = index
+        self._actions = _columns(records["act"][index : index + 1])
+        self._columns = _columns(records["obs"])
+        self._methods = {STEP: self._step, RESET: self._reset, RENDER: self._render}
+
+    def obey(self, command):
+        """Do what STEP, RESET or RENDER asks for. Returns the `log_*` entries, or the picture."""
+        return self._methods[command]()
+
+    def _reset(self):
+        return self._write(self._env.reset())
+
+    def _step(self):
+        return self._write(self._env.step({key: value[0].copy() for key, value in self._actions.items()}))
+
+    def _render(self):
+        return self._env.render()
+
+    def _write(self, obs):
+        for key, column in self._columns.items():
+            column[self._index] = obs[key]
+        return {key: float(value) for key, value in obs.items() if key.startswith("log_")}
+
+
+# ---------------------------------------------------------------------------
+# Kinds of environments. The first answer is the pair of spaces; then comes one for each `send`
 
 
 class Local:
-    """An environment of this process, with the methods of a `Worker`."""
+    """An environment of this process, with the methods of a `Worker`. It is never restarted: errors pass."""
 
-    def __init__(self, make):
-        self._env = AutoReset(make())
+    def __init__(self, make, restart):
+        self._env = AutoReset(make(restart))
         self._answer = self._env.obs_space, self._env.act_space
 
-    def send(self, method, *args):
-        self._answer = getattr(self._env, method)(*args)
+    def attach(self, descriptor, records, index):
+        self._seat = Seat(self._env, records, index)
 
-    def receive(self):
+    def send(self, command):
+        self._answer = self._seat.obey(command)
+
+    def receive(self, seconds):
         return self._answer
 
     def stop(self):
         self._env.close()
 
-    def join(self):
+    def join(self, seconds):
         pass
 
 
 class Worker:
-    """An environment in a process of its own. The first answer is its pair of spaces; then one per `send`."""
+    """An environment in a process of its own."""
 
-    def __init__(self, make):
+    def __init__(self, make, restart):
         # A fork would copy locks held by other threads (PyTorch's, a logger's) and an open CUDA context.
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, make), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, make, restart), daemon=True)
         with _interrupts_blocked():
             self._process.start()
         theirs.close()  # so that the end of either process is an end of file for the other
+        self._poll = select.poll()
+        self._poll.register(self._pipe, select.POLLIN)
 
-    def send(self, method, *args):
-        """Ask for `method(*args)` of the environment, without waiting."""
-        with self._death_is_an_error():
-            self._pipe.send((method, args))
+    def attach(self, descriptor, records, index):
+        """Give it its record: one of `records`, which are the content of the file behind a descriptor."""
+        with contextlib.suppress(OSError):  # it is dead, which `receive` will tell
+            self._pipe.send((records.dtype, len(records), index))
+            reduction.send_handle(self._pipe, descriptor, self._process.pid)
 
-    def receive(self):
-        """Wait for the answer. Raises the worker's UserError, or RuntimeError with its traceback."""
-        with self._death_is_an_error():
+    def send(self, command):
+        """Ask for something, without waiting."""
+        with contextlib.suppress(OSError):  # it is dead, which `receive` will tell
+            os.write(self._pipe.fileno(), command)
+
+    def receive(self, seconds):
+        """Wait for the answer. Raises the worker's UserError, or Failure."""
+        if not self._poll.poll(min(max(0, 1000 * seconds), 2**31 - 1)):
+            self._process.kill()
+            raise Failure("gave no answer in time (env_timeout)")
+        try:
+            sign = os.read(self._pipe.fileno(), 1)
+            if sign == DONE:
+                return {}
             kind, answer = self._pipe.recv()
+        except (EOFError, OSError):
+            self._process.join(CLOSE)
+            raise Failure(f"died (exit code {self._process.exitcode})") from None
         if kind == "user error":
             raise UserError(answer)
         if kind == "error":
-            raise RuntimeError(f"an environment failed in its worker process:\n{answer}")
+            raise Failure(*answer)
         return answer
 
     def stop(self):
         """Ask the process to end, without waiting."""
-        with contextlib.suppress(OSError):  # it has ended already
-            self._pipe.send(("close", ()))
-
-    def join(self):
-        """Wait for the process to end, and end it if it does not."""
         self._pipe.close()
-        self._process.join(timeout=5)
+
+    def join(self, seconds):
+        """Wait for the process to end, and end it if it does not."""
+        self._process.join(max(0, seconds))
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
-
-    @contextlib.contextmanager
-    def _death_is_an_error(self):
-        try:
-            yield
-        except (EOFError, ConnectionError) as error:
-            self._process.join(timeout=5)
-            code = self._process.exitcode
-            raise RuntimeError(f"an environment's worker process died (exit code {code})") from error
 
 
 @contextlib.contextmanager
@@ -151,31 +351,38 @@ def _interrupts_blocked():
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _serve(pipe, make):
-    """The life of a worker: make the environment, then answer until told to close or the parent is gone."""
+def _serve(pipe, make, restart):
+    """The life of a worker: make the environment, then obey until it fails or the parent is done or gone."""
     env = None
 
     def begin():
         nonlocal env
-        env = AutoReset(make())
+        env = AutoReset(make(restart))
         return env.obs_space, env.act_space
 
-    with contextlib.suppress(EOFError, ConnectionError):
-        pipe.send(_attempt(begin))
-        while True:
-            method, args = pipe.recv()
-            if method == "close":
-                break
-            pipe.send(_attempt(getattr(env, method), *args))
+    with contextlib.suppress(EOFError, OSError):
+        if _answer(pipe, begin):
+            layout, count, index = pipe.recv()
+            descriptor = reduction.recv_handle(pipe)
+            seat = Seat(env, _map(descriptor, layout, count), index)
+            os.close(descriptor)
+            while (command := os.read(pipe.fileno(), 1)) and _answer(pipe, seat.obey, command):
+                pass
     if env is not None:
         env.close()
 
 
-def _attempt(function, *args):
-    """What became of a call, in a form that can be sent: (kind, answer)."""
+def _answer(pipe, function, *args):
+    """Call a function and send what becomes of it. Returns whether the environment can still be used."""
     try:
-        return "ok", function(*args)
+        kind, answer = "ok", function(*args)
     except UserError as error:
-        return "user error", one_line(error)
-    except Exception:
-        return "error", traceback.format_exc()
+        kind, answer = "user error", one_line(error)
+    except Exception as error:
+        kind, answer = "error", (f"raised {type(error).__name__}: {one_line(error)}", traceback.format_exc())
+    if len(answer) == 0:  # a step without `log_*` entries
+        os.write(pipe.fileno(), DONE)
+    else:
+        os.write(pipe.fileno(), MESSAGE)
+        pipe.send((kind, answer))
+    return kind != "error"

@@ -2,10 +2,11 @@
 
 A suite hands out environments with the spaces they were born with (a dict of Gymnasium spaces for
 observations, another for actions) and takes actions in that form. The wrappers make of it what `envs.Env`
-promises.
+promises. An observation's dict is made for one step and handed on, so they change it in place.
 """
 
 import re
+from collections import deque
 
 import numpy as np
 from gymnasium import spaces
@@ -70,7 +71,8 @@ class ActionRepeat(Wrapper):
             total += float(obs["reward"])
             if obs["is_last"]:
                 break
-        return {**obs, "reward": np.float32(total)}
+        obs["reward"] = np.float32(total)
+        return obs
 
 
 class TimeLimit(Wrapper):
@@ -88,7 +90,9 @@ class TimeLimit(Wrapper):
     def step(self, action):
         obs = self.env.step(action)
         self._steps += 1
-        return {**obs, "is_last": np.bool_(obs["is_last"] or self._steps >= self._limit)}
+        if self._steps >= self._limit:
+            obs["is_last"] = np.True_
+        return obs
 
 
 class AutoReset(Wrapper):
@@ -130,7 +134,9 @@ class PlainObs(Wrapper):
         return self._plain(self.env.step(action))
 
     def _plain(self, obs):
-        return {key: self._convert[key](value) if key in self._convert else value for key, value in obs.items()}
+        for key, convert in self._convert.items():
+            obs[key] = convert(obs[key])
+        return obs
 
 
 def _plain_obs(key, space):
@@ -140,7 +146,7 @@ def _plain_obs(key, space):
     """
     if is_image(space):
         shape = space.shape if len(space.shape) == 3 else (*space.shape, 1)
-        return spaces.Box(0, 255, shape, np.uint8), lambda x: np.array(x, np.uint8).reshape(shape)
+        return spaces.Box(0, 255, shape, np.uint8), lambda x: np.array(x, np.uint8, order="C").reshape(shape)
     if isinstance(space, spaces.Discrete):
         return spaces.Discrete(int(space.n)), lambda x: np.int32(x - space.start)
     if isinstance(space, spaces.MultiDiscrete):
@@ -148,7 +154,10 @@ def _plain_obs(key, space):
         return spaces.MultiDiscrete(nvec), lambda x: (np.asarray(x) - space.start).reshape(-1).astype(np.int32)
     if isinstance(space, (spaces.Box, spaces.MultiBinary)):
         size = int(np.prod(space.shape))
-        return spaces.Box(-np.inf, np.inf, (size,)), lambda x: np.array(x, np.float32).reshape(size)
+        plain = spaces.Box(-np.inf, np.inf, (size,))
+        if space.shape == plain.shape:  # nearly always, and half the time
+            return plain, lambda x: np.array(x, np.float32)
+        return plain, lambda x: np.array(x, np.float32).reshape(size)
     kind = type(space).__name__
     raise UserError(f"observation '{key}' is a {kind} space, not supported: leave it out by encoder.mlp_keys")
 
@@ -175,7 +184,9 @@ class SelectKeys(Wrapper):
         return self._select(self.env.step(action))
 
     def _select(self, obs):
-        return {key: value for key, value in obs.items() if key not in self._dropped}
+        for key in self._dropped:
+            obs.pop(key, None)  # it may be offered and not there: what nobody reads is not drawn
+        return obs
 
 
 class Resize(Wrapper):
@@ -184,11 +195,12 @@ class Resize(Wrapper):
     def __init__(self, env, size):
         super().__init__(env)
         size = tuple(size)
-        self._keys = [key for key, space in env.obs_space.items() if is_image(space) and space.shape[:2] != size]
+        images = {key: space.shape for key, space in env.obs_space.items() if is_image(space)}
+        self._shapes = {key: (*size, *shape[2:]) for key, shape in images.items() if shape[:2] != size}
         self.obs_space = dict(env.obs_space)
-        for key in self._keys:
-            self.obs_space[key] = spaces.Box(0, 255, (*size, env.obs_space[key].shape[-1]), np.uint8)
-        if self._keys:
+        for key, shape in self._shapes.items():
+            self.obs_space[key] = spaces.Box(0, 255, shape, np.uint8)
+        if self._shapes:
             self._cv2 = _import_cv2()
 
     def reset(self):
@@ -198,12 +210,11 @@ class Resize(Wrapper):
         return self._resize(self.env.step(action))
 
     def _resize(self, obs):
-        resized = {}
-        for key in self._keys:
-            height, width, channels = self.obs_space[key].shape
-            image = self._cv2.resize(obs[key], (width, height), interpolation=self._cv2.INTER_AREA)
-            resized[key] = image.reshape(height, width, channels)  # OpenCV drops a single channel
-        return {**obs, **resized}
+        for key, shape in self._shapes.items():
+            image = np.asarray(obs[key], np.uint8)
+            image = self._cv2.resize(image, (shape[1], shape[0]), interpolation=self._cv2.INTER_AREA)
+            obs[key] = image.reshape(shape)  # OpenCV drops a single channel
+        return obs
 
 
 def _import_cv2():
@@ -213,6 +224,35 @@ def _import_cv2():
         message = f"images are resized by OpenCV ({one_line(error)}): pip install opencv-python-headless"
         raise UserError(message) from error
     return cv2
+
+
+class FrameStack(Wrapper):
+    """Stacks the last `count` images along the channels, the oldest first; the first of an episode is repeated."""
+
+    def __init__(self, env, count: int):
+        super().__init__(env)
+        self._frames = {key: deque(maxlen=count) for key, space in env.obs_space.items() if is_image(space)}
+        self.obs_space = dict(env.obs_space)
+        for key in self._frames:
+            height, width, channels = env.obs_space[key].shape
+            self.obs_space[key] = spaces.Box(0, 255, (height, width, count * channels), np.uint8)
+
+    def reset(self):
+        obs = self.env.reset()
+        for key, frames in self._frames.items():
+            frames.extend([obs[key]] * frames.maxlen)
+        return self._stack(obs)
+
+    def step(self, action):
+        obs = self.env.step(action)
+        for key, frames in self._frames.items():
+            frames.append(obs[key])
+        return self._stack(obs)
+
+    def _stack(self, obs):
+        for key, frames in self._frames.items():
+            obs[key] = np.concatenate(frames, -1)
+        return obs
 
 
 # ---------------------------------------------------------------------------
@@ -237,7 +277,8 @@ def _plain_action(key, space):
     if isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating):
         return spaces.Box(-1, 1, (int(np.prod(space.shape)),)), _unscale(space)
     if isinstance(space, spaces.Discrete):
-        return spaces.Discrete(int(space.n)), lambda x: int(np.argmax(x)) + int(space.start)
+        start = int(space.start)
+        return spaces.Discrete(int(space.n)), lambda x: int(x.argmax()) + start
     if isinstance(space, spaces.MultiDiscrete):
         return spaces.MultiDiscrete(space.nvec.reshape(-1)), _indices(space.nvec, space.start, space.dtype)
     if isinstance(space, spaces.MultiBinary):
@@ -249,22 +290,24 @@ def _plain_action(key, space):
 def _unscale(space):
     """From [-1, 1] to [low, high]; a dimension without both bounds is left as it is."""
     bounded = np.isfinite(space.low) & np.isfinite(space.high)
-    low = np.where(bounded, space.low, -1).astype(np.float64)
-    high = np.where(bounded, space.high, 1).astype(np.float64)
+    low = np.where(bounded, space.low, -1).astype(np.float64).reshape(-1)
+    high = np.where(bounded, space.high, 1).astype(np.float64).reshape(-1)
+    bounds = low, high, (low + high) / 2, (high - low) / 2
+    low, high, middle, half = (bound.astype(space.dtype) for bound in bounds)
 
     def native(x):
-        x = np.clip(x, -1, 1, dtype=np.float64).reshape(space.shape)
-        return (low + (x + 1) / 2 * (high - low)).astype(space.dtype)
+        x = np.minimum(np.maximum(middle + half * x, low), high)  # several times as fast as np.clip
+        return x.astype(space.dtype, copy=False).reshape(space.shape)
 
     return native
 
 
 def _indices(nvec, start, dtype):
     """From concatenated one-hots to an array of indices shaped like `nvec`."""
-    splits = np.cumsum(nvec.reshape(-1))[:-1]
+    ends = np.cumsum(nvec.reshape(-1)).tolist()
+    parts = [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
 
     def native(x):
-        chosen = [np.argmax(part) for part in np.split(x, splits)]
-        return (np.reshape(chosen, nvec.shape) + start).astype(dtype)
+        return (np.reshape([x[part].argmax() for part in parts], nvec.shape) + start).astype(dtype)
 
     return native

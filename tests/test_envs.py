@@ -21,8 +21,10 @@ def make_config(task, cnn_keys=".*", mlp_keys=".*", **changes):
         "size": (64, 64),
         "action_repeat": 1,
         "time_limit": 0,
+        "frame_stack": 1,
         "camera": -1,
         "parallel": False,
+        "env_timeout": 600,
     }
     encoder = SimpleNamespace(cnn_keys=cnn_keys, mlp_keys=mlp_keys)
     return SimpleNamespace(**{"task": task, "encoder": encoder, **defaults, **changes})
@@ -138,8 +140,8 @@ def check_value(space, value):
 
 @pytest.mark.parametrize("task", [task for task in TASKS if task != "dummy_discrete"])
 def test_seeds(task):
-    def stream(mode, index, seed=0):
-        env = make_env(make_config(task, **TASKS[task], seed=seed), mode, index)
+    def stream(mode, index, seed=0, restart=0):
+        env = make_env(make_config(task, **TASKS[task], seed=seed), mode, index, restart)
         observations = play(env, 80)  # several episodes: small environments have few states to start from
         env.close()
         return observations
@@ -149,6 +151,8 @@ def test_seeds(task):
     assert not same(first, stream("train", 1))
     assert not same(first, stream("eval", 0))
     assert not same(first, stream("train", 0, seed=1))
+    assert not same(first, stream("train", 0, restart=1))
+    assert not same(stream("train", 0, restart=1), stream("train", 0, restart=2))
 
 
 # ---------------------------------------------------------------------------
@@ -241,6 +245,50 @@ def test_action_repeat_sums_rewards(task, repeat):
         assert rest["reward"] == pytest.approx(total, rel=1e-6)
         assert same([{**obs, "reward": 0}], [{**rest, "reward": 0}])
     single.close(), repeated.close()
+
+
+# ---------------------------------------------------------------------------
+# Observations
+
+
+class Reuser:
+    """Writes every state and image into the same two arrays, the image column by column."""
+
+    obs_space = {"state": spaces.Box(-1, 9, (2,), np.float32), "image": spaces.Box(0, 255, (2, 3, 1), np.uint8)}
+    act_space = {"action": spaces.Discrete(2)}
+    state, image = np.zeros(2, np.float32), np.zeros((3, 2, 1), np.uint8).transpose(1, 0, 2)
+
+    def reset(self):
+        self.state[:] = 0
+        return {"state": self.state, "image": self.image, **wrappers.flags(is_first=True)}
+
+    def step(self, action):
+        self.state += 1
+        self.image += 1
+        return {"state": self.state, "image": self.image, **wrappers.flags()}
+
+
+def test_what_was_observed_stays():
+    env = wrappers.PlainObs(Reuser())
+    stream = [env.reset(), env.step({}), env.step({})]
+    assert [obs["state"].tolist() for obs in stream] == [[0, 0], [1, 1], [2, 2]]
+    assert [obs["image"].tolist() for obs in stream] == [np.full((2, 3, 1), i).tolist() for i in range(3)]
+    for obs in stream:
+        check_value(env.obs_space["image"], obs["image"])
+
+
+def test_frame_stack():
+    def stream(frames):
+        env = make_env(make_config("dummy_pixels", frame_stack=frames), "train", 0)
+        assert env.obs_space["image"] == spaces.Box(0, 255, (64, 64, 3 * frames), np.uint8)
+        return play(env, 20)  # more than one episode
+
+    history = []
+    for one, stacked in zip(stream(1), stream(3), strict=True):
+        history = [one["image"]] * 3 if one["is_first"] else [*history[1:], one["image"]]
+        assert all(np.array_equal(stacked["image"][..., 3 * i : 3 * i + 3], history[i]) for i in range(3))
+        assert stacked["image"].flags.c_contiguous
+        assert same([{**one, "image": 0}], [{**stacked, "image": 0}])
 
 
 # ---------------------------------------------------------------------------

@@ -4,13 +4,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import distributions as dists
 from models import ImagBehavior, ReturnNorm, WorldModel, kl_losses
 from networks import ActionSpec, OneHotLatent, State
 from tests.test_agent import make_agent, make_batch, make_config, shake
 
 H, N, D, S, K = 15, 4, 8, 2, 3
 BOX, DISCRETE = ActionSpec({"action": 2}, {}), ActionSpec({"action": 3}, {"action": [3]})
+
+ALIVE = torch.ones(N)  # no start is a terminal state
 
 # ---------------------------------------------------------------------------
 # Behaviour on imagined trajectories that are given, so that every number can be checked by hand
@@ -19,7 +20,7 @@ BOX, DISCRETE = ActionSpec({"action": 2}, {}), ActionSpec({"action": 3}, {"actio
 def make_behavior(spec=BOX, *flags):
     """The critic starts at exactly 0: returns are those of the rewards alone."""
     torch.manual_seed(0)
-    return ImagBehavior(D + S * K, spec, make_config("--imag_horizon", str(H), *flags))
+    return ImagBehavior(D + S * K, spec, make_config("--imag_horizon", str(H), *flags), replayed=True)
 
 
 def make_trajectory(spec=BOX):
@@ -31,17 +32,16 @@ def make_trajectory(spec=BOX):
 
 def world(cont):
     """A world whose probability to go on is `cont`, (H + 1, N) or a number."""
-    cont = torch.as_tensor(cont).expand(H + 1, N)
-    return SimpleNamespace(cont=lambda feat: dists.Bernoulli(torch.logit(cont)[..., None]))
+    return SimpleNamespace(discounts=lambda feat: torch.as_tensor(cont).expand(H + 1, N))
 
 
 def reward(value):
-    return lambda feat: torch.as_tensor(value, dtype=torch.float32).expand(H + 1, N)
+    return lambda feat, actions: torch.as_tensor(value, dtype=torch.float32).expand(H + 1, N)
 
 
 def test_fifteen_actions_give_fifteen_returns():
     behavior, (states, actions) = make_behavior(), make_trajectory()
-    losses, outs = behavior.loss(world(1.0), states, actions, reward(1.0))
+    losses, outs = behavior.loss(world(1.0), states, actions, ALIVE, reward(1.0))
     assert {name: tuple(loss.shape) for name, loss in losses.items()} == {"policy": (15, N), "value": (15, N)}
     assert outs["ret"].shape == outs["adv"].shape == outs["logpi"].shape == (15, N)
     assert outs["weight"].shape == outs["value"].shape == outs["reward"].shape == (16, N)
@@ -54,14 +54,14 @@ def test_returns_take_the_reward_on_arriving_and_the_probability_to_go_on():
     behavior, (states, actions) = make_behavior(), make_trajectory()
     rewards, cont = torch.zeros(H + 1, 1), torch.full((H + 1, 1), 0.8)
     rewards[0], rewards[1], rewards[2] = 1000.0, 3.0, 10.0  # that of the start was received before the first action
-    _, outs = behavior.loss(world(cont), states, actions, reward(rewards))
+    _, outs = behavior.loss(world(cont), states, actions, ALIVE, reward(rewards))
     assert outs["ret"][:3, 0].tolist() == pytest.approx([3 + 0.8 * 0.95 * 10, 10, 0])
 
 
 def test_values_of_the_critic_enter_with_one_minus_lambda_and_at_the_end():
     behavior, (states, actions) = make_behavior(), make_trajectory()
     behavior.critic.out.bias.data[21] = 100.0  # all its weight is on the bin after the middle one: e - 1
-    _, outs = behavior.loss(world(0.5), states, actions, reward(0.0))
+    _, outs = behavior.loss(world(0.5), states, actions, ALIVE, reward(0.0))
     v = math.e - 1
     last = 0.5 * v
     assert outs["ret"][-2:, 0].tolist() == pytest.approx([0.5 * (0.05 * v + 0.95 * last), last], rel=1e-5)
@@ -70,7 +70,7 @@ def test_values_of_the_critic_enter_with_one_minus_lambda_and_at_the_end():
 
 def test_weights_are_the_probability_to_have_come_so_far():
     behavior, (states, actions) = make_behavior(), make_trajectory()
-    _, outs = behavior.loss(world(0.5), states, actions, reward(0.0))
+    _, outs = behavior.loss(world(0.5), states, actions, ALIVE, reward(0.0))
     assert outs["weight"][:, 0].tolist() == pytest.approx([0.5 ** (t + 1) for t in range(16)])  # the start counts, too
 
 
@@ -78,7 +78,7 @@ def test_a_terminal_start_teaches_nothing():
     behavior, (states, actions) = make_behavior(), make_trajectory()
     cont = torch.full((H + 1, N), 0.99)
     cont[0, 2] = 1e-6
-    losses, outs = behavior.loss(world(cont), states, actions, reward(torch.randn(H + 1, N)))
+    losses, outs = behavior.loss(world(cont), states, actions, ALIVE, reward(torch.randn(H + 1, N)))
     assert (outs["weight"][:, 2] <= 1e-6).all() and (outs["weight"][:, 1] > 0.8).all()
     for name, loss in losses.items():
         assert loss[:, 2].abs().max() < 1e-4 < loss[:, 1].abs().mean(), name
@@ -93,15 +93,15 @@ def policy_gradient(behavior, *args):
 @pytest.mark.parametrize("spec", [BOX, DISCRETE], ids=["continuous", "discrete"])
 def test_the_policy_gradient_does_not_depend_on_the_scale_of_large_returns(spec):
     rewards, trajectory = torch.randn(H + 1, N), make_trajectory(spec)
-    small, outs = policy_gradient(make_behavior(spec), world(0.99), *trajectory, reward(1e3 * rewards))
-    large, other = policy_gradient(make_behavior(spec), world(0.99), *trajectory, reward(1e5 * rewards))
+    small, outs = policy_gradient(make_behavior(spec), world(0.99), *trajectory, ALIVE, reward(1e3 * rewards))
+    large, other = policy_gradient(make_behavior(spec), world(0.99), *trajectory, ALIVE, reward(1e5 * rewards))
     assert outs["ret_scale"] > 1 and other["ret_scale"] / outs["ret_scale"] == pytest.approx(100, rel=1e-4)
     torch.testing.assert_close(small, large, rtol=1e-3, atol=1e-6 * float(small.abs().max()))
     assert small.abs().max() > 0
 
 
 def test_small_returns_are_not_blown_up():
-    _, outs = make_behavior().loss(world(0.99), *make_trajectory(), reward(0.01 * torch.randn(H + 1, N)))
+    _, outs = make_behavior().loss(world(0.99), *make_trajectory(), ALIVE, reward(0.01 * torch.randn(H + 1, N)))
     assert outs["ret_scale"] == 1
     torch.testing.assert_close(outs["adv"], outs["ret"])
 
@@ -110,12 +110,14 @@ def test_small_returns_are_not_blown_up():
 def test_the_policy_loss_is_reinforce_with_the_entropy_inside_the_weights(spec):
     behavior, (states, actions) = make_behavior(spec, "--actor.entropy", "0.5"), make_trajectory(spec)
     cont = torch.rand(H + 1, N)
-    losses, outs = behavior.loss(world(cont), states, actions, reward(torch.randn(H + 1, N)))
+    losses, outs = behavior.loss(world(cont), states, actions, ALIVE, reward(torch.randn(H + 1, N)))
     policy = behavior.actor(torch.cat([states.deter, states.stoch.flatten(-2)], -1)[:-1])
     logpi, entropy = policy.log_prob(actions), policy.entropy()
     expected = -cont.cumprod(0)[:-1] * (logpi * outs["adv"] + 0.5 * entropy)
     torch.testing.assert_close(losses["policy"], expected)
-    bonus, _ = behavior.loss(world(cont), states, actions, reward(0.0))  # no advantage: the entropy alone remains
+    bonus, _ = behavior.loss(
+        world(cont), states, actions, ALIVE, reward(0.0)
+    )  # no advantage: entropy remains
     torch.testing.assert_close(bonus["policy"], -cont.cumprod(0)[:-1] * 0.5 * entropy)
 
 
@@ -123,19 +125,19 @@ def test_a_good_action_becomes_more_likely():
     behavior, (states, actions) = make_behavior(DISCRETE), make_trajectory(DISCRETE)
     rewards = torch.zeros(H + 1, N)
     rewards[1, 0] = 1.0  # for the first action of the first trajectory
-    losses, outs = behavior.loss(world(0.99), states, actions, reward(rewards))
+    losses, outs = behavior.loss(world(0.99), states, actions, ALIVE, reward(rewards))
     assert outs["adv"][0, 0] == pytest.approx(1) and not outs["adv"].flatten()[1:].any()
     optimizer = torch.optim.SGD(behavior.actor.parameters(), lr=1.0)
     losses["policy"].sum().backward()
     optimizer.step()
-    _, after = behavior.loss(world(0.99), states, actions, reward(rewards))
+    _, after = behavior.loss(world(0.99), states, actions, ALIVE, reward(rewards))
     assert after["logpi"][0, 0] > outs["logpi"][0, 0]
 
 
 def test_the_value_loss_pulls_to_the_return_and_to_the_slow_critic():
     behavior, (states, actions) = make_behavior(), make_trajectory()
     behavior.slow.out.bias.data[21] = 100.0  # the slow critic says e - 1 everywhere, the critic is uniform over 41 bins
-    losses, _ = behavior.loss(world(1.0), states, actions, reward(0.0))
+    losses, _ = behavior.loss(world(1.0), states, actions, ALIVE, reward(0.0))
     assert losses["value"].flatten().tolist() == pytest.approx([2 * math.log(41)] * H * N)
     losses["value"].mean().backward()
     target = torch.zeros(41)

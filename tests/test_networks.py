@@ -6,7 +6,7 @@ from agent import Dreamer
 from config import load_config
 from encoders import MultiDecoder, MultiEncoder, ObsSpec
 from layers import BlockLinear, Conv2d, Linear, Norm
-from networks import RSSM, ActionSpec, Actor, BlockGRU, OneHotLatent, State, TwoHotHead, feature
+from networks import RSSM, ActionSpec, Actor, BlockGRU, OneHotLatent, State, feature, scalar_head
 from tests.test_agent import CONFIGS, IMAGE, WALKER, make_config
 
 B, T, D, E, A, S, K = 3, 7, 12, 5, 2, 4, 3
@@ -220,7 +220,7 @@ def test_initial_weights_have_the_scale_of_their_fan_in():
 
 
 def test_critic_and_reward_start_at_exactly_zero():
-    head = TwoHotHead(9, 255, layers=2, units=8, outscale=0.0)
+    head = scalar_head(9, make_config().critic)
     assert not head(torch.randn(20, 9)).mode().any()
 
 

@@ -1,0 +1,566 @@
+"""How fast the environments are, what wrappers and workers cost, and how well a random agent does.
+
+python3 benchmarks/environments.py speed --write docs/environments.md
+python3 benchmarks/environments.py overhead --write docs/environments.md
+python3 benchmarks/environments.py random --write docs/environments.md
+
+Each prints a table, and --write puts it between its markers in a page. Environments are made from the presets of
+configs.yaml. Every measurement has a process of its own; what cannot be made becomes a row that says why. Timings
+need cores with nothing else to do: the line below each table tells the load at the start.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import datetime
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import pathlib
+import platform
+import sys
+import tempfile
+import time
+import traceback
+
+import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from gymnasium import spaces
+
+from agent import act_spec
+from benchmarks import plot_scores
+from config import CONFIGS, load_config
+from envs import SUITES, make_env, make_envs
+from envs.errors import one_line
+from envs.wrappers import is_image
+from exploration import Random
+from tools import UserError, atomic_write, derive_seed
+
+TASKS = (  # (presets, an example)
+    ("atari", "atari_pong"),
+    ("atari100k", "atari100k_pong"),
+    ("dmc_proprio", "dmc_walker_walk"),
+    ("dmc_vision", "dmc_walker_walk"),
+    ("", "dmc_walker_walk"),
+    ("crafter", "crafter_reward"),
+    ("memorymaze", "memorymaze_9x9"),
+    ("memorymaze", "memorymaze_15x15"),
+    ("procgen", "procgen_coinrun"),
+    ("bsuite", "bsuite_catch/0"),
+    ("minigrid", "minigrid_DoorKey-5x5-v0"),
+    ("popgym", "popgym_RepeatPreviousEasy-v0"),
+    ("", "gym_CartPole-v1"),
+    ("", "gym_LunarLander-v3"),
+    ("", "gym_HalfCheetah-v5"),
+    ("", "dummy_multi"),
+    ("dmlab", "dmlab_rooms_collect_good_objects_train"),
+    ("minecraft", "minecraft_diamond"),
+)
+PACKAGES = {"gym_LunarLander-v3": "gymnasium[box2d]", "gym_HalfCheetah-v5": "gymnasium mujoco==3.17.0"}
+GAMES = "pong", "breakout", "boxing", "freeway", "seaquest", "ms_pacman"
+CONTROL = "cartpole_balance", "cartpole_swingup", "walker_walk", "cheetah_run", "ball_in_cup_catch"
+RANDOM = (  # (presets, a task, how many times as many episodes as asked for: success rates need more than returns)
+    *(("atari100k", f"atari100k_{game}", 1) for game in GAMES),
+    ("crafter", "crafter_reward", 10),
+    *(("dmc_proprio", f"dmc_{task}", 1) for task in CONTROL),
+)
+CRAFTER_RETURN, CRAFTER_SCORE = 2.1, 1.6  # of a random agent (Hafner 2021, arXiv:2109.06780, table 1)
+ACHIEVEMENTS = 22
+
+
+def main(argv=None):
+    """Run the command line; returns the exit status."""
+    args = parse(argv)
+    measure, table = COMMANDS[args.command]
+    try:
+        if getattr(args, "seconds", 1) <= 0 or getattr(args, "episodes", 2) < 2 or getattr(args, "processes", 1) < 1:
+            raise UserError("--seconds must be above 0, --episodes at least 2 and --processes at least 1")
+        if args.write:  # a missing marker is found now, not after the measurements
+            put_between(pathlib.Path(args.write).read_text(encoding="utf-8"), args.command, "")
+        about = machine() + (f", {args.seconds:g} s a measurement" if "seconds" in args else "")
+        results = measure(args)
+        text = f"{table(results)}\n\n{about}."
+        print(text)
+        if args.json:
+            found = {"command": args.command, "machine": about, "results": results}
+            atomic_write(args.json, lambda file: file.write(json.dumps(found, indent=2).encode() + b"\n"))
+        if args.write:
+            page = put_between(pathlib.Path(args.write).read_text(encoding="utf-8"), args.command, text)
+            atomic_write(args.write, lambda file: file.write(page.encode()))
+    except (UserError, OSError) as error:
+        print(f"environments.py: {one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (measure, _) in COMMANDS.items():
+        command = commands.add_parser(name, help=measure.__doc__.split("\n")[0])
+        command.add_argument("--write", metavar="PAGE", help="put the table between its markers in this file")
+        command.add_argument("--json", metavar="OUT", help="write the numbers to this file")
+        if name != "overhead":
+            command.add_argument("tasks", nargs="*", metavar="TASK", help="these instead of those of the page")
+        if name != "random":
+            command.add_argument("--seconds", type=float, default=5, help="of each measurement (default: 5)")
+    command.add_argument("--episodes", type=int, default=30, help="of each task, ten times as many in Crafter")
+    command.add_argument("--processes", type=int, default=1, help="tasks that run at the same time")
+    return parser.parse_args(argv)
+
+
+# ---------------------------------------------------------------------------
+# Environments and processes
+
+
+def make_config(presets, task, *flags):
+    """The Config of a task with presets, given as words."""
+    names = ["--configs", *presets.split()] if presets else []
+    return load_config([*names, "--task", task, *flags], CONFIGS)
+
+
+def rows_of(table, tasks):
+    """The rows of TASKS or RANDOM; for `tasks` that are named, those rows, or others like them of the same suite."""
+    if not tasks:
+        return list(table)
+    found = {}
+    for task in tasks:
+        like = [row for row in table if row[1] == task]
+        like = like or [row for row in table if row[1].partition("_")[0] == task.partition("_")[0]]
+        rows = [(row[0], task, *row[2:]) for row in like] or [("", task, *table[0][2:])]
+        found |= dict.fromkeys(rows)
+    return list(found)
+
+
+def attempt(function, *args, cores=()):
+    """What `function(*args)` returns in a process of its own, or {"failed": why} if anything goes wrong there.
+
+    cores: where the process starts, for packages may start threads as soon as they are imported.
+    """
+    before = all_cores()
+    pin(cores)
+    try:
+        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(function, *args).result()
+    except UserError as error:
+        return {"failed": one_line(error)}
+    except Exception as error:  # the other rows are worth having
+        traceback.print_exception(error)
+        return {"failed": f"{type(error).__name__}: {one_line(error)}"}
+    finally:
+        pin(before)
+
+
+def all_cores():
+    """The cores that this process may use, or [] where the system does not say."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
+def pin(cores):
+    """Keep this thread, and the processes and threads that it starts from now on, on these cores."""
+    if cores:
+        os.sched_setaffinity(0, cores)
+
+
+def alone(env, actions):
+    """A function that takes a step of an environment, or a reset where it is due, and returns how many steps."""
+    actions = itertools.cycle([{key: value[0] for key, value in action.items()} for action in actions])
+    obs = env.reset()
+
+    def step():
+        nonlocal obs
+        obs = env.reset() if obs["is_last"] else env.step(next(actions))
+        return int(not obs["is_first"])
+
+    return step
+
+
+def together(envs, actions):
+    """The same of environments that step together."""
+    actions = itertools.cycle(actions)
+    envs.reset()
+    return lambda: int((~envs.step(next(actions))["is_first"]).sum())
+
+
+def draw_actions(act_space, count, number=1000):
+    """`number` random actions {key: (count, width)} for `count` environments, drawn before any clock runs."""
+    random = Random(act_spec(act_space), seed=0)
+    return [random.act({"is_first": np.zeros(count)})[0] for _ in range(number)]
+
+
+# ---------------------------------------------------------------------------
+# Speed
+
+
+def speed(args):
+    """Spaces, protocol and agent steps per second of a task of every suite."""
+    results = []
+    for presets, task in rows_of(TASKS, args.tasks):
+        print(f"{task} {presets}", file=sys.stderr, flush=True)
+        packages = PACKAGES.get(task) or SUITES.get(task.partition("_")[0], ("", "", "?"))[2]
+        cores = all_cores()
+        found = attempt(time_task, presets, task, args.seconds, cores, cores=cores[:1])
+        results.append({"task": task, "presets": presets, "packages": packages, **found})
+    return results
+
+
+def time_task(presets, task, seconds, cores):
+    """The measured part of a row: in this process on the first of `cores`, with two workers on the first two."""
+    with tempfile.TemporaryDirectory() as logdir:  # bsuite records its episodes there
+        pin(cores[:1])
+        config = make_config(presets, task, "--parallel", "false", "--envs", "1", "--logdir", logdir)
+        with contextlib.closing(make_envs(config, "train", 1)) as envs:
+            row = {
+                "observations": describe(envs.obs_space),
+                "actions": describe(envs.act_space),
+                "protocol": protocol(config, envs.obs_space),
+                "steps_per_second": steps_per_second(envs, seconds),
+                "reset_ms": 1e3 * np.median([clock(envs.reset) for _ in range(5)]),
+            }
+        pin(cores[:2])
+        with contextlib.closing(make_envs(config.replace(parallel=True, envs=2), "train", 2)) as envs:
+            return row | {"steps_per_second_2_workers": steps_per_second(envs, seconds)}
+
+
+def steps_per_second(envs, seconds):
+    """Agent steps per second of all of `envs` together under random actions; resets take time but are no steps."""
+    step = together(envs, draw_actions(envs.act_space, len(envs)))
+    seconds_per_step(step, seconds / 5)
+    return 1 / seconds_per_step(step, seconds)
+
+
+def seconds_per_step(step, seconds):
+    """Time of `step()`, which returns how many agent steps it took, over `seconds` or until there is one."""
+    steps, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds or not steps:
+        steps += step()
+    return elapsed / steps
+
+
+def clock(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def describe(group):
+    """{key: space} in words: `image 64x64x3, position 8`, `action discrete 18`."""
+
+    def size(space):
+        if isinstance(space, spaces.Box):
+            return "x".join(map(str, space.shape))
+        return "discrete " + "·".join(map(str, np.atleast_1d(getattr(space, "nvec", getattr(space, "n", None)))))
+
+    return ", ".join(f"{key} {size(space)}" for key, space in group.items())
+
+
+def protocol(config, obs_space):
+    """What the presets make of the task, in words: general keys, then those of the suite's own section."""
+    words = {"repeat": config.action_repeat, "limit": config.time_limit or "the task's own"}
+    if any(map(is_image, obs_space.values())):
+        words["size"] = "x".join(map(str, config.size))
+    suite = config.task.partition("_")[0]
+    for name, section in config.to_dict().items():
+        if isinstance(section, dict) and suite.startswith(name):  # `atari` is the section of atari100k too
+            words |= section
+    return ", ".join(f"{key} {str(value).lower()}" for key, value in words.items())
+
+
+def speed_table(results):
+    words = ("observations", "actions", "protocol")
+    numbers = ("steps_per_second", "steps_per_second_2_workers", "reset_ms")
+    rows = []
+    for row in results:
+        here = f"no: {row['failed']}" if "failed" in row else "yes"
+        cells = [f"`{row['task']}`", row["presets"] or "none", *(row.get(key, "-") for key in words)]
+        rows.append([*cells, row["packages"], here, *(digits(row.get(key, math.nan)) for key in numbers)])
+    head = ("task", "presets", *words, "packages", "run here")
+    return markdown((*head, "steps/s, one core", "steps/s, 2 workers on 2 cores", "reset, ms"), rows)
+
+
+# ---------------------------------------------------------------------------
+# Overhead
+
+
+def overhead(args):
+    """What make_env and a worker cost over the bare environment, and what four workers give."""
+    cores = all_cores()
+    walker = ["dmc_proprio", "dmc_walker_walk", "--action_repeat", "2"]
+    races = {
+        "Pong, repeat 4, two frames looked at and resized": (race_bare, bare_pong, ["atari", "atari_pong"]),
+        "walker_walk from proprioception, repeat 2": (race_bare, bare_walker, walker),
+        "walker_walk from pixels": (race_workers, 4, ["dmc_vision", "dmc_walker_walk"]),
+    }
+    results = []
+    for name, (race, what, flags) in races.items():
+        print(name, file=sys.stderr, flush=True)
+        results.append({"race": name, **attempt(race, what, flags, args.seconds, cores, cores=cores[:1])})
+    return results
+
+
+def race_bare(bare, flags, seconds, cores):
+    """The bare environment, make_env and a worker, all on the first of `cores`: what `standings` returns."""
+    config = make_config(*flags, "--envs", "1")
+    with contextlib.ExitStack() as stack:
+        pin(cores[:1])
+        env = stack.enter_context(contextlib.closing(make_env(config, "train", 0)))
+        envs = stack.enter_context(contextlib.closing(make_envs(config.replace(parallel=True), "train", 1)))
+        actions = draw_actions(env.act_space, 1)
+        steps = {"bare": bare(env, actions), "make_env": alone(env, actions), "one worker": together(envs, actions)}
+        return standings(interleave({name: (cores[:1], step) for name, step in steps.items()}, seconds))
+
+
+def race_workers(count, flags, seconds, cores):
+    """One environment in this process, on one core and on two, and `count` workers on two."""
+    config = make_config(*flags, "--envs", str(count))
+    with contextlib.ExitStack() as stack:
+        contestants = {}
+        for name, own in (("one core", cores[:1]), ("two cores", cores[:2])):
+            pin(own)  # before the environment starts threads to draw with
+            env = stack.enter_context(contextlib.closing(make_env(config, "train", 0)))
+            contestants[f"make_env, {name}"] = own, alone(env, draw_actions(env.act_space, 1))
+        envs = stack.enter_context(contextlib.closing(make_envs(config.replace(parallel=True), "train", count)))
+        contestants[f"{count} workers, two cores"] = cores[:2], together(envs, draw_actions(envs.act_space, count))
+        return standings(interleave(contestants, seconds, turn=0.5))
+
+
+def bare_pong(env, actions):
+    """ALE by itself, with the least that gives observations like those of `env`."""
+    import ale_py
+    import cv2
+    from ale_py import roms
+
+    ale = ale_py.ALEInterface()
+    ale.loadROM(roms.get_rom_path("pong"))
+    height, width, channels = env.obs_space["image"].shape
+    look = ale.getScreenGrayscale if channels == 1 else ale.getScreenRGB
+    frames = np.zeros((2, *ale.getScreenDims(), *([3] if channels == 3 else [])), np.uint8)
+    minimal, legal = ale.getMinimalActionSet(), ale.getLegalActionSet()
+    choices = minimal if env.act_space["action"].n == len(minimal) else legal
+    moves = itertools.cycle([choices[action["action"].argmax()] for action in actions])
+
+    def step():
+        if ale.game_over():
+            ale.reset_game()
+        move = next(moves)
+        for frame in range(4):
+            ale.act(move)
+            if frame >= 2:
+                look(frames[frame - 2])
+        cv2.resize(np.maximum(*frames), (width, height), interpolation=cv2.INTER_AREA)
+        return 1
+
+    return step
+
+
+def bare_walker(env, actions):
+    """dm_control by itself."""
+    from dm_control import suite
+
+    walker = suite.load("walker", "walk", task_kwargs={"random": 0})
+    moves = itertools.cycle([action["action"][0].astype(np.float64) for action in actions])
+    timestep = walker.reset()
+
+    def step():
+        nonlocal timestep
+        if timestep.last():
+            timestep = walker.reset()
+            return 0
+        move = next(moves)
+        for _ in range(2):
+            timestep = walker.step(move)
+            if timestep.last():
+                break
+        return 1
+
+    return step
+
+
+def interleave(contestants, seconds, turn=0.1):
+    """Seconds per agent step {name: (rounds)}: contestants take turns, so that noise hits all of them.
+
+    contestants: {name: (cores, function that takes steps and returns how many)}.
+    seconds: that each runs in all, after a round that does not count; turn: that each runs in a round.
+    """
+    times = {name: [] for name in contestants}
+    for _ in range(1 + max(1, round(seconds / turn))):
+        for name, (cores, step) in contestants.items():
+            pin(cores)
+            times[name].append(seconds_per_step(step, turn))
+    return {name: np.array(found[1:]) for name, found in times.items()}
+
+
+def standings(times):
+    """{"us": {name: median microseconds per step}, "ratio": {name: quartiles of time over the first's, by round}}"""
+    first = next(iter(times.values()))
+    ratio = {name: np.percentile(found / first, [25, 50, 75]).tolist() for name, found in times.items()}
+    return {"us": {name: 1e6 * np.median(found) for name, found in times.items()}, "ratio": ratio}
+
+
+def overhead_table(results):
+    rows = []
+    for row in results:
+        if "failed" in row:
+            rows.append([row["race"], row["failed"], *["-"] * 4])
+        for name, (low, middle, high) in row.get("ratio", {}).items():
+            more = " to ".join(f"{100 * (ratio - 1):+.0f}" for ratio in (low, high))
+            cells = [digits(row["us"][name]), digits(1e6 / row["us"][name])]
+            rows.append([row["race"], name, *cells, f"{100 * (middle - 1):+.0f} % ({more})", f"{1 / middle:.2f}"])
+    return markdown(("", "", "µs per agent step", "steps/s", "more time than the first", "times its steps/s"), rows)
+
+
+# ---------------------------------------------------------------------------
+# The random agent
+
+
+def random(args):
+    """Returns of the random agent beside the published ones."""
+
+    def run(row):
+        presets, task, times = row
+        print(f"{task} {presets}", file=sys.stderr, flush=True)
+        return {"task": task, "presets": presets, **attempt(play, presets, task, times * args.episodes)}
+
+    with concurrent.futures.ThreadPoolExecutor(args.processes) as threads:
+        return list(threads.map(run, rows_of(RANDOM, args.tasks)))
+
+
+def play(presets, task, episodes, seed=0):
+    """The random agent's episodes, summed up, beside what is published: a row of the table."""
+    config = make_config(presets, task, "--seed", str(seed), "--envs", "1", "--parallel", "false")
+    returns, lengths, unlocked = [], [], []
+    with contextlib.closing(make_envs(config, "eval", 1)) as envs:
+        agent = Random(act_spec(envs.act_space), derive_seed(seed, 3))
+        obs, total, steps = envs.reset(), 0.0, 0
+        while len(returns) < episodes:
+            obs = envs.step(agent.act(obs)[0])
+            total += float(obs["reward"][0])
+            steps += not obs["is_first"][0]
+            if obs["is_last"][0]:
+                names = [key for key in obs if plot_scores.ACHIEVEMENT.match(key)]
+                unlocked.append({name: bool(obs[name][0] > 0) for name in names})
+                returns.append(total)
+                lengths.append(steps * config.action_repeat)
+                total, steps = 0.0, 0
+        words = protocol(config, envs.obs_space)
+    mean, error = mean_and_error(returns)
+    found = {"protocol": words, "episodes": episodes, "mean": mean, "error": error}
+    found |= {"frames": float(np.mean(lengths)), "longest": max(lengths), **published(task)}
+    return found | (crafter(unlocked) if task.startswith("crafter") else {})
+
+
+def mean_and_error(values):
+    """Mean and its standard error."""
+    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
+
+
+def crafter(unlocked):
+    """The Crafter score in percent, and its standard error by the bootstrap over episodes [{achievement: bool}]."""
+    names = sorted(set().union(*unlocked))
+    if len(names) != ACHIEVEMENTS:
+        raise UserError(f"Crafter has {ACHIEVEMENTS} achievements, but episodes log {len(names)}")
+    done = np.array([[episode.get(name, False) for episode in unlocked] for name in names])  # (names, episodes)
+
+    def score(picked):
+        chosen = dict(zip(names, done[:, picked], strict=True))
+        return plot_scores.crafter_score(chosen, np.zeros(len(picked)), [0])[0]
+
+    count = len(unlocked)
+    rng = np.random.default_rng(0)
+    again = [score(rng.integers(count, size=count)) for _ in range(1000)]
+    return {"score": float(score(np.arange(count))), "score_error": float(np.std(again))}
+
+
+def published(task):
+    """What is published for a task, where anything is: {"published": return, "by": whom}, in Crafter also the score.
+
+    In DMC that is the first point of PPO, which has hardly learned by then.
+    """
+    suite, _, name = task.partition("_")
+    if suite.startswith("atari") and name in plot_scores.atari_scores():
+        return {"published": plot_scores.atari_scores()[name][0], "by": "random"}
+    if task == "crafter_reward":
+        return {"published": CRAFTER_RETURN, "published_score": CRAFTER_SCORE, "by": "random"}
+    for curve in plot_scores.published_curves("dmc_proprio", task):
+        if curve.name.startswith("PPO"):
+            return {"published": float(curve.value[0]), "by": f"PPO, first {curve.steps[0]:,.0f} frames"}
+    return {}
+
+
+def random_table(results):
+    head = ("task", "presets", "protocol", "episodes", "frames (longest)", "return", "published", "apart")
+    rows = []
+    for row in results:
+        cells = [f"`{row['task']}`", row["presets"] or "none"]
+        if "failed" in row:
+            rows.append([*cells, row["failed"], *["-"] * 5])
+            continue
+        length = f"{row['frames']:,.0f} ({row['longest']:,})"
+        rows.append([*cells, row["protocol"], str(row["episodes"]), length, *beside(row, "mean", "error", "published")])
+        if "score" in row:
+            cells[0] += ", score in %"
+            rows.append([*cells, "", "", "", *beside(row, "score", "score_error", "published_score")])
+    return markdown(head, rows)
+
+
+def beside(row, value, error, known):
+    """Cells of a value and its standard error, of the published one, and of how many standard errors lie between."""
+    cells = [f"{row[value]:.2f} ± {row[error]:.2f}"]
+    if known not in row:
+        return [*cells, "-", "-"]
+    if row["by"] != "random":
+        return [*cells, f"{row[known]:g} ({row['by']})", "-"]
+    return [*cells, f"{row[known]:g}", f"{(row[value] - row[known]) / row[error]:+.1f} s.e." if row[error] else "-"]
+
+
+# ---------------------------------------------------------------------------
+# Tables and pages
+
+COMMANDS = {  # {name: (measures, makes the table)}
+    "speed": (speed, speed_table),
+    "overhead": (overhead, overhead_table),
+    "random": (random, random_table),
+}
+
+
+def digits(value):
+    """A number to three significant digits: 4,710 and 0.273; a dash for nan."""
+    if math.isnan(value):
+        return "-"
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:,.0f}" if abs(rounded) >= 100 else f"{rounded:.3g}"
+
+
+def markdown(head, rows):
+    """A table; bars within cells are escaped."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def put_between(page, name, text):
+    """The page with `text` between its markers `<!-- name:begin -->` and `<!-- name:end -->`, on lines of their own."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, middle, rest = page.partition(begin)
+    _, found, after = rest.partition(end)
+    if not (middle and found) or begin in rest or end in before + after:
+        raise UserError(f"the page must have {begin} and, after it, {end} just once")
+    return f"{before}{begin}\n{text}\n{end}{after}"
+
+
+def machine():
+    """The machine and its load, in words."""
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    load = f", load {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else ""
+    today = datetime.date.today().isoformat()
+    return f"{model}, {len(all_cores()) or os.cpu_count()} cores{load}, Python {platform.python_version()}, {today}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""The versions of Dreamer side by side on one small task, and how far curiosity gets in a maze.
+
+python3 benchmarks/family.py learn --out logdir/family --write docs/family.md
+python3 benchmarks/family.py explore --out logdir/explore --write docs/family.md
+
+Runs dreamer.py for every version and seed (those that are there already are not run again), prints a table, puts it
+between its markers in a page, and draws OUT.png.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+
+import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from benchmarks.environments import markdown, put_between
+from envs.dummy import Maze
+from tools import UserError, atomic_write
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+VERSIONS = {"planet": "PlaNet", "dreamerv1": "Dreamer", "dreamerv2": "DreamerV2"}
+VERSIONS |= {"dreamerv3_2023": "DreamerV3, 2023", "": "DreamerV3"}
+# All at the size and number of updates of quickstart, so that a run takes minutes; rates as much faster as there.
+LEARN = """--task dmc_cartpole_balance --encoder.cnn_keys $^ --action_repeat 4 --steps 16000 --batch_size 16
+--train_ratio 160 --eval_every 4000 --log_every 1000 --video_pred_log false --model_opt.lr 1e-3 --actor_opt.lr 4e-4
+--critic_opt.lr 4e-4 --cem.candidates 200 --cem.elites 20 --cem.iterations 5"""
+EXPLORERS = {"random": "random", "plan2explore": "Plan2Explore"}
+EXPLORE = """--task dummy_maze --steps 6000 --eval_every 0 --video_pred_log false --disag_layers 2 --disag_units 64
+--disag_models 5"""
+
+
+def main(argv=None):
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="where the runs go; the plot is OUT.png")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each (default: 3)")
+    parser.add_argument("--processes", type=int, default=1, help="runs at the same time (default: 1)")
+    parser.add_argument("--write", metavar="PAGE", help="put the table between its markers in this file")
+    args = parser.parse_args(argv)
+    try:
+        text = COMMANDS[args.command](args)
+        print(text)
+        if args.write:
+            page = put_between(pathlib.Path(args.write).read_text(encoding="utf-8"), args.command, text)
+            atomic_write(args.write, lambda file: file.write(page.encode()))
+    except (UserError, OSError) as error:
+        print(f"family.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run_all(jobs, processes):
+    """Run dreamer.py for each {logdir: flags}, unless it has been."""
+
+    def run(job):
+        logdir, flags = job
+        done = logdir / "done"
+        if done.exists():
+            return
+        logdir.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, str(ROOT / "dreamer.py"), *flags, "--logdir", str(logdir)]
+        with open(logdir / "output.txt", "w") as output:
+            code = subprocess.run(command, stdout=output, stderr=output, check=False).returncode
+        if code:
+            raise UserError(f"{logdir}/output.txt: exit status {code}")
+        done.touch()
+
+    with concurrent.futures.ThreadPoolExecutor(processes) as threads:
+        list(threads.map(run, jobs.items()))
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def mean_and_error(values):
+    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
+
+
+# ---------------------------------------------------------------------------
+# Learning
+
+
+def learn(args):
+    """Returns of every version against the random agent's."""
+    logdirs = {
+        version: [args.out / f"{version or 'dreamerv3'}_{seed}" for seed in range(args.seeds)] for version in VERSIONS
+    }
+    jobs = {
+        logdir: ["--configs", *version.split(), "quickstart", *LEARN.split(), "--seed", str(seed)]
+        for version, found in logdirs.items()
+        for seed, logdir in enumerate(found)
+    }
+    lone = args.out / "random"  # a run that is all prefill
+    flags = "--steps 40000 --prefill 40000 --eval_every 0"
+    jobs[lone] = ["--configs", "quickstart", *LEARN.split(), *flags.split()]
+    run_all(jobs, args.processes)
+    scores = [row["score"] for row in lines(lone / "scores.jsonl") if row["mode"] == "train"]
+    chance, chance_error = mean_and_error(scores)
+    rows, curves = [], {}
+    for version, name in VERSIONS.items():
+        evals = [eval_curve(logdir) for logdir in logdirs[version]]
+        final, error = mean_and_error([returns[-1] for _, returns in evals])
+        above = (final - chance) / (error**2 + chance_error**2) ** 0.5
+        speed = statistics.median(updates_per_second(logdir) for logdir in logdirs[version])
+        each = ", ".join(f"{returns[-1]:.0f}" for _, returns in evals)
+        cells = [f"{final:.0f} ± {error:.0f}", f"{above:+.1f}", f"{speed:.1f}"]
+        rows.append([name, f"`{version}`" if version else "", each, *cells])
+        curves[name] = evals
+    draw(args.out, curves, {"random": chance}, "environment frames", "return of ten evaluation episodes")
+    head = ("version", "preset", "final return, by seed", "mean ± s.e.", "s.e. above random", "updates/s")
+    note = f"Random: {chance:.0f} ± {chance_error:.0f} over {len(scores)} episodes."
+    return f"{markdown(head, rows)}\n\n{note}"
+
+
+def eval_curve(logdir):
+    """Frames of the evaluations and their mean returns."""
+    rows = [row for row in lines(logdir / "metrics.jsonl") if "eval_return" in row]
+    return [row["step"] for row in rows], [row["eval_return"] for row in rows]
+
+
+def updates_per_second(logdir):
+    rows = [row["updates_per_second"] for row in lines(logdir / "metrics.jsonl") if row.get("updates_per_second")]
+    return statistics.median(rows)
+
+
+# ---------------------------------------------------------------------------
+# Exploring
+
+
+def explore(args):
+    """Distinct cells that are visited in the maze, by curiosity and at random."""
+    logdirs = {kind: [args.out / f"{kind}_{seed}" for seed in range(args.seeds)] for kind in EXPLORERS}
+    jobs = {
+        logdir: ["--configs", "quickstart", *EXPLORE.split(), "--expl_behavior", kind, "--seed", str(seed)]
+        for kind, found in logdirs.items()
+        for seed, logdir in enumerate(found)
+    }
+    run_all(jobs, args.processes)
+    rows, curves = [], {}
+    for kind, name in EXPLORERS.items():
+        curves[name] = [cell_curve(logdir) for logdir in logdirs[kind]]
+        cells = [seen[-1] for _, seen in curves[name]]
+        mean, error = mean_and_error(cells)
+        rows.append([name, ", ".join(f"{count:.0f}" for count in cells), f"{mean:.0f} ± {error:.0f}"])
+    chance, curious = (statistics.mean(seen[-1] for _, seen in curves[name]) for name in EXPLORERS.values())
+    draw(args.out, curves, {"all cells": Maze.cells}, "environment frames", "distinct cells visited")
+    return (
+        f"{markdown(('collected by', 'cells visited, by seed', 'mean ± s.e.'), rows)}\n\nRatio: {curious / chance:.2f}."
+    )
+
+
+def cell_curve(logdir):
+    rows = [row for row in lines(logdir / "scores.jsonl") if row["mode"] == "train"]
+    return [row["step"] for row in rows], [row["log_cells"] for row in rows]
+
+
+# ---------------------------------------------------------------------------
+# The plot
+
+
+def draw(out, curves, levels, xlabel, ylabel):
+    """Means over seeds with the range between the seeds; levels: {name: height} of dotted lines."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for name, seeds in curves.items():
+        grid = np.linspace(max(steps[0] for steps, _ in seeds), min(steps[-1] for steps, _ in seeds), 100)
+        values = np.stack([np.interp(grid, steps, found) for steps, found in seeds])
+        (line,) = axes.plot(grid, values.mean(0), label=name)
+        axes.fill_between(grid, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
+    for name, height in levels.items():
+        axes.axhline(height, color="gray", linestyle=":", label=name)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.legend(frameon=False)
+    figure.savefig(f"{out}.png", dpi=130)
+
+
+COMMANDS = {"learn": learn, "explore": explore}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,451 @@
+"""Every form of Dreamer as a whole agent: what moves what, acting, saving, exploring, and whole runs."""
+
+import functools
+import io
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from gymnasium.spaces import Box
+
+import dreamer
+from agent import Dreamer
+from config import load_config
+from optim import Adams
+from tests.test_agent import CONFIGS, SPACES, make_batch, make_obs, parameters, shake
+from tools import Ratio, UserError
+
+torch.set_num_threads(1)
+
+VERSIONS = {
+    "dreamerv3": [],
+    "dreamerv3_2023": ["dreamerv3_2023"],
+    "dreamerv2": ["dreamerv2"],
+    "dreamerv2_atari": ["dreamerv2", "dreamerv2_atari"],
+    "dreamerv1": ["dreamerv1"],
+    "planet": ["planet"],
+}
+IMAGE = Box(0, 255, (64, 64, 3), np.uint8)  # the one size that every version's image stack takes
+FAMILY = {"proprio": SPACES["proprio"], "pixels": ({"image": IMAGE}, SPACES["pixels"][1])}
+every_version = pytest.mark.parametrize("version", VERSIONS)
+every_kind = pytest.mark.parametrize("kind", FAMILY)
+
+
+@functools.cache
+def base_config(version):
+    """Tiny sizes, no warm-up, and no free nats, so that every parameter has a gradient."""
+    return load_config(["--configs", *VERSIONS[version], "debug", "--opt.warmup", "0", "--free_nats", "0"], CONFIGS)
+
+
+def make_config(version, changes=()):
+    """The configuration of a version with some changes {dotted key: value}."""
+    return base_config(version).replace(**dict(changes))
+
+
+def make_agent(version, kind, changes=(), seed=0):
+    """An agent whose parameters were moved away from where they start."""
+    torch.manual_seed(seed)
+    return shake(Dreamer(*FAMILY[kind], make_config(version, changes)))
+
+
+def make_sequences(kind, seed=0):
+    """A batch of three sequences of five steps."""
+    batch = make_batch(kind, seed=seed)
+    if kind == "pixels":
+        generator = torch.Generator().manual_seed(seed)
+        batch["image"] = torch.randint(256, (3, 5, *IMAGE.shape), generator=generator, dtype=torch.uint8)
+    return batch
+
+
+def initial(agent):
+    with torch.no_grad():
+        return agent.world.rssm.initial(3, "cpu")
+
+
+def update(agent, kind, seed=0):
+    """One update on a batch and random draws that the seed decides; returns the metrics."""
+    torch.manual_seed(seed)
+    return agent.update(make_sequences(kind, seed), initial(agent))[1]
+
+
+def observations(kind, seed=0, **kind_of_step):
+    obs = make_obs(kind, seed=seed, **kind_of_step)
+    return obs | ({"image": make_sequences(kind, seed)["image"][:, 0].numpy()} if kind == "pixels" else {})
+
+
+def named(agent, *prefixes):
+    """Names of the trained parameters that begin with one of the prefixes."""
+    return {name for name, param in agent.named_parameters() if param.requires_grad and name.startswith(prefixes)}
+
+
+def reached(agent, losses):
+    """Names of the parameters that have a gradient other than zero from the sum of some losses."""
+    trained = {name: param for name, param in agent.named_parameters() if param.requires_grad}
+    grads = torch.autograd.grad(agent.reduce(losses), trained.values(), retain_graph=True, allow_unused=True)
+    return {name for name, grad in zip(trained, grads, strict=True) if grad is not None and grad.any()}
+
+
+def moved(before, after):
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+# ---------------------------------------------------------------------------
+# Learning
+
+BEHAVIOR = ("policy", "value", "repval")
+
+
+@every_kind
+@every_version
+def test_each_loss_moves_its_own_part(version, kind):
+    agent = make_agent(version, kind)
+    losses, _, _ = agent.loss(make_sequences(kind), initial(agent))
+    assert all(loss.isfinite().all() for loss in losses.values())
+    learned = set() if version == "planet" else {"policy", "value"} | ({"repval"} if version == "dreamerv3" else set())
+    assert losses.keys() & {*BEHAVIOR} == learned
+    model = {name: loss for name, loss in losses.items() if name not in BEHAVIOR}
+    assert reached(agent, model) == named(agent, "world.")
+    if version == "planet":
+        return
+    assert reached(agent, {"policy": losses["policy"]}) == named(agent, "behavior.actor.")
+    assert reached(agent, {"value": losses["value"]}) == named(agent, "behavior.critic.")
+    assert named(agent, "behavior.") == named(agent, "behavior.actor.", "behavior.critic.")
+    if version == "dreamerv3":
+        through = reached(agent, {"repval": losses["repval"]})
+        assert named(agent, "behavior.critic.") < through <= named(agent, "behavior.critic.", "world.")
+
+
+@every_kind
+@every_version
+def test_updates_move_all_that_is_trained_and_the_slow_critic_by_its_own_rule(version, kind):
+    agent = make_agent(version, kind)
+    for count in range(2):
+        before = parameters(agent)
+        metrics = update(agent, kind, seed=count)
+        after = parameters(agent)
+        assert all(value.shape == () and value.isfinite() for value in metrics.values())
+        assert {name for name in moved(before, after) if ".slow." not in name} == named(agent, "")
+        for name in (name for name in after if ".slow." in name):
+            share = float(count == 0) if version.startswith("dreamerv2") else 0.02  # a copy, then none for long
+            expected = torch.lerp(before[name], after[name.replace(".slow.", ".critic.")], share)
+            torch.testing.assert_close(after[name], expected, rtol=0, atol=1e-6)
+
+
+def test_discounts_of_heads_that_hold_the_discount_or_not_and_of_none():
+    feat = torch.randn(4, 2, 32 + 16)
+    for version, expected in {"dreamerv3_2023": 0.5 * (1 - 1 / 333), "dreamerv2_atari": 0.5, "dreamerv2": 0.99}.items():
+        world = make_agent(version, "proprio").world
+        for param in world.cont.out.parameters() if world.cont else ():
+            param.data.zero_()  # a probability of one half
+        torch.testing.assert_close(world.discounts(feat), torch.full((4, 2), expected))
+
+
+def test_what_the_model_makes_of_a_batch():
+    batch = {"image": torch.full((1, 1, 64, 64, 3), 255, dtype=torch.uint8), "reward": torch.ones(1, 1)}
+    atari, planet = (make_agent(version, "pixels").world.preprocess(batch) for version in ("dreamerv2_atari", "planet"))
+    assert float(atari["reward"]) == pytest.approx(math.tanh(1)) and torch.equal(atari["image"], batch["image"])
+    assert float(planet["reward"]) == 1 and 247 < planet["image"].min() < planet["image"].max() < 255.01
+
+
+# ---------------------------------------------------------------------------
+# Acting
+
+
+@every_kind
+@every_version
+def test_acting(version, kind):
+    agent = make_agent(version, kind, {"expl_noise": 0.3})
+    first, then = observations(kind, is_first=True), observations(kind, seed=1)
+    for mode, explore in (("mode", False), ("sample", False), ("sample", True)):
+        torch.manual_seed(0)
+        actions, memory = agent.act(first, None, mode, explore)
+        action = actions["action"]
+        assert action.shape == (3, agent.act_spec.size) and action.dtype == np.float32
+        assert np.array_equal(memory[1].numpy(), action)
+        if kind == "pixels":
+            assert np.array_equal(np.sort(action, 1), np.eye(5)[[4] * 3])  # a single 1 in each
+        elif mode == "mode" or explore or not version.startswith("dreamerv3"):  # whose samples the environment clips
+            assert np.abs(action).max() <= 1
+        deter = agent.act(then, memory, mode, explore)[1][0].deter
+        flipped = memory[0].map(lambda x: x.flip(0)), memory[1]
+        assert not torch.equal(deter, agent.act(then, flipped, mode, explore)[1][0].deter)
+        restart = {**then, "is_first": np.array([True] * 3)}
+        assert torch.equal(agent.act(restart, memory, mode)[1][0].deter, agent.act(restart, None, mode)[1][0].deter)
+
+
+@every_version
+def test_exploration_noise_is_added_to_the_action_chosen_and_nowhere_else(version):
+    agent = make_agent(version, "proprio", {"expl_noise": 0.3})
+    obs, actions = observations("proprio", is_first=True), []
+    for explore in (False, False, True):
+        torch.manual_seed(0)
+        actions.append(agent.act(obs, None, "mode", explore)[0]["action"])
+    assert np.array_equal(actions[0], actions[1])
+    inside = np.abs(actions[2]) < 1
+    assert 0.05 < np.abs(actions[2] - actions[0])[inside].std() < 0.6 and not np.array_equal(actions[0], actions[2])
+
+
+# ---------------------------------------------------------------------------
+# Optimizers and clocks
+
+
+def make_adams(**changes):
+    settings = SimpleNamespace(**{"lr": 0.1, "eps": 0.2, "clip": 1.0, "decay": 0.0, **changes})
+    names = "world.weight", "behavior.actor.weight", "behavior.critic.bias"
+    params = {name: nn.Parameter(torch.tensor([1.0, 2.0])) for name in names}
+    config = SimpleNamespace(model_opt=settings, actor_opt=settings, critic_opt=settings)
+    return params.values(), Adams(params.items(), config)
+
+
+def test_adams_clip_each_group_alone_and_decay_whatever_the_learning_rate():
+    params, opt = make_adams(decay=0.5)
+    for param, grad in zip(params, ([3.0, 4.0], [0.3, 0.4], [0.0, 0.0]), strict=True):
+        param.grad = torch.tensor(grad)
+    norms = {"model_grad_norm": 5.0, "actor_grad_norm": 0.5, "critic_grad_norm": 0.0}
+    assert {name: float(value) for name, value in opt.step().items()} == pytest.approx(norms)
+    world, actor, critic = (param.tolist() for param in params)  # the half of it, and lr g / (|g| + eps)
+    assert world == pytest.approx([0.5 - 0.1 * 0.6 / 0.8, 1 - 0.1 * 0.8 / 1.0])  # of the clipped gradient
+    assert actor == pytest.approx([0.5 - 0.1 * 0.3 / 0.5, 1 - 0.1 * 0.4 / 0.6]) and critic == [0.5, 1]
+
+
+def test_adams_are_adam():
+    params, opt = make_adams(clip=1e9, eps=1e-5)
+    theirs = nn.Parameter(torch.tensor([1.0, 2.0]))
+    adam = torch.optim.Adam([theirs], lr=0.1, eps=1e-5)
+    for _ in range(3):
+        for param in (*params, theirs):
+            param.grad = 2 * param.detach() - 1
+        opt.step(), adam.step()
+    for param in params:
+        torch.testing.assert_close(param, theirs)
+    with pytest.raises(ValueError, match="other parameters"):
+        opt.load_state_dict(make_agent("planet", "proprio").opt.state_dict())
+
+
+def test_bursts_come_when_they_are_due_and_pretraining_at_once():
+    clock, total = Ratio(0.2, burst=100, first=30), []
+    for step in range(2500, 4010):
+        total += [(step, count)] if (count := clock(step)) else []
+    assert total == [(2500, 30), (3000, 100), (3500, 100), (4000, 100)]
+    other = Ratio(0.2, burst=100, first=30)
+    other.load_state_dict(clock.state_dict())
+    assert [other(4499), other(4500), other(5600)] == [0, 100, 200]
+
+
+# ---------------------------------------------------------------------------
+# Saving
+
+
+def saved(agent):
+    """What `save` returns, through a file."""
+    file = io.BytesIO()
+    torch.save(agent.save(), file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@every_kind
+@every_version
+def test_a_loaded_agent_learns_on_bit_for_bit(version, kind):
+    agent, other = make_agent(version, kind), make_agent(version, kind, seed=1)
+    update(agent, kind)
+    other.load(saved(agent))
+    for seed in (1, 2):
+        assert moved(update(agent, kind, seed), update(other, kind, seed)) == set()
+    assert moved(agent.state_dict(), other.state_dict()) == set()
+
+
+@pytest.mark.parametrize("ours, theirs", [("laprop", "adam"), ("adam", "laprop")])
+def test_the_state_of_another_optimizer_is_refused_in_one_line(ours, theirs):
+    agent, other = (make_agent("dreamerv3", "proprio", {"optimizer": name}) for name in (ours, theirs))
+    shake(other)
+    before = parameters(agent)
+    with pytest.raises(UserError, match="optimizer"):
+        agent.load(other.save())
+    assert moved(before, parameters(agent)) == set()
+
+
+def test_a_loaded_agent_keeps_its_own_learning_rate():
+    agent = make_agent("dreamerv1", "proprio", {"model_opt.lr": 0.125})
+    other = make_agent("dreamerv1", "proprio")
+    update(other, "proprio")
+    agent.load(other.save())
+    assert [group["lr"] for group in agent.opt.adams["model"].param_groups] == [0.125]
+
+
+# ---------------------------------------------------------------------------
+# Plan2Explore
+
+EXPLORE = {"expl_behavior": "plan2explore"}
+
+
+@every_kind
+@every_version
+def test_the_explorer_learns_by_losses_of_its_own_and_leaves_the_task_alone(version, kind):
+    results = []
+    for changes in ({}, EXPLORE):
+        agent = make_agent(version, kind, changes)
+        if changes:  # shaken by other numbers than the agent without
+            own = {name: value for name, value in agent.state_dict().items() if name.startswith("explorer.")}
+            agent.load_state_dict(own | results[0][2])
+        start = {name: value.clone() for name, value in agent.state_dict().items()}
+        torch.manual_seed(3)
+        losses, _, _ = agent.loss(make_sequences(kind), initial(agent))
+        task = {name: loss for name, loss in losses.items() if name not in ("disag", "expl_policy", "expl_value")}
+        trained = [p for n, p in agent.named_parameters() if p.requires_grad and not n.startswith("explorer.")]
+        grads = torch.autograd.grad(agent.reduce(losses), trained, retain_graph=True, allow_unused=True)
+        results.append((task, grads, start))
+    (before, before_grads, _), (after, after_grads, _) = results
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(torch.equal(a, b) for a, b in zip(before_grads, after_grads, strict=True))
+
+    assert reached(agent, {"disag": losses["disag"]}) == named(agent, "explorer.ensemble.")
+    assert reached(agent, {"expl_policy": losses["expl_policy"]}) == named(agent, "explorer.behavior.actor.")
+    assert reached(agent, {"expl_value": losses["expl_value"]}) == named(agent, "explorer.behavior.critic.")
+
+
+@pytest.mark.parametrize("version", ["dreamerv3", "dreamerv1"])
+def test_an_update_of_the_task_is_the_same_beside_an_explorer(version):
+    # With a clip this tight, a gradient that shares its norm with another's would shrink.
+    tight = {"model_opt.clip": 0.001, "model_opt.eps": 1.0}
+    agent, explorer = make_agent(version, "proprio", tight), make_agent(version, "proprio", tight | EXPLORE)
+    explorer.load_state_dict(explorer.state_dict() | agent.state_dict())
+    for one in (agent, explorer):
+        update(one, "proprio")
+    ours, theirs = parameters(agent), parameters(explorer)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert named(explorer, "explorer.") and not named(agent, "explorer.")
+
+
+@every_version
+def test_low_precision(version):
+    torch.manual_seed(0)
+    agent = Dreamer(*FAMILY["pixels"], make_config(version, EXPLORE), dtype=torch.bfloat16)
+    metrics = agent.update(make_sequences("pixels"), agent.world.rssm.initial(3, "cpu", torch.bfloat16))[1]
+    assert all(value.isfinite() for value in metrics.values())
+    assert agent.act(observations("pixels", is_first=True), explore=True)[1][0].deter.dtype == torch.bfloat16
+
+
+TARGETS = "stoch", "deter", "feat", "embed"
+
+
+@pytest.mark.parametrize("log", [True, False])
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_target_of_the_ensemble(target, log):
+    version = [name for name in VERSIONS if name != "dreamerv2_atari"][TARGETS.index(target) + log]
+    agent = make_agent(version, "proprio", EXPLORE | {"disag_target": target, "disag_log": log})
+    metrics = update(agent, "proprio")
+    assert metrics["disag_loss"] > 0 and metrics["expl_adv_std"] > 0
+    assert all(value.isfinite() for value in metrics.values())
+    widths = {"stoch": agent.world.rssm.latent.size, "deter": 32, "embed": 16}
+    assert agent.explorer.ensemble[0][-1].weight.shape[0] == widths.get(target, widths["stoch"] + 32)
+
+
+@every_version
+def test_the_ensemble_learns_a_repeated_batch(version):
+    agent = make_agent(version, "proprio", EXPLORE | {"model_opt.lr": 0.02, "opt.lr": 0.02})
+    for param in agent.world.parameters():
+        param.requires_grad_(False)  # so that what is to be predicted stays
+    losses = [float(update(agent, "proprio")["disag_loss"]) for _ in range(5)]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_disagreement_is_the_variance_on_arriving_and_the_scales_weigh_the_rewards():
+    scales = {"disag_log": False, "expl_intr_scale": 2.0, "expl_extr_scale": 3.0}
+    agent = make_agent("dreamerv1", "proprio", EXPLORE | scales)
+    feat, actions = torch.randn(4, 2, 32 + 4), torch.randn(3, 2, 6)
+    blind = make_agent("dreamerv1", "proprio", EXPLORE | {"disag_action_cond": False}).explorer
+    assert torch.equal(blind.predict(feat[:-1], actions), blind.predict(feat[:-1], -actions))
+    novelty = agent.explorer.intrinsic(feat, actions)
+    predicted = agent.explorer.predict(feat[:-1], actions)
+    assert predicted.shape == (3, 3, 2, 4) and novelty.shape == (4, 2)
+    torch.testing.assert_close(novelty[1:], predicted.var(0, unbiased=True).mean(-1))
+    assert not novelty[0].any()  # no action led to the start
+    total = agent.explorer.reward(lambda feat, actions: torch.full((4, 2), 2.0))(feat, actions)
+    torch.testing.assert_close(total, 2 * novelty + 6)
+
+
+def test_the_ensemble_predicts_across_no_border_of_episodes():
+    agent = make_agent("dreamerv2", "proprio", EXPLORE)
+    feat, action, target = torch.randn(1, 4, 32 + 16), torch.randn(1, 4, 6), torch.randn(1, 4, 16)
+    error = agent.explorer.ensemble_loss(feat, action, target, torch.tensor([[True, False, True, False]]))
+    predicted = agent.explorer.predict(feat[:, :3], action[:, 1:])  # action[t + 1] led from step t to step t + 1
+    expected = (predicted - target[:, 1:]).square().sum(-1).mean(0)
+    assert error.shape == (1, 3) and error[0, 1] == 0
+    torch.testing.assert_close(error[0, [0, 2]], expected[0, [0, 2]])
+
+
+def test_the_explorer_acts_only_when_exploring():
+    agent = make_agent("dreamerv1", "proprio", EXPLORE | {"expl_noise": 0.0})
+    obs = observations("proprio", is_first=True)
+    torch.manual_seed(0)
+    own = agent.act(obs, None, "mode")[0]["action"]
+    torch.manual_seed(0)
+    other = agent.act(obs, None, "mode", explore=True)[0]["action"]
+    assert not np.array_equal(own, other)
+    agent.explorer.behavior.actor.load_state_dict(agent.behavior.actor.state_dict())
+    torch.manual_seed(0)
+    assert np.array_equal(agent.act(obs, None, "mode", explore=True)[0]["action"], own)
+
+
+# ---------------------------------------------------------------------------
+# What fits together
+
+
+def test_a_batch_can_be_learned_twice():
+    agent = make_agent("dreamerv3_2023", "proprio")
+    batch, state = agent.batch({key: value.numpy() for key, value in make_sequences("proprio").items()})
+    assert batch["is_first"][:, 0].all() and state.deter.shape == (3, 32)
+    for _ in range(2):
+        assert agent.update(batch, state)[1]["loss"].isfinite()
+
+
+def test_latents_that_are_no_classes_cannot_be_stored():
+    with pytest.raises(UserError, match="replay_context"):
+        make_agent("dreamerv3", "proprio", {"rssm.latent": "gaussian"})
+
+
+def test_blocks_bind_only_what_is_made_of_blocks():
+    assert make_agent("dreamerv1", "pixels", {"rssm.deter": 30}).world.rssm.deter == 30
+
+
+def test_images_that_the_decoder_cannot_draw_are_named():
+    spaces = {"image": Box(0, 255, (32, 32, 3), np.uint8)}, FAMILY["pixels"][1]
+    with pytest.raises(UserError, match=r"32x32.*64x64"):
+        Dreamer(*spaces, make_config("dreamerv2"))
+
+
+# ---------------------------------------------------------------------------
+# Whole runs
+
+RUNS = {
+    "dreamerv3_2023": "--task dummy_pixels",
+    "dreamerv2": "--task dummy_vector --expl_behavior plan2explore --expl_until 45",
+    "dreamerv1": "--task dummy_vector",
+    "planet": "--task dummy_multi",
+}
+BRIEF = "--prefill 40 --eval_every 0 --eval_episode_num 1 --video_pred_log false --log_every 10 --train_ratio 16"
+
+
+@pytest.mark.parametrize("version", RUNS)
+def test_a_run_learns_and_goes_on_where_it_was(version, tmp_path, capsys):
+    def run(steps):
+        words = f"{RUNS[version]} {BRIEF} --logger tensorboard --steps {steps} --logdir {tmp_path}"
+        assert dreamer.main(["--configs", *VERSIONS[version], "debug", *words.split()]) == 0, capsys.readouterr().err
+        return torch.load(tmp_path / "latest.pt", weights_only=True)
+
+    first, second = run(50), run(60)
+    assert 3 <= first["counters"]["updates"] <= 5  # half an update for each step behind the prefill
+    assert second["counters"]["updates"] - first["counters"]["updates"] == 5
+    assert moved(first["agent"]["model"], second["agent"]["model"]) >= {"world.reward.out.weight"}
+    entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    metrics = {name: value for entry in entries for name, value in entry.items()}
+    expected = {"reward_loss", "kl", "model_loss", "model_grad_norm"}
+    expected |= set() if version == "planet" else {"policy_loss", "value_loss", "imag_return", "actor_grad_norm"}
+    expected |= {"disag_loss", "expl_policy_loss", "expl_imag_reward"} if "plan2explore" in RUNS[version] else set()
+    assert metrics.keys() >= expected

@@ -1,0 +1,451 @@
+"""The parts of the older forms of Dreamer, with numbers that can be checked by hand."""
+
+import collections
+import itertools
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+
+import distributions as dists
+from encoders import ImageEncoder, TransposedDecoder
+from exploration import perturb
+from layers import Conv2d, ConvTranspose2d, Style
+from models import CLIPS, WEIGHTS, ImagBehavior, kl_losses, quantize
+from networks import GRU, RSSM, ActionSpec, DenseGRU, GaussianLatent, NormGRU, OneHotLatent, State
+from planner import CEM, search
+from replay import Replay
+from tests.test_agent import shake
+from tests.test_family import make_config
+from tests.test_replay import LAYOUT, make_episode, steps_of
+
+# ---------------------------------------------------------------------------
+# Latents and their KL
+
+PAIR = OneHotLatent(groups=1, classes=2, unimix=0.0)
+KLS = [0.8 * math.log(1.6) + 0.2 * math.log(0.4), 0.99 * math.log(1.98) + 0.01 * math.log(0.02)]  # 0.193, 0.637
+
+
+def make_pairs():
+    """Logits of posteriors (0.8, 0.2) and (0.99, 0.01) and of two uniform priors: (1, 2, 2) each."""
+    post = torch.tensor([[[0.8, 0.2], [0.99, 0.01]]]).log().requires_grad_()
+    return post, torch.zeros(1, 2, 2, requires_grad=True)
+
+
+@pytest.mark.parametrize(
+    "rule, free, losses, pulled",
+    [
+        ("step", 0.4, [0.4, KLS[1]], [False, True]),
+        ("mean", 0.4, [sum(KLS) / 2] * 2, [True, True]),  # 0.415 is above 0.4: also what is below it is pulled
+        ("mean", 0.5, [0.5] * 2, [False, False]),
+    ],
+)
+def test_free_nats_of_a_step_and_of_the_mean(rule, free, losses, pulled):
+    post, prior = make_pairs()
+    dyn, rep, kl = kl_losses(PAIR, PAIR.dist(post), PAIR.dist(prior), free, CLIPS[rule])
+    assert kl[0].tolist() == pytest.approx(KLS, rel=1e-5)
+    for loss, side in ((dyn, prior), (rep, post)):
+        assert loss[0].tolist() == pytest.approx(losses, rel=1e-5)
+        (grad,) = torch.autograd.grad(loss.mean(), side)
+        assert grad[0].any(-1).tolist() == pulled
+
+
+@pytest.mark.parametrize("rule", CLIPS)
+@pytest.mark.parametrize("version, shares", [("dreamerv1", (1, 1)), ("dreamerv2", (0.8, 0.2))])
+def test_the_two_sides_of_the_kl_are_weighed_as_each_version_does(version, shares, rule):
+    post, prior = make_pairs()
+    dyn, rep, _ = kl_losses(PAIR, PAIR.dist(post), PAIR.dist(prior), 0.0, CLIPS[rule])
+    scales = make_config(version).loss_scales
+    ours = torch.autograd.grad((scales.dyn * dyn + scales.rep * rep).mean(), (prior, post))
+    whole = torch.autograd.grad(PAIR.kl(PAIR.dist(post), PAIR.dist(prior)).mean(), (prior, post))
+    for grad, full, share in zip(ours, whole, shares, strict=True):
+        torch.testing.assert_close(grad, share * full)
+
+
+def test_gaussian_latents_are_independent_normals():
+    latent, params = GaussianLatent(3), torch.randn(2, 5, 7, 6)
+    post, prior = (latent.dist(x) for x in params)
+    theirs = [torch.distributions.Normal(x[..., :3], nn.functional.softplus(x[..., 3:]) + 0.1) for x in params]
+    torch.testing.assert_close(latent.kl(post, prior), torch.distributions.kl_divergence(*theirs).sum(-1))
+    torch.testing.assert_close(post.entropy(), theirs[0].entropy())
+    noise = latent.noise((5, 7), "cpu")
+    assert post.sample(noise).shape == noise.shape == (5, 7, 3, 1)
+    torch.testing.assert_close(post.sample(noise)[..., 0], theirs[0].mean + theirs[0].stddev * noise[..., 0])
+    torch.testing.assert_close(post.log_prob(post.sample(noise)), theirs[0].log_prob(post.sample(noise)[..., 0]))
+
+
+# ---------------------------------------------------------------------------
+# Distributions of actions and numbers
+
+RAW = torch.tensor([[0.3, -1.0], [-2.0, 0.5], [6.0, -6.0]])  # mean and standard deviation before what bounds them
+
+
+def truncated(raw):
+    return dists.TruncatedNormal(raw[..., :1], raw[..., 1:], 0.1, 2.0)
+
+
+def squashed(raw):
+    return dists.TanhNormal(raw[..., :1], raw[..., 1:], 1e-4, 1.0)
+
+
+@pytest.mark.parametrize("make, room", [(truncated, 1.0), (squashed, 0.999999)])
+def test_densities_of_actions_sum_to_one_and_entropies_are_theirs(make, room):
+    # In z = atanh(action) the density of a squashed normal is smooth to the edges.
+    z = torch.linspace(-7, 7, 20001).double()
+    value, slope = (z.tanh(), 1 - z.tanh() ** 2) if make is squashed else (z / 7, torch.full_like(z, 1 / 7))
+    logp = make(RAW[:2]).log_prob((room * value).float()[:, None, None]).double()
+    assert torch.trapezoid(logp.exp() * slope[:, None], z, dim=0).tolist() == pytest.approx([1, 1], abs=2e-3)
+    entropy = torch.trapezoid(-logp.exp() * logp * slope[:, None], z, dim=0)
+    assert make(RAW[:2]).entropy().tolist() == pytest.approx(entropy.tolist(), abs=1e-2)
+
+
+def test_the_parameters_of_the_action_distributions():
+    start = dists.TanhNormal(torch.tensor([100.0]), torch.zeros(1), 1e-4, 5.0)
+    assert (start.mean.item(), start.stddev.item()) == pytest.approx((5, 5.0001))
+    cut = dists.TruncatedNormal(torch.tensor([0.5, 9.0]), torch.tensor([0.0, -99.0]), 0.1, 2.0)
+    assert cut.mean.tolist() == pytest.approx([math.tanh(0.5), 1]) and cut.stddev.tolist() == pytest.approx([1.1, 0.1])
+    assert torch.equal(cut.mode(), cut.mean)
+
+
+def test_tanh_normal_is_a_transformed_normal():
+    ours, value = squashed(RAW), torch.tensor([[-0.9], [0.2], [0.99]])
+    base = torch.distributions.Normal(ours.mean, ours.stddev)
+    theirs = torch.distributions.TransformedDistribution(base, torch.distributions.TanhTransform())
+    torch.testing.assert_close(ours.log_prob(value), theirs.log_prob(value)[..., 0], rtol=1e-4, atol=1e-4)
+    assert squashed(RAW).log_prob(torch.tensor([[1.0], [-1.0], [1.0]])).isfinite().all()
+
+
+def test_truncated_normal_inverts_its_distribution_function_within_the_bounds():
+    dist = truncated(RAW)
+    whole = torch.distributions.Normal(dist.mean, dist.stddev)
+    low, high = whole.cdf(torch.tensor(-1.0)), whole.cdf(torch.tensor(1.0))
+    noise = torch.tensor([0.01, 0.5, 0.9])[:, None, None]
+    sample = dist.sample(noise)
+    torch.testing.assert_close((whole.cdf(sample) - low) / (high - low), noise.expand(3, 3, 1), rtol=1e-3, atol=1e-3)
+    ends = dist.sample(torch.tensor([0.0, 1.0])[:, None, None])
+    assert ends.abs().max() < 1 and dist.log_prob(ends).isfinite().all()
+
+
+@pytest.mark.parametrize("make", [truncated, squashed])
+def test_samples_have_the_gradient_of_their_parameters(make):
+    raw, noise = RAW.double().requires_grad_(), torch.tensor([[0.2], [0.6], [0.7]])
+    make(raw).sample(noise).sum().backward()
+    for column in (0, 1):
+        step = torch.zeros_like(RAW)
+        step[:, column] = 0.01
+        slope = (make(RAW + step).sample(noise) - make(RAW - step).sample(noise))[:, 0] / 0.02
+        torch.testing.assert_close(raw.grad[:, column].float(), slope, rtol=2e-2, atol=2e-3)
+
+
+def test_symlog_twohot_shares_by_distance_in_symlog_space():
+    bins = torch.linspace(-20, 20, 41)  # one nat apart
+    logits = torch.zeros(41)
+    logits[21] = 100.0  # sure of the bin at 1
+    assert float(dists.SymlogTwoHot(logits, bins).mode()) == pytest.approx(math.e - 1)
+    logits[22] = 99.0
+    dist, below, above = dists.SymlogTwoHot(logits, bins), *logits.log_softmax(-1)[21:23].tolist()
+    value = torch.tensor(math.expm1(1.25))
+    assert float(dist.log_prob(value)) == pytest.approx(0.75 * below + 0.25 * above, rel=1e-4)
+    assert float(dists.SymlogTwoHot(torch.zeros(41), bins).mode()) == 0
+
+
+def test_unit_normals_by_hand():
+    one, constant = torch.ones(2), 0.5 * math.log(2 * math.pi)
+    assert float(dists.UnitNormal(3 * one[:1]).log_prob(one[0])) == pytest.approx(-2 - constant)
+    assert float(dists.VectorNormal(torch.tensor([3.0, 0.0])).log_prob(one)) == pytest.approx(-2.5 - 2 * constant)
+    image = dists.ImageNormal(torch.full((2, 2, 3), 0.5)).log_prob(torch.full((2, 2, 3), 255))
+    assert float(image) == pytest.approx(-12 * (0.125 + constant))
+
+
+# ---------------------------------------------------------------------------
+# Behaviour in a linear world: deter' = deter A + action B, and a reward linear in deter
+
+BOX, DISCRETE = ActionSpec({"action": 2}, {}), ActionSpec({"action": 3}, {"action": [3]})
+H, D = 15, 3
+
+
+class LinearWorld(nn.Module):
+    def __init__(self, actions):
+        super().__init__()
+        self.a, self.b = nn.Parameter(0.3 * torch.eye(D)), nn.Parameter(0.1 * torch.randn(actions, D))
+        self.c = nn.Parameter(torch.randn(D))
+        self.rssm = self
+
+    def imagine(self, start, policy, horizon):
+        states, actions = [start], []
+        for _ in range(horizon):
+            actions.append(policy(states[-1]))
+            states.append(State(states[-1].deter @ self.a + actions[-1] @ self.b, start.stoch))
+        return State(*map(torch.stack, zip(*states, strict=True))), torch.stack(actions)
+
+    def discounts(self, feat):
+        return torch.full(feat.shape[:-1], 0.9)
+
+    def reward(self, feat, actions):
+        return feat[..., :D] @ self.c
+
+
+def make_behavior(version, spec=BOX, **changes):
+    torch.manual_seed(0)
+    behavior = ImagBehavior(D + 2, spec, make_config(version, {"imag_horizon": H} | changes), replayed=False)
+    return shake(behavior), LinearWorld(spec.size)
+
+
+def imagined(behavior, world):
+    """Losses of the behaviour from two sequences of two states, always by the same draws."""
+    torch.manual_seed(1)
+    states, zeros = State(torch.randn(2, 2, D), torch.randn(2, 2, 2, 1)), torch.zeros(2, 2)
+    return behavior.losses(world, states, {"reward": zeros, "is_terminal": zeros}, world.reward)
+
+
+@pytest.mark.parametrize("spec", [BOX, DISCRETE], ids=["continuous", "discrete"])
+@pytest.mark.parametrize("version", ["dreamerv3", "dreamerv3_2023", "dreamerv2", "dreamerv2_atari", "dreamerv1"])
+def test_fifteen_imagined_transitions_give_fifteen_targets(version, spec):
+    behavior, world = make_behavior(version, spec)
+    losses, outs = imagined(behavior, world)
+    assert outs["ret"].shape == outs["adv"].shape == outs["logpi"].shape == (15, 4)
+    assert outs["weight"].shape == (16, 4) and losses["policy"].shape == losses["value"].shape == (2, 2)
+    sum(loss.sum() for loss in losses.values()).backward()
+    assert all(param.grad is None and param.requires_grad for param in world.parameters())  # only through the world
+    assert all(param.grad.any() for part in (behavior.actor, behavior.critic) for param in part.parameters())
+    assert all(param.grad is None for param in behavior.slow.parameters())
+
+
+@pytest.mark.parametrize("version", ["dreamerv1", "dreamerv2", "dreamerv3_2023"])
+def test_the_gradient_through_the_dynamics_is_the_slope_of_the_loss(version):
+    behavior, world = make_behavior(version)
+    first, *rest = behavior.actor.parameters()
+    first.data.zero_()  # a policy that does not see the state, whose gradient would stop there
+    direction = [0.3 * torch.randn_like(param) for param in rest]
+    losses, outs = imagined(behavior, world)
+    assert behavior.dynamics_share == 1 and outs["ret_scale"] == 1 and outs["ret"].std() > 0.01
+    grads = torch.autograd.grad(losses["policy"].mean(), rest)
+    slope = sum((grad * step).sum() for grad, step in zip(grads, direction, strict=True))
+    values = []
+    for sign in (1, -2):
+        for param, step in zip(rest, direction, strict=True):
+            param.data.add_(sign * 0.02 * step)
+        values.append(imagined(behavior, world)[0]["policy"].mean().detach())
+    assert abs(slope) > 1e-3
+    torch.testing.assert_close(slope, (values[0] - values[1]) / 0.04, rtol=2e-2, atol=1e-4)
+
+
+def test_a_discrete_action_passes_the_gradient_of_its_probabilities():
+    behavior, world = make_behavior("dreamerv1", DISCRETE, imag_horizon=1)
+    out = behavior.actor.heads[0].outs["logits"]
+    for param in (out.weight, out.bias, *behavior.critic.out.parameters()):
+        param.data.zero_()  # probabilities of a third, values of zero
+    world.c.data[:], world.b.data[:] = 1.0, torch.tensor([[1.0], [2.0], [6.0]]) / D  # the actions are worth 1, 2, 6
+    imagined(behavior, world)[0]["policy"].mean().backward()
+    assert out.bias.grad.tolist() == pytest.approx([2 / 3, 1 / 3, -1], rel=1e-4)  # (3 - worth) / 3
+
+
+def test_a_mixed_gradient_is_the_weighted_sum_of_both():
+    grads = {}
+    for grad in ("reinforce", "dynamics", "mixed"):
+        behavior, world = make_behavior("dreamerv2", BOX, actor={"grad": grad, "grad_mix": 0.25})
+        loss = imagined(behavior, world)[0]["policy"].mean()
+        (grads[grad],) = torch.autograd.grad(loss, behavior.actor.mlp[0].weight)
+    torch.testing.assert_close(grads["mixed"], 0.75 * grads["reinforce"] + 0.25 * grads["dynamics"])
+
+
+@pytest.mark.parametrize(
+    "rule, going_on, terminal",
+    [
+        ("predicted", [0.8, 0.4, 0.16, 0.032], [0.8, 0.4, 0.16, 0.032]),  # the prediction of the start says it all
+        ("true_start", [1, 0.5, 0.2, 0.04], [0, 0, 0, 0]),
+        ("shifted", [1, 0.9, 0.45, 0.18], [0, 0, 0, 0]),
+    ],
+)
+def test_weights_by_hand(rule, going_on, terminal):
+    cont = torch.tensor([0.8, 0.5, 0.4, 0.2])[:, None].expand(4, 2)
+    weight = WEIGHTS[rule](cont, torch.tensor([1.0, 0.0]), 0.9)
+    assert weight[:, 0].tolist() == pytest.approx(going_on)
+    assert weight[:, 1].tolist() == pytest.approx(terminal)  # the first action, too, comes behind the end
+
+
+# ---------------------------------------------------------------------------
+# Planning
+
+
+def test_search_finds_the_best_plan_of_each_problem():
+    best = torch.tensor([[[0.5, -0.3]], [[-0.9, 0.1]], [[0.0, 0.8]]]).transpose(0, 1).repeat(4, 1, 1)  # (H, N, A)
+    best[3] = -best[3]
+    torch.manual_seed(0)
+    plan = search(lambda plans: -(plans - best[:, :, None]).square().sum((0, -1)), (4, 3, 400, 2), 10, 40)
+    assert plan.shape == (4, 3, 2) and (plan - best).abs().max() < 0.05
+    corner = search(lambda plans: plans.sum((0, -1)), (4, 3, 400, 2), 10, 40)
+    assert corner.max() <= 1 and corner.min() > 0.95
+
+
+def test_discrete_plans_are_one_hots_of_the_best_classes():
+    spec = ActionSpec({"move": 1, "pick": 5}, {"pick": [2, 3]})
+    worth = torch.tensor([[1.0, 0, 3, 0, 1, 2], [-1.0, 3, 0, 2, 1, 0]])  # of each entry of an action, in two problems
+
+    def imagine(start, plans, horizon):
+        stoch = (plans * start.deter).sum(-1)[..., None, None]
+        states = torch.cat([torch.full_like(stoch[:1], 100.0), stoch])  # that of the start counts for nothing
+        return State(start.deter.expand(horizon + 1, -1, -1), states), plans
+
+    def reward(feat):
+        return SimpleNamespace(mode=lambda: feat[..., -1])
+
+    world = SimpleNamespace(rssm=SimpleNamespace(imagine=imagine), reward=reward)
+    config = SimpleNamespace(horizon=3, iterations=8, candidates=200, elites=20)
+    torch.manual_seed(0)
+    action = CEM(spec, config).act(world, State(worth, torch.zeros(2, 1, 1)), "mode")
+    assert action[:, 1:].tolist() == [[0, 1, 0, 0, 1], [1, 0, 1, 0, 0]]
+    assert action[0, 0] > 0.9 and action[1, 0] < -0.9
+
+
+# ---------------------------------------------------------------------------
+# Images
+
+STACK = {"depth": 2, "mults": (1, 2, 4, 8), "kernel": 4, "blocks": 1, "units": 4}
+OLD = Style("none", "elu", "glorot")
+
+
+@pytest.mark.parametrize("cnn, sizes", [("valid", [31, 14, 6, 2]), ("same", [32, 16, 8, 4])])
+def test_sizes_of_the_strided_encoder(cnn, sizes):
+    encoder, seen = ImageEncoder({"image": (64, 64, 3)}, SimpleNamespace(cnn=cnn, **STACK), OLD), []
+    for conv in encoder.convs:
+        conv.register_forward_hook(lambda module, args, out: seen.append(out.shape[1:]))
+    out = encoder({"image": torch.zeros(5, 64, 64, 3)}, torch.float32)
+    assert seen == [(size, size, 2 * mult) for size, mult in zip(sizes, STACK["mults"], strict=True)]
+    assert out.shape == (5, encoder.size) == (5, sizes[-1] ** 2 * 16)
+
+
+@pytest.mark.parametrize("cnn, sizes", [("valid", [1, 5, 13, 30, 64]), ("same", [4, 8, 16, 32, 64])])
+def test_sizes_of_the_transposed_decoder(cnn, sizes):
+    shapes = {"front": (64, 64, 3), "back": (64, 64, 1)}
+    decoder, seen = TransposedDecoder(shapes, 6, 3, SimpleNamespace(cnn=cnn, **STACK), OLD), []
+    for conv in (*decoder.convs, decoder.out):
+        conv.register_forward_hook(lambda module, args, out: seen.append((args[0].shape[1:], out.shape[1:])))
+    decoder.out.weight.data.zero_()
+    outs = decoder(torch.zeros(5, 6), torch.zeros(5, 3))
+    channels = [64 if cnn == "valid" else 16, 8, 4, 2, 4]
+    stages = [(size, size, count) for size, count in zip(sizes, channels, strict=True)]
+    assert seen == list(itertools.pairwise(stages))
+    assert {key: out.shape for key, out in outs.items()} == {key: (5, *shape) for key, shape in shapes.items()}
+    assert all((out == 0.5).all() for out in outs.values())
+
+
+@pytest.mark.parametrize("kernel, valid", [(4, False), (5, False), (4, True)])
+def test_the_transposed_convolution_is_the_transpose_of_the_convolution(kernel, valid):
+    conv = Conv2d(3, 2, kernel, stride=2, valid=valid, bias=False)
+    back = ConvTranspose2d(2, 3, kernel, valid=valid, bias=False)
+    back.weight.data = conv.weight.data
+    y = torch.randn_like(conv(x := torch.randn(1, 8, 8, 3)))
+    torch.testing.assert_close((conv(x) * y).sum(), (x * back(y)).sum(), rtol=1e-4, atol=1e-4)
+
+
+def test_five_bits_leave_32_levels_with_noise_between_them():
+    image = torch.arange(256, dtype=torch.uint8).repeat(100, 1)
+    noise = quantize(image, 5) * 32 / 255 - torch.div(image, 8, rounding_mode="floor")  # uniform in [0, 1)
+    assert -1e-4 <= noise.min() < noise.max() <= 1 + 1e-4
+    assert (float(noise.mean()), float(noise.std())) == pytest.approx((0.5, 12**-0.5), abs=0.01)
+
+
+# ---------------------------------------------------------------------------
+# Recurrent cells
+
+
+def test_a_dense_cell_is_hidden_layers_and_pytorchs_gru():
+    cell = DenseGRU(4, 3, 2, hidden=5, layers=2, gru=GRU, style=Style("layer", "elu", "fan_avg"))
+    theirs = nn.GRUCell(5, 4)
+    for mine, kind in ((cell.gru.inputs, "ih"), (cell.gru.state, "hh")):
+        mine.weight.data, mine.bias.data = getattr(theirs, f"weight_{kind}").data, getattr(theirs, f"bias_{kind}").data
+    deter, stoch, action = torch.randn(7, 4), torch.randn(7, 3), torch.rand(7, 2)
+    expected = theirs(cell.hidden(torch.cat([stoch, action], -1)), deter)
+    torch.testing.assert_close(cell(deter, stoch, cell.prepare(action)), expected)
+
+
+def test_norm_gru_by_hand():
+    cell = NormGRU(1, 1)
+    cell.linear.weight.data = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 0.0]])
+    unit = 1 / math.sqrt(2 / 3 + 1e-3)  # 1, -1 and 0 have mean 0 and variance 2/3
+    cand = math.tanh(1 / (1 + math.exp(-unit)) * -unit)
+    update = 1 / (1 + math.e)  # a bias of -1 keeps most of the state
+    deter = cell(torch.tensor([[1.0]]), torch.tensor([[0.5]]))
+    assert deter.item() == pytest.approx(update * cand + (1 - update) * 0.5)
+
+
+def test_a_learned_initial_state_stands_where_episodes_begin():
+    latent = OneHotLatent(2, 3, 0.01)
+    cell = DenseGRU(4, latent.size, 2, hidden=5, layers=1, gru=NormGRU)
+    rssm = RSSM(cell, latent, 4, 5, embed=6, img_layers=1, obs_layers=1, learned=True)
+    rssm.start.data = torch.tensor([0.5, -0.5, 1.0, 0.0])
+    first = rssm.initial(1, "cpu")
+    assert first.deter[0].tolist() == pytest.approx([math.tanh(x) for x in (0.5, -0.5, 1.0, 0.0)])
+    assert torch.equal(first.stoch, rssm.predict(first.deter).mode())
+    embed, action, is_first = torch.randn(1, 3, 6), torch.rand(1, 3, 2), torch.tensor([[False, False, True]])
+    other = State(torch.randn(1, 4), torch.eye(3)[None, :2])
+    states, _ = rssm.observe(embed, action, is_first, other)
+    for t, before, led in ((0, other, action[:, 0]), (2, first, torch.zeros(1, 2))):
+        expected = cell(before.deter, before.stoch.flatten(1), cell.prepare(led))
+        torch.testing.assert_close(states.deter[:, t], expected)
+    assert torch.autograd.grad(states.deter[:, 2].sum(), rssm.start)[0].all()
+
+
+# ---------------------------------------------------------------------------
+# Data
+
+
+def make_replay(windows, lengths, unfinished=0, capacity=100, length=4):
+    """A replay of one stream of episodes, whose rewards number the steps, the last of them perhaps unfinished."""
+    replay, start = Replay(LAYOUT, None, 1, capacity, length, 0, windows), 0
+    for number, steps in enumerate([*lengths, unfinished]):
+        for step in steps_of(make_episode(start, steps)):
+            replay.add(0, step)
+        if number < len(lengths):
+            replay.streams[0].close_episode(str(number), steps)
+        start += steps
+    return replay
+
+
+def begins(replay, count=3000):
+    """How often windows begin at each step, as shares."""
+    batch, _ = replay.sample(count)
+    assert (np.diff(batch["reward"], axis=1) == 1).all() and not {"deter", "stoch"} & batch.keys()
+    return {int(step): n / count for step, n in sorted(collections.Counter(batch["reward"][:, 0]).items())}
+
+
+def test_episodes_have_equal_chances_and_so_have_their_windows():
+    shares = begins(make_replay("episode", [5, 3, 12], unfinished=8))  # 3 steps hold no window
+    assert shares.keys() == {0, 1, *range(8, 17)}
+    assert [shares[0], shares[1], shares[8], shares[16]] == pytest.approx([1 / 4, 1 / 4, 1 / 18, 1 / 18], abs=0.03)
+
+
+def test_ends_of_episodes_have_the_chances_of_windows_beyond_them():
+    shares = begins(make_replay("episode_ends", [6]))  # begins 0, 1, 2, and 3 to 6 for which 2 stands in
+    assert [shares[0], shares[1], shares[2]] == pytest.approx([1 / 7, 1 / 7, 5 / 7], abs=0.03)
+
+
+def test_uniform_windows_cross_the_ends_of_episodes_and_none_is_fresh():
+    shares = begins(make_replay("uniform", [5, 3], unfinished=2))
+    assert shares == pytest.approx(dict.fromkeys(range(7), 1 / 7), abs=0.03)
+
+
+def test_only_whole_episodes_are_sampled():
+    assert not make_replay("episode", [3], unfinished=20).ready()
+    assert make_replay("episode", [4]).ready()
+    overwritten = make_replay("episode_ends", [12, 8], capacity=15)  # the first 5 of the 12 steps are gone
+    assert begins(overwritten, 100).keys() <= set(range(12, 17))
+
+
+def test_episodes_that_were_overwritten_are_forgotten():
+    assert len(make_replay("uniform", [5] * 50, capacity=20).streams[0].whole) <= 5
+
+
+def test_perturbed_actions():
+    spec = ActionSpec({"move": 1, "pick": 6}, {"pick": [2, 4]})
+    action = torch.tensor([0.0, 1, 0, 0, 0, 1, 0]).repeat(20000, 1)
+    torch.manual_seed(0)
+    move, one, other = perturb(action, spec, 0.4).split([1, 2, 4], -1)
+    assert move.abs().max() == 1 and float((move.abs() < 0.4).float().mean()) == pytest.approx(0.683, abs=0.02)
+    assert (one.sum(-1) == 1).all() and (other.sum(-1) == 1).all()
+    assert one.mean(0).tolist() == pytest.approx([0.6 + 0.4 / 2, 0.4 / 2], abs=0.02)
+    assert other.mean(0).tolist() == pytest.approx([0.1, 0.1, 0.7, 0.1], abs=0.02)
