@@ -167,7 +167,8 @@ class Dreamer(nn.Module):
         tensors = {key: torch.from_numpy(value).to(self.device, non_blocking=True) for key, value in arrays.items()}
         if not self.latent_size:
             tensors["is_first"][:, 0] = True
-            return tensors, self.world.rssm.initial(len(tensors["is_first"]), self.device, self.dtype)
+            state = self.world.rssm.initial(len(tensors["is_first"]), self.device, self.dtype)
+            return tensors, state.map(torch.Tensor.detach)  # to start there is for is_first
         deter, stoch = tensors.pop("deter")[:, 0], tensors.pop("stoch")[:, 0]
         stoch = one_hot(stoch, self.latent_size[1][1])
         known = deter.any(-1)[:, None, None]  # a step that no agent has seen has no latent: the initial state then
@@ -267,8 +268,11 @@ class Dreamer(nn.Module):
         for kind, spec in self.specs().items():  # equal sizes may be of other classes; old checkpoints do not tell
             for name, (theirs, ours) in differences(saved.get("specs", {}).get(kind, spec), spec).items():
                 raise UserError(f"the checkpoint is of another agent: {kind} {name}: {theirs} there and {ours} here")
+        try:
+            self.opt.load_state_dict(saved["opt"])
+        except ValueError as error:
+            raise UserError(f"the checkpoint is of another agent: {error}") from None
         self.load_state_dict(saved["model"])
-        self.opt.load_state_dict(saved["opt"])
 
     def specs(self):
         """What the agent sees and does in plain types, enough to build it anew without an environment."""
@@ -316,14 +320,15 @@ def check_sizes(spec, config):
     factor = 2 ** len(config.encoder.mults)
     for key, shape in spec.images.items():
         if config.decoder.cnn == "valid" and (shape[:2] != (64, 64) or len(config.decoder.mults) != 4):
-            raise UserError(
-                f"image {key} is {shape[0]}x{shape[1]}: --decoder.cnn valid draws 64x64, in 4 stages, alone"
-            )
+            raise UserError(f"image {key} is {shape[0]}x{shape[1]}: --decoder.cnn valid needs 64x64 and 4 mults")
         if shape[0] % factor or shape[1] % factor:
             raise UserError(f"image {key} is {shape[0]}x{shape[1]}: --size must be a multiple of {factor}")
-    if config.rssm.deter % config.rssm.blocks:
-        raise UserError(f"--rssm.deter {config.rssm.deter} is no multiple of --rssm.blocks {config.rssm.blocks}")
-    channels = config.decoder.depth * config.decoder.mults[-1]
-    for name, width in {"rssm.deter": config.rssm.deter, "decoder.depth x decoder.mults[-1]": channels}.items():
-        if spec.images and width % config.decoder.blocks:
-            raise UserError(f"{name} = {width} is no multiple of --decoder.blocks {config.decoder.blocks}")
+    rssm, decoder = config.rssm, config.decoder
+    if rssm.latent != "onehot" and config.replay_context:
+        raise UserError(f"--replay_context true stores classes, which --rssm.latent {rssm.latent} has none of")
+    if rssm.cell == "block_gru" and rssm.deter % rssm.blocks:
+        raise UserError(f"--rssm.deter {rssm.deter} is no multiple of --rssm.blocks {rssm.blocks}")
+    widths = {"rssm.deter": rssm.deter, "decoder.depth x decoder.mults[-1]": decoder.depth * decoder.mults[-1]}
+    for name, width in widths.items() if spec.images and decoder.cnn == "pool" else ():
+        if width % decoder.blocks:
+            raise UserError(f"{name} = {width} is no multiple of --decoder.blocks {decoder.blocks}")

@@ -7,6 +7,7 @@ type, and any mistake, also one in a preset that nobody asked for, is a `tools.U
 import contextlib
 import difflib
 import functools
+import os
 import pathlib
 import re
 from typing import NamedTuple
@@ -185,6 +186,16 @@ def _parse(argv, keys):
 
 def _load(path):
     """Read and check defaults and presets: {name: Setting}, {preset: {name: value}}, {place: comment}."""
+    try:
+        about = os.stat(path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    return _load_version(path, about.st_mtime_ns, about.st_size)
+
+
+@functools.lru_cache(maxsize=4)
+def _load_version(path, *version):
+    """What `_load` returns, of a certain version of the file: parsing takes a good part of a second."""
     data = _read(path, yaml12().load)
     if not isinstance(data, dict) or not isinstance(data.get("defaults"), dict):
         raise UserError(f"{path}: expected a mapping with a mapping called defaults")

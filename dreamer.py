@@ -126,8 +126,8 @@ class Run:
             "eval": Every(config.eval_every, first=False),
             "save": Every(config.save_every, first=False),
         }
-        if config.script == "train_offline" or config.offline_traindir:
-            self.ratio(0)  # no prefill: the clock starts at once
+        offline = config.script == "train_offline" or config.offline_traindir
+        self.pretraining = self.ratio(0) if offline else 0  # no prefill: the clock starts at once
         self.restore()  # before anything is written: it may find that nothing fits
         try:
             self.logger = Logger(self.logdir, self.step, config.logger, config.to_dict())
@@ -198,6 +198,7 @@ class Run:
 
     def train(self):
         """Act and learn in turns, so that each agent step is followed by its exact share of updates."""
+        self.pretrain()
         while self.running():
             if self.clocks["eval"](self.step):
                 self.evaluate()
@@ -210,6 +211,7 @@ class Run:
 
     def train_offline(self):
         """Learn from the replay alone, as many updates as `steps` frames would bring."""
+        self.pretrain()
         while self.running():
             self.agent_steps += self.config.envs
             for _ in range(self.ratio(self.agent_steps)):
@@ -218,6 +220,11 @@ class Run:
                 self.evaluate()
             self.housekeeping()
         self.finish()
+
+    def pretrain(self):
+        """The updates that `pretrain` asks for where there is no prefill to make them after."""
+        for _ in range(0 if self.updates else self.pretraining):
+            self.update()
 
     def running(self):
         return self.step < self.config.steps and not self.stopped
@@ -408,6 +415,9 @@ class Run:
             self.progress.message(text)
 
     def log(self):
+        if self.agent_steps > self.config.prefill and not self.replay.ready():
+            length = self.config.batch_length
+            self.say("warning", f"nothing is learned before an episode is as long as --batch_length {length}")
         self.metrics.drain()
         scalars = self.metrics.means()
         scalars |= {"updates": self.updates, "replay_steps": len(self.replay)}

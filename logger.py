@@ -266,9 +266,10 @@ class Metrics:
         pending, self.pending = self.pending, []
         for step, names, values in pending:
             values = dict(zip(names, values.tolist(), strict=True))
-            if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
-                terms = ", ".join(f"{k} {v:.4g}" for k, v in values.items() if "loss" in k or k == "grad_norm")
-                raise NonFiniteLoss(f"the loss is not finite at step {step}: {terms}")
+            terms = {name: value for name, value in values.items() if "loss" in name or name.endswith("grad_norm")}
+            if not all(map(math.isfinite, terms.values())):
+                shown = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
+                raise NonFiniteLoss(f"the loss is not finite at step {step}: {shown}")
             self.count += 1
             for name, value in values.items():
                 self.sums[name] = self.sums.get(name, 0.0) + value

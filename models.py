@@ -92,7 +92,7 @@ class WorldModel(nn.Module):
           batch: {key: (B, T, ...)}; state: State (B, ...) before the first step; context: number of steps seen.
         Returns: {image key: (B, T, H, W, C) in [0, 1]}
         """
-        embed = self.encode(batch)
+        embed = self.encode(self.preprocess(batch))
         seen, _ = self.rssm.observe(
             embed[:, :context], batch["action"][:, :context], batch["is_first"][:, :context], state
         )
@@ -199,7 +199,7 @@ WEIGHTS = {
     "predicted": lambda cont, alive, gamma: cont.cumprod(0),
     "true_start": lambda cont, alive, gamma: torch.cat([alive[None], cont[1:]]).cumprod(0),
     "shifted": lambda cont, alive, gamma: torch.cat(
-        [torch.ones_like(cont[:1]), gamma * alive[None], cont[1:-1]]
+        [alive[None], torch.full_like(cont[:1], gamma), cont[1:-1]]
     ).cumprod(0),
 }
 

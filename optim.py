@@ -135,18 +135,18 @@ class Adams:
         return metrics
 
     def state_dict(self):
-        return {"names": self.names, "adams": {group: adam.state_dict() for group, adam in self.adams.items()}}
+        return {"names": self.names, "adams": {group: adam.state_dict()["state"] for group, adam in self.adams.items()}}
 
     def load_state_dict(self, state):
         """Raises ValueError if the state belongs to other parameters."""
         if state.get("names") != self.names:
             raise ValueError("the optimizer state belongs to other parameters")
-        for group, adam in self.adams.items():
-            adam.load_state_dict(state["adams"][group])
+        for group, adam in self.adams.items():  # its settings stay those of this run's configuration
+            adam.load_state_dict({**adam.state_dict(), "state": state["adams"][group]})
 
 
 def group_of(name):
-    """Which Adam a parameter belongs to: model, actor or critic; expl_actor or expl_critic of the explorer."""
+    """Which Adam a parameter belongs to: model, actor or critic, or the explorer's expl_model and so on."""
     parts = name.split(".")
     kind = next((part for part in parts if part in ("actor", "critic")), "model")
-    return f"expl_{kind}" if parts[0] == "explorer" and kind != "model" else kind
+    return f"expl_{kind}" if parts[0] == "explorer" else kind

@@ -193,6 +193,7 @@ class Stream:
             self.episodes.popleft()
         if length >= self.window:
             self.whole.append((self.stop - length, length))
+        self.whole_episodes()
 
     def whole_episodes(self):
         """The finished episodes that hold a window and of which nothing was overwritten: (first position, length)."""

@@ -115,9 +115,7 @@ def test_the_policy_loss_is_reinforce_with_the_entropy_inside_the_weights(spec):
     logpi, entropy = policy.log_prob(actions), policy.entropy()
     expected = -cont.cumprod(0)[:-1] * (logpi * outs["adv"] + 0.5 * entropy)
     torch.testing.assert_close(losses["policy"], expected)
-    bonus, _ = behavior.loss(
-        world(cont), states, actions, ALIVE, reward(0.0)
-    )  # no advantage: entropy remains
+    bonus, _ = behavior.loss(world(cont), states, actions, ALIVE, reward(0.0))  # no advantage: entropy remains
     torch.testing.assert_close(bonus["policy"], -cont.cumprod(0)[:-1] * 0.5 * entropy)
 
 

@@ -128,4 +128,4 @@ def test_death_is_terminal():
 def test_mistakes(monkeypatch):
     assert "did you mean 'coinrun'?" in one_line_error(make_procgen, "coinrum")
     monkeypatch.setitem(sys.modules, "procgen", None)
-    assert "procgen-mirror==0.10.7" in one_line_error(make_procgen, "coinrun")
+    assert "-r requirements/procgen.txt" in one_line_error(make_procgen, "coinrun")

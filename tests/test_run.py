@@ -372,6 +372,31 @@ def test_a_signal_ends_a_run_in_good_order(tmp_path, number, kill, parallel):
     assert all(entry["step"] >= 52 for entry in lines(logdir / "metrics.jsonl")[-2:])
 
 
+def test_a_killed_worker_costs_its_episode_and_nothing_else(tmp_path, monkeypatch, capfd):
+    collect = dreamer.Run.collect
+
+    def disturbed(run):
+        collect(run)
+        if run.agent_steps == 70:  # 15 steps into the second episodes, while the third has not begun
+            os.kill(run.envs._handles[1]._process.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(dreamer.Run, "collect", disturbed)
+    train(tmp_path, "--task dummy_vector --envs 2 --parallel true --prefill 60 --eval_every 0 --steps 160")
+    warnings = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
+    assert len(warnings) == 1 and "environment 1 was restarted: it died (exit code -9)" in warnings[0]
+    last = [row for row in lines(tmp_path / "metrics.jsonl") if "env_restarts" in row][-1]
+    assert last["env_restarts"] == 1
+    saved, files = checkpoint(tmp_path)["counters"], episodes(tmp_path / "train_eps")
+    assert saved["agent_steps"] == 160 and saved["updates"] > 20
+    finished = [file for file in files if file["is_last"][-1]]
+    assert [entry["length"] for entry in scores(tmp_path, "train")] == [20] * saved["episodes"]
+    assert [len(file["reward"]) for file in finished] == [21] * saved["episodes"]
+    assert len(files) == len(finished) + 3  # the one that was cut off, and those at the end of the run
+    assert sum(len(file["reward"]) for file in files) == last["replay_steps"]
+    for file in files:
+        assert file["is_first"].tolist() == [True] + [False] * (len(file["reward"]) - 1)
+
+
 def die_in_second_save(stage):
     """A save writes latents, then the checkpoint: die in the midst of one of them, or before the last rename."""
     save, replace, count = torch.save, os.replace, itertools.count(1)
@@ -540,7 +565,9 @@ MISTAKES = {
     "--precision 17": "expected one of 32, bf16, auto",
     "--device cuda:99": "CUDA devices",
     "--configs debgu": "did you mean debug?",
-    "--task atari_pong": "unknown suite 'atari'",
+    "--task atary_pong": "did you mean 'atari'?",
+    "--task atari_pogn": "did you mean 'pong'?",
+    "--configs dreamerv1 --replay_context true": "--rssm.latent gaussian",
     "--task dummy_vektor": "did you mean 'vector'?",
     "--task gym_CartPoel-v1": "did you mean 'CartPole-v1'?",
     "--task dmc_walker_wlak": "did you mean 'walker_walk'?",
