@@ -80,6 +80,10 @@ class Dreamer(nn.Module):
         sizes["embed"] = self.world.encoder.size
         return Plan2Explore(sizes, self.world.feat_size, self.act_spec.size, config, behavior)
 
+    def behaviors(self):
+        """The task's behaviour, and the explorer's if there is one."""
+        return [self.behavior, self.explorer.behavior] if self.explorer else [self.behavior]
+
     def compile(self):
         """Compile what an update spends its time in: one step of each scan, and the behaviour's loss.
 
@@ -88,9 +92,8 @@ class Dreamer(nn.Module):
         rssm = self.world.rssm
         rssm.observe_step = torch.compile(rssm.observe_step, dynamic=False)
         rssm.imagine_step = torch.compile(rssm.imagine_step, dynamic=False)
-        self.behavior.compile()
-        if self.explorer:
-            self.explorer.behavior.compile()
+        for behavior in self.behaviors():
+            behavior.compile()
 
     # -- learning
 
@@ -147,7 +150,7 @@ class Dreamer(nn.Module):
         total = self.reduce(losses)
         total.backward()
         metrics = self.opt.step()
-        for behavior in [self.behavior, *([self.explorer.behavior] if self.explorer else [])]:
+        for behavior in self.behaviors():
             behavior.update_slow()
         metrics |= summarize(outs)
         metrics |= {f"{name}_loss": loss.detach().mean() for name, loss in losses.items()}

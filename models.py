@@ -272,7 +272,7 @@ class ImagBehavior(nn.Module):
 
         Args:
           world: WorldModel; states: posterior State (B, T, ...); batch: {key: (B, T, ...)}.
-          reward: function of features (H + 1, N, F) and actions (H, N, A) -> (H + 1, N), or None for the reward head.
+          reward: function of features (H + 1, N, F) and actions (H, N, A) -> (H + 1, N).
           imagine: function (world, start State (N, ...)) -> imagined states and actions; the policy's own if None.
         Returns: {name: loss}, {name: tensor} for metrics.
         """

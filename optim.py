@@ -116,7 +116,9 @@ class Adams:
         settings = {"actor": config.actor_opt, "critic": config.critic_opt}
         self.settings = {group: settings.get(group.split("_")[-1], config.model_opt) for group in groups}
         self.adams = {
-            group: torch.optim.AdamW(self.params[group], lr=s.lr, eps=s.eps, weight_decay=s.decay / s.lr)
+            group: torch.optim.AdamW(
+                self.params[group], lr=s.lr, eps=s.eps, weight_decay=s.decay / s.lr if s.lr else 0.0
+            )
             for group, s in self.settings.items()
         }
 

@@ -19,7 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from benchmarks.environments import markdown, put_between
+from benchmarks.environments import markdown, mean_and_error, put_between
 from envs.dummy import Maze
 from tools import UserError, atomic_write
 
@@ -79,10 +79,6 @@ def run_all(jobs, processes):
 
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def mean_and_error(values):
-    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
 
 
 # ---------------------------------------------------------------------------
