@@ -544,6 +544,27 @@ def test_offline_episodes_fill_the_replay_and_stand_for_the_prefill(multi, tmp_p
     assert sum(len(episode["reward"]) for episode in episodes(tmp_path / "train_eps")) <= 22
 
 
+def test_exploration_at_random_ends_at_expl_until(tmp_path, monkeypatch):
+    act, calls = dreamer.Random.act, []
+    monkeypatch.setattr(dreamer.Random, "act", lambda *args: calls.append(1) or act(*args))
+    words = "--task dummy_vector --expl_behavior random --expl_until 63 --prefill 40 --steps 84 --eval_every 0"
+    train(tmp_path, words)
+    assert len(calls) == 63 + 3  # and in the last steps of three episodes, which are no agent steps
+
+
+def test_episodes_too_short_for_a_window_are_warned_of(tmp_path, capfd):
+    words = "--task dummy_vector --batch_length 30 --replay_window episode --replay_context false --steps 60"
+    train(tmp_path, f"{words} --eval_every 0")
+    assert "nothing is learned before an episode is as long as --batch_length 30" in capfd.readouterr().err
+    assert checkpoint(tmp_path)["counters"]["updates"] == 0
+
+
+def test_pretraining_needs_no_prefill_where_data_is_given(multi, tmp_path):
+    folder = multi / "train_eps"
+    train(tmp_path, f"{SMALL} --offline_traindir {folder} --pretrain 3 --steps 20 --eval_every 0")
+    assert checkpoint(tmp_path)["counters"]["updates"] == 3 + 5
+
+
 def test_eval_only_plays_the_agent_of_a_checkpoint(vector, tmp_path):
     words = f"--task dummy_vector --script eval_only --eval_episode_num 3 --from_checkpoint {vector() / 'latest.pt'}"
     run = dreamer.Run(load_config(command(tmp_path, words), dreamer.CONFIGS))
