@@ -90,7 +90,7 @@ class Dreamer(nn.Module):
         The scans themselves stay Python loops, whose compilation would take minutes. Acting stays as it is written.
         """
         rssm = self.world.rssm
-        rssm.observe_step = torch.compile(rssm.observe_step, dynamic=False)
+        rssm.call_step = torch.compile(rssm.call_step, dynamic=False)
         rssm.imagine_step = torch.compile(rssm.imagine_step, dynamic=False)
         for behavior in self.behaviors():
             behavior.compile()

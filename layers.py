@@ -11,6 +11,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from scan import product
+
 EPS = 1e-4  # added to the mean square in norms
 
 
@@ -55,23 +57,23 @@ def cast(x, dtype):
 
 
 class Linear(nn.Module):
-    """x W + b, with W stored (out, in)."""
+    """x K + b, with the kernel K stored (in, out)."""
 
     def __init__(self, inputs, outputs, outscale=1.0, init="fan_in", bias=True):
         super().__init__()
-        self.weight = nn.Parameter(init_(torch.empty(outputs, inputs), inputs, outputs, init, outscale))
+        self.kernel = nn.Parameter(init_(torch.empty(inputs, outputs), inputs, outputs, init, outscale))
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype), cast(self.bias, x.dtype))
+        return product(x, self.kernel, self.bias)
 
     def head(self, x):
         """The share of the output that the first inputs give, without the bias."""
-        return F.linear(x, self.weight[:, : x.shape[-1]].to(x.dtype))
+        return product(x, self.kernel[: x.shape[-1]])
 
     def tail(self, x):
         """The share of the output that the last inputs give, with the bias: head(x) + tail(y) = forward([x, y])."""
-        return F.linear(x, self.weight[:, -x.shape[-1] :].to(x.dtype), cast(self.bias, x.dtype))
+        return product(x, self.kernel[-x.shape[-1] :], self.bias)
 
 
 class BlockLinear(nn.Module):
@@ -88,16 +90,15 @@ class BlockLinear(nn.Module):
 
     def forward(self, x):
         """(N, blocks, in/blocks) -> (N, blocks, out/blocks)"""
-        return self.head(x) + self.bias.view(len(self.kernel), -1).to(x.dtype)
+        return product(x, self.kernel, self.bias.view(len(self.kernel), -1))
 
     def head(self, x):
         """The share of the output that each slice's first inputs give, without the bias."""
-        return torch.bmm(x.transpose(0, 1), self.kernel[:, : x.shape[-1]].to(x.dtype)).transpose(0, 1)
+        return product(x, self.kernel[:, : x.shape[-1]])
 
     def tail(self, x):
         """The share of the output that last inputs common to all slices give, with the bias: (N, n) -> (N, out)."""
-        shared = self.kernel[:, -x.shape[-1] :].transpose(0, 1).flatten(1)
-        return torch.addmm(self.bias.to(x.dtype), x, shared.to(x.dtype))
+        return product(x, self.kernel[:, -x.shape[-1] :].transpose(0, 1).flatten(1), self.bias)
 
 
 class Conv2d(nn.Module):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import distributions as dists
 from layers import DREAMERV3, MLP, BlockLinear, LayerNorm, Linear, Norm
+from scan import Scan, call_step
 
 # ---------------------------------------------------------------------------
 # Heads
@@ -322,6 +323,7 @@ class RSSM(nn.Module):
         self.prior = nn.Sequential(MLP(deter, img_layers, hidden, style), Linear(*out))
         self.posterior = nn.Sequential(MLP(deter + embed, obs_layers, hidden, style), Linear(*out))
         self.start = nn.Parameter(torch.zeros(deter)) if learned else None
+        self.call_step = call_step
 
     def initial(self, batch, device, dtype=torch.float32):
         """The state before anything was seen: State (batch, ...), zeros or the prior's mode at a learned deter."""
@@ -353,9 +355,12 @@ class RSSM(nn.Module):
         deter, stoch = state.deter.to(embed.dtype), state.stoch.to(embed.dtype)
         initial = self.initial(len(deter), deter.device, deter.dtype)
         deters, stochs, logits = [], [], []
-        steps = zip(*(x.unbind() for x in (keep, action, embed, noise.transpose(0, 1))), strict=True)
+        steps = list(zip(*(x.unbind() for x in (keep, action, embed, noise.transpose(0, 1))), strict=True))
+        step = self.observe_step
+        if torch.is_grad_enabled():
+            step = Scan(step, len(steps), (deter, stoch, initial, *steps[0]), self.call_step)
         for inputs in steps:
-            deter, stoch, logit = self.observe_step(deter, stoch, initial, *inputs)
+            deter, stoch, logit = step(deter, stoch, initial, *inputs)
             deters.append(deter)
             stochs.append(stoch)
             logits.append(logit)

@@ -121,9 +121,7 @@ class Golden:
     def param(self, prefix, name, like):
         """A tensor of theirs, by our name, in our layout."""
         value = self[f"{prefix}/{self.names[name]}"]
-        if name.endswith("weight") and value.ndim == 2:
-            value = value.T
-        elif value.ndim == 4:
+        if value.ndim == 4:
             value = value.permute(3, 2, 0, 1)
         return value.reshape(like.shape)
 

@@ -229,8 +229,6 @@ def layer_results(data):
         "conv5_transp2": lambda k: layers.ConvTranspose2d(k.shape[2], k.shape[3], 5),
     }
     layouts = {
-        "linear": lambda k: k.T,
-        "linear_shape": lambda k: k.T,
         "conv5": lambda k: k.permute(3, 2, 0, 1),
         "conv5_stride2": lambda k: k.permute(3, 2, 0, 1),
         "conv5_transp2": lambda k: k.permute(2, 3, 0, 1).flip(2, 3),
@@ -238,7 +236,7 @@ def layer_results(data):
     for name, build in builders.items():
         get = {key.split("/")[-1]: data[key] for key in data if key.startswith(f"layer/{name}/")}
         layer, layout = build(get["kernel"]), layouts.get(name, lambda k: k)
-        kernel = layer.kernel if name == "blocklinear" else layer.weight
+        kernel = layer.weight if "conv" in name else layer.kernel
         kernel.data.copy_(layout(get["kernel"]))
         layer.bias.data.copy_(get["bias"])
         x = leaf(get["x"])
@@ -270,14 +268,14 @@ def initial_values(data):
     shapes = {name: data[f"init/{name}/kernel_shape"].tolist() for name in ("linear", "blocklinear", "conv")}
     i, o = data["init/linear_outscale001/kernel_shape"].tolist()
     kernels = {
-        "linear": layers.Linear(*shapes["linear"]).weight,
+        "linear": layers.Linear(*shapes["linear"]).kernel,
         "blocklinear": layers.BlockLinear(
             shapes["blocklinear"][0] * shapes["blocklinear"][1],
             shapes["blocklinear"][0] * shapes["blocklinear"][2],
             shapes["blocklinear"][0],
         ).kernel,
         "conv": layers.Conv2d(*shapes["conv"][2:], shapes["conv"][0]).weight,
-        "linear_outscale001": layers.Linear(i, o, 0.01).weight,
+        "linear_outscale001": layers.Linear(i, o, 0.01).kernel,
     }
     torch.set_rng_state(generator_state)
     for name, kernel in kernels.items():

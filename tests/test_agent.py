@@ -347,8 +347,8 @@ def test_a_loaded_agent_still_learns_through_the_flat_buffer():
 @pytest.mark.parametrize(
     "flags, kind, words",
     [
-        (("--rssm.deter", "64"), "proprio", ("(16, 64) there", "(16, 32) here")),
-        (("--actor.units", "24"), "proprio", ("(24,", "(16,")),
+        (("--rssm.deter", "64"), "proprio", ("(64, 16) there", "(32, 16) here")),
+        (("--actor.units", "24"), "proprio", (", 24)", ", 16)")),
         ((), "pixels", ("orientations is absent there", "(14,) here")),
     ],
 )

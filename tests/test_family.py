@@ -341,7 +341,7 @@ def test_every_target_of_the_ensemble(target, log):
     assert metrics["disag_loss"] > 0 and metrics["expl_adv_std"] > 0
     assert all(value.isfinite() for value in metrics.values())
     widths = {"stoch": agent.world.rssm.latent.size, "deter": 32, "embed": 16}
-    assert agent.explorer.ensemble[0][-1].weight.shape[0] == widths.get(target, widths["stoch"] + 32)
+    assert agent.explorer.ensemble[0][-1].kernel.shape[1] == widths.get(target, widths["stoch"] + 32)
 
 
 @every_version
@@ -439,7 +439,7 @@ def test_a_run_learns_and_goes_on_where_it_was(version, tmp_path, capsys):
     first, second = run(50), run(60)
     assert 3 <= first["counters"]["updates"] <= 5  # half an update for each step behind the prefill
     assert second["counters"]["updates"] - first["counters"]["updates"] == 5
-    assert moved(first["agent"]["model"], second["agent"]["model"]) >= {"world.reward.out.weight"}
+    assert moved(first["agent"]["model"], second["agent"]["model"]) >= {"world.reward.out.kernel"}
     entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     metrics = {name for entry in entries for name in entry}
     expected = {"reward_loss", "kl", "model_loss", "model_grad_norm"}

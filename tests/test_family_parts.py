@@ -236,7 +236,7 @@ def test_the_gradient_through_the_dynamics_is_the_slope_of_the_loss(version):
 def test_a_discrete_action_passes_the_gradient_of_its_probabilities():
     behavior, world = make_behavior("dreamerv1", DISCRETE, imag_horizon=1)
     out = behavior.actor.heads[0].outs["logits"]
-    for param in (out.weight, out.bias, *behavior.critic.out.parameters()):
+    for param in (out.kernel, out.bias, *behavior.critic.out.parameters()):
         param.data.zero_()  # probabilities of a third, values of zero
     world.c.data[:], world.b.data[:] = 1.0, torch.tensor([[1.0], [2.0], [6.0]]) / D  # the actions are worth 1, 2, 6
     imagined(behavior, world)[0]["policy"].mean().backward()
@@ -248,7 +248,7 @@ def test_a_mixed_gradient_is_the_weighted_sum_of_both():
     for grad in ("reinforce", "dynamics", "mixed"):
         behavior, world = make_behavior("dreamerv2", BOX, actor={"grad": grad, "grad_mix": 0.25})
         loss = imagined(behavior, world)[0]["policy"].mean()
-        (grads[grad],) = torch.autograd.grad(loss, behavior.actor.mlp[0].weight)
+        (grads[grad],) = torch.autograd.grad(loss, behavior.actor.mlp[0].kernel)
     torch.testing.assert_close(grads["mixed"], 0.75 * grads["reinforce"] + 0.25 * grads["dynamics"])
 
 
@@ -356,7 +356,8 @@ def test_a_dense_cell_is_hidden_layers_and_pytorchs_gru():
     cell = DenseGRU(4, 3, 2, hidden=5, layers=2, gru=GRU, style=Style("layer", "elu", "fan_avg"))
     theirs = nn.GRUCell(5, 4)
     for mine, kind in ((cell.gru.inputs, "ih"), (cell.gru.state, "hh")):
-        mine.weight.data, mine.bias.data = getattr(theirs, f"weight_{kind}").data, getattr(theirs, f"bias_{kind}").data
+        mine.kernel.data = getattr(theirs, f"weight_{kind}").data.T
+        mine.bias.data = getattr(theirs, f"bias_{kind}").data
     deter, stoch, action = torch.randn(7, 4), torch.randn(7, 3), torch.rand(7, 2)
     expected = theirs(cell.hidden(torch.cat([stoch, action], -1)), deter)
     torch.testing.assert_close(cell(deter, stoch, cell.prepare(action)), expected)
@@ -364,7 +365,7 @@ def test_a_dense_cell_is_hidden_layers_and_pytorchs_gru():
 
 def test_norm_gru_by_hand():
     cell = NormGRU(1, 1)
-    cell.linear.weight.data = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 0.0]])
+    cell.linear.kernel.data = torch.tensor([[1.0, -1.0, 0.0], [0.0, 0.0, 0.0]])
     unit = 1 / math.sqrt(2 / 3 + 1e-3)  # 1, -1 and 0 have mean 0 and variance 2/3
     cand = math.tanh(1 / (1 + math.exp(-unit)) * -unit)
     update = 1 / (1 + math.e)  # a bias of -1 keeps most of the state

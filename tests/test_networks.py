@@ -206,8 +206,8 @@ def test_initial_weights_have_the_scale_of_their_fan_in():
     # A normal cut at two standard deviations has standard deviation 0.8796; 1.1368 makes it 1 again.
     torch.manual_seed(0)
     kernels = {
-        Linear(400, 300).weight: 1 / 20,
-        Linear(400, 300, outscale=0.01).weight: 0.01 / 20,
+        Linear(400, 300).kernel: 1 / 20,
+        Linear(400, 300, outscale=0.01).kernel: 0.01 / 20,
         BlockLinear(1024, 1024, blocks=4).kernel: 1 / 32,  # the whole input counts, not the block's share of 256
         Conv2d(64, 64, kernel=5).weight: 1 / 40,  # 64 * 5 * 5 = 1600
     }

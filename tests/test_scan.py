@@ -1,0 +1,120 @@
+"""A scan gives what a plain loop gives, and its weights' gradients in one product each."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import networks
+from layers import BlockLinear, Linear
+from scan import Scan, call_step, product
+from tests.test_agent import make_agent, make_batch, shake
+
+VERSIONS = {
+    "block_gru": ("--rssm.dyn_layers", "2", "--rssm.obs_layers", "2"),
+    "norm_gru": ("--rssm.cell", "norm_gru", "--rssm.dyn_layers", "2", "--rssm.initial", "learned"),
+    "gru": ("--rssm.cell", "gru", "--rssm.latent", "gaussian", "--replay_context", "false"),
+    "layer_norm": ("--rssm.cell", "norm_gru", "--norm", "layer"),  # hidden layers without a bias
+}
+
+
+class PlainLoop:
+    """The loop that `Scan` stands for: backpropagation through time as autograd does it."""
+
+    def __init__(self, step, length, example, call):
+        self.step = step
+
+    def __call__(self, *args):
+        return self.step(*args)
+
+
+def losses_and_gradients(agent, batch):
+    torch.manual_seed(3)
+    state = agent.world.rssm.initial(len(batch["reward"]), "cpu", agent.dtype)
+    losses, states, _ = agent.world.loss(agent.world.preprocess({**batch, "action": agent.join_actions(batch)}), state)
+    params = dict(agent.world.named_parameters())
+    total = sum(loss.mean() for loss in losses.values()) + (states.deter.float() ** 2).mean()
+    grads = torch.autograd.grad(total, params.values(), allow_unused=True)
+    return states, dict(zip(params, grads, strict=True))
+
+
+@pytest.mark.parametrize("precision, tolerance", [("32", 1e-5), ("bf16", 4e-2)])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_gradients_are_those_of_a_plain_loop(version, precision, tolerance, monkeypatch):
+    agent = shake(make_agent("proprio", *VERSIONS[version]))
+    agent.dtype = agent.world.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    batch = make_batch("proprio")
+    states, grads = losses_and_gradients(agent, batch)
+    monkeypatch.setattr(networks, "Scan", PlainLoop)
+    expected_states, expected = losses_and_gradients(agent, batch)
+    torch.testing.assert_close(states, expected_states, rtol=tolerance, atol=tolerance)
+    for name, grad in grads.items():
+        assert grad.dtype == torch.float32
+        assert (grad - expected[name]).abs().max() <= tolerance * expected[name].abs().max() + 1e-8, name
+    assert all(grad.abs().sum() > 0 for name, grad in grads.items() if "rssm" in name and not name.endswith("start"))
+
+
+class Shapes(TorchDispatchMode):
+    """Notes the shapes of the results of all matrix products."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+            self.seen.append(tuple(out.shape))
+        return out
+
+    seen: list
+
+
+def test_each_kernel_has_one_product_for_its_gradient():
+    linear, blocks = Linear(6, 6), BlockLinear(6, 6, blocks=2)
+    start = torch.randn(4, 6)
+
+    def step(x):
+        return torch.tanh(blocks(linear(x).view(4, 2, 3)).flatten(1))
+
+    def run(step):
+        x = start
+        for _ in range(10):
+            x = step(x)
+        shapes = Shapes()
+        shapes.seen = []
+        with shapes:
+            grads = torch.autograd.grad(x.sum(), [linear.kernel, linear.bias, blocks.kernel, blocks.bias])
+        return grads, (shapes.seen.count((6, 6)), shapes.seen.count((2, 3, 3)))
+
+    plain, counts = run(step)
+    assert counts == (10, 10)
+    scanned, counts = run(Scan(step, 10, (start,), call_step))
+    assert counts == (1, 1)
+    torch.testing.assert_close(scanned, plain)
+
+
+def test_a_product_may_use_part_of_a_kernel_and_a_kernel_twice():
+    linear = Linear(5, 3)
+    xs = torch.randn(4, 2, 5)
+
+    def step(carry, x):
+        return torch.sin(linear.head(x[:, :2]) + linear.tail(x[:, 2:]) + product(carry, linear.kernel[:3]))
+
+    def gradients(step):
+        carry = torch.zeros(2, 3)
+        for x in xs:
+            carry = step(carry, x)
+        return torch.autograd.grad(carry.sum(), [linear.kernel, linear.bias])
+
+    torch.testing.assert_close(gradients(Scan(step, 4, (torch.zeros(2, 3), xs[0]), call_step)), gradients(step))
+
+
+def test_an_error_within_a_step_leaves_layers_as_they_were():
+    linear = Linear(2, 2)
+    x = torch.ones(1, 2)
+
+    def step(x):
+        linear(x)
+        if x.sum() > 2:
+            raise RuntimeError("within")
+        return x
+
+    with pytest.raises(RuntimeError, match="within"):
+        Scan(step, 1, (x,), call_step)(3 * x)
+    torch.testing.assert_close(linear(x), x @ linear.kernel + linear.bias)
