@@ -1,10 +1,13 @@
 """The agent: acts in environments, learns from batches, saves and loads."""
 
+import functools
+
 import gymnasium
 import numpy as np
 import torch
 import torch.nn as nn
 
+from capture import Captured
 from distributions import one_hot
 from encoders import ObsSpec
 from exploration import Plan2Explore, perturb
@@ -88,12 +91,16 @@ class Dreamer(nn.Module):
         """Compile what an update spends its time in: one step of each scan, and the behaviour's loss.
 
         The scans themselves stay Python loops, whose compilation would take minutes. Acting stays as it is written.
+        On CUDA the kernels of a whole update, and those of acting, then become one graph each.
         """
         rssm = self.world.rssm
         rssm.call_step = torch.compile(rssm.call_step, dynamic=False)
         rssm.imagine_step = torch.compile(rssm.imagine_step, dynamic=False)
         for behavior in self.behaviors():
             behavior.compile()
+        if self.device.type == "cuda":
+            self.update = Captured(self.update)
+            self.chooser = functools.cache(lambda *args: Captured(Dreamer.chooser(self, *args)))
 
     # -- learning
 
@@ -225,17 +232,31 @@ class Dreamer(nn.Module):
             return {key: value[0] for key, value in actions.items()}, memory
         if "is_first" not in obs:
             obs = {**obs, "is_first": np.full(len(obs[self.world.keys[0]]), memory is None)}
-        state, action = memory or self.initial(len(obs["is_first"]))
-        batch = {key: torch.as_tensor(obs[key], device=self.device)[:, None] for key in [*self.world.keys, "is_first"]}
-        embed = self.world.encode(self.world.preprocess(batch))
-        states, _ = self.world.rssm.observe(embed, action[:, None], batch["is_first"], state)
+        count = len(obs["is_first"])
+        obs = {key: torch.as_tensor(obs[key], device=self.device) for key in [*self.world.keys, "is_first"]}
+        state, action = self.chooser(count, mode, explore)(obs, *(memory or self.initial(count)))
+        parts = action.cpu().split(list(self.act_spec.widths.values()), -1)
+        return {key: part.numpy() for key, part in zip(self.act_spec.widths, parts, strict=True)}, (state, action)
+
+    def chooser(self, count, mode, explore):
+        """`choose` for so many environments."""
+        return functools.partial(self.choose, mode=mode, explore=explore)
+
+    def choose(self, obs, state, action, mode, explore):
+        """What `act` does on the device.
+
+        Args:
+          obs: {key: (N, ...)} with is_first; state: State (N, ...); action: (N, A) that led here.
+          mode, explore: see `act`.
+        Returns: the posterior State (N, ...), actions (N, A).
+        """
+        obs = {key: value[:, None] for key, value in obs.items()}
+        embed = self.world.encode(self.world.preprocess(obs))
+        states, _ = self.world.rssm.observe(embed, action[:, None], obs["is_first"], state)
         state = states.map(lambda x: x[:, 0])
         behavior = self.explorer.behavior if explore and self.explorer else self.behavior
         action = behavior.act(self.world, state, mode)
-        if explore and self.expl_noise:
-            action = perturb(action, self.act_spec, self.expl_noise)
-        parts = action.cpu().split(list(self.act_spec.widths.values()), -1)
-        return {key: part.numpy() for key, part in zip(self.act_spec.widths, parts, strict=True)}, (state, action)
+        return state, perturb(action, self.act_spec, self.expl_noise) if explore and self.expl_noise else action
 
     def is_single(self, obs):
         """Whether an observation has no batch axis."""

@@ -161,15 +161,25 @@ class RMSNorm(nn.Module):
 
 
 class NormSiLU(torch.autograd.Function):
-    """silu(x / rms(x) * scale) with the gradient written out, in fewer passes over memory than autograd takes."""
+    """silu(x / rms(x) * scale) with the gradient written out, in fewer passes over memory than autograd takes.
+
+    Args:
+      x: (..., n); scale: (n,); eps: 0-d tensor, added to the mean square.
+    """
 
     @staticmethod
-    def forward(ctx, x, scale):
+    def forward(ctx, x, scale, eps):
+        out, inverse = NormSiLU.compute(x, scale, eps)
+        ctx.save_for_backward(x, scale, inverse)
+        return out
+
+    @staticmethod
+    def compute(x, scale, eps):
+        """The result and 1 / rms(x) (..., 1)."""
         wide = x.float()
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        inverse = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(EPS))
-        ctx.save_for_backward(x, scale, inverse)
-        return F.silu((wide * inverse).mul_(scale), inplace=True).to(x.dtype)
+        inverse = torch.addcmul(eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
+        return F.silu((wide * inverse).mul_(scale), inplace=True).to(x.dtype), inverse
 
     @staticmethod
     def backward(ctx, grad):
@@ -179,14 +189,20 @@ class NormSiLU(torch.autograd.Function):
         grad_scale = (grad * unit).reshape(-1, x.shape[-1]).sum(0)
         grad = grad * scale
         mean = torch.linalg.vecdot(grad, unit)[..., None].div_(x.shape[-1])
-        return (grad - unit.mul_(mean)).mul_(inverse).to(x.dtype), grad_scale
+        return (grad - unit.mul_(mean)).mul_(inverse).to(x.dtype), grad_scale, None
 
 
 class Norm(RMSNorm):
     """RMSNorm and SiLU in one piece: what follows every hidden layer of DreamerV3."""
 
+    def __init__(self, size):
+        super().__init__(size)
+        self.register_buffer("eps", torch.tensor(EPS), persistent=False)
+
     def forward(self, x):
-        return NormSiLU.apply(x, self.scale)
+        if torch.is_grad_enabled():
+            return NormSiLU.apply(x, self.scale, self.eps)
+        return NormSiLU.compute(x, self.scale, self.eps)[0]
 
 
 class LayerNorm(nn.Module):

@@ -117,7 +117,11 @@ class Adams:
         self.settings = {group: settings.get(group.split("_")[-1], config.model_opt) for group in groups}
         self.adams = {
             group: torch.optim.AdamW(
-                self.params[group], lr=s.lr, eps=s.eps, weight_decay=s.decay / s.lr if s.lr else 0.0
+                self.params[group],
+                lr=s.lr,
+                eps=s.eps,
+                weight_decay=s.decay / s.lr if s.lr else 0.0,
+                capturable=self.params[group][0].is_cuda,
             )
             for group, s in self.settings.items()
         }

@@ -13,7 +13,7 @@ from tests.test_agent import SPACES, make_batch, make_config
 ROOT = pathlib.Path(__file__).parents[1]
 OUTSIDE = {"tests", "benchmarks", "inference_video"}  # they stand above all rooms
 ROOMS = [
-    {"tools", "scan"},
+    {"tools", "scan", "capture"},
     {"config", "logger", "machine", "envs"},
     {"distributions", "optim", "replay", "layers"},
     {"encoders", "networks"},
