@@ -1,0 +1,70 @@
+"""The comparison of versions: its numbers by hand from given runs, its flags known to dreamer.py, its mistakes told."""
+
+import json
+import shlex
+
+import pytest
+
+from benchmarks import family
+from config import CONFIGS, load_config
+
+
+def give_run(logdir, evals=(), scores=()):
+    """A run that is there already: evals {step: return}, scores {step: (score, cells)}."""
+    logdir.mkdir(parents=True)
+    rows = [{"step": step, "eval_return": value} for step, value in dict(evals).items()]
+    rows += [{"step": 500, "updates_per_second": rate} for rate in (0.0, 4.0, 6.0, 8.0)]
+    (logdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [
+        {"step": step, "mode": "train", "score": score, "log_cells": cells}
+        for step, (score, cells) in dict(scores).items()
+    ]
+    rows += [{"step": 1, "mode": "eval", "score": 1e6, "log_cells": 1e6}]  # of no account
+    (logdir / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (logdir / "done").touch()
+
+
+def test_learning_is_told_in_standard_errors_above_chance(tmp_path, capsys):
+    out = tmp_path / "learn"
+    for version in family.VERSIONS:
+        for seed, final in enumerate((40.0, 50.0, 60.0)):
+            give_run(out / f"{version or 'dreamerv3'}_{seed}", {1000: 10.0, 2000: final})
+    give_run(out / "random", scores={100: (8.0, 0), 200: (12.0, 0)})
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- learn:begin -->\nold\n<!-- learn:end -->\nafter\n")
+    assert family.main(["learn", "--out", str(out), "--write", str(page)]) == 0
+    text = page.read_text()
+    # mean 50 +- 10/sqrt(3) = 5.77, chance 10 +- 2: (50 - 10) / sqrt(5.77^2 + 2^2) = 6.5
+    assert "| DreamerV2 | `dreamerv2` | 40, 50, 60 | 50 ± 6 | +6.5 | 6.0 |" in text
+    assert "Random: 10 ± 2 over 2 episodes." in text
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert (tmp_path / "learn.png").stat().st_size > 10_000
+    assert capsys.readouterr().out.count("40, 50, 60") == len(family.VERSIONS)
+
+
+def test_exploring_is_told_in_cells(tmp_path, capsys):
+    out = tmp_path / "explore"
+    for seed in range(2):
+        give_run(out / f"random_{seed}", scores={60: (0, 20), 120: (0, 100)})
+        give_run(out / f"plan2explore_{seed}", scores={60: (0, 30), 120: (0, 240 + 20 * seed)})
+    assert family.main(["explore", "--out", str(out), "--seeds", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "| random | 100, 100 | 100 ± 0 |" in text and "| Plan2Explore | 240, 260 | 250 ± 10 |" in text
+    assert "Ratio: 2.50, of 328 cells." in text
+
+
+def test_every_flag_is_known_to_dreamer():
+    for version in family.VERSIONS:
+        load_config(["--configs", *version.split(), "quickstart", *shlex.split(family.LEARN)], CONFIGS)
+    for flags in family.EXPLORERS.values():
+        config = load_config(["--configs", "quickstart", *family.EXPLORE.split(), *flags.split()], CONFIGS)
+        assert config.task == "dummy_maze"
+
+
+def test_a_run_that_fails_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(family, "EXPLORE", "--task dummy_nowhere")
+    assert family.main(["explore", "--out", str(tmp_path / "e"), "--seeds", "1"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "random_0/output.txt: exit status 2" in error
+    assert "dummy_nowhere" not in error and "nowhere" in (tmp_path / "e" / "random_0" / "output.txt").read_text()
+    assert not (tmp_path / "e" / "random_0" / "done").exists()
