@@ -3,8 +3,6 @@
 import json
 import shlex
 
-import pytest
-
 from benchmarks import family
 from config import CONFIGS, load_config
 
