@@ -241,29 +241,29 @@ class MLP(nn.Sequential):
 class MaxPool(torch.autograd.Function):
     """2x2 maximum of (N, H, W, C), where equal maxima share the gradient evenly.
 
-    PyTorch's pooling gives all of it to the first of them; its `amax` shares it, but is
-    slow on CPU.
+    PyTorch's pooling gives all of it to the first of them; its `amax` shares it, but is slow on CPU.
     """
 
     @staticmethod
     def forward(ctx, x):
-        n, h, w, c = x.shape
-        rows = x.view(n, h // 2, 2, w, c).unbind(2)
-        columns = torch.maximum(*rows).view(n, h // 2, w // 2, 2, c).unbind(3)
-        out = torch.maximum(*columns)
+        first, second, third, fourth = quarters(x)
+        out = torch.maximum(torch.maximum(first, second), torch.maximum(third, fourth))
         ctx.save_for_backward(x, out)
         return out
 
     @staticmethod
     def backward(ctx, grad):
         x, out = ctx.saved_tensors
-        n, h, w, c = x.shape
-        top, bottom = (row == repeat(out) for row in x.view(n, h // 2, 2, w, c).unbind(2))
-        count = (top.to(grad.dtype) + bottom).view(n, h // 2, w // 2, 2, c)
-        share = repeat(grad / (count[..., 0, :] + count[..., 1, :]))
-        return torch.stack([share * top, share * bottom], 2).view(x.shape)
+        hits = [part == out for part in quarters(x)]
+        share = grad / sum(hit.to(torch.uint8) for hit in hits)
+        grad = torch.empty_like(x)
+        for part, hit in zip(quarters(grad), hits, strict=True):
+            torch.mul(share, hit, out=part)
+        return grad
 
 
-def repeat(x):
-    """(N, H, W, C) -> (N, H, 2 W, C), each column twice."""
-    return x[..., None, :].expand(*x.shape[:-1], 2, x.shape[-1]).flatten(2, 3)
+def quarters(x):
+    """The four pixels of every 2x2 square: views (N, H / 2, W / 2, C) of (N, H, W, C)."""
+    n, h, w, c = x.shape
+    squares = x.view(n, h // 2, 2, w // 2, 2, c)
+    return [squares[:, :, row, :, column] for row in (0, 1) for column in (0, 1)]
