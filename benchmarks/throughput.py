@@ -186,10 +186,8 @@ class Subject:
         finally:
             self.run.close()  # only the spaces were wanted
         self.agent, self.replay, self.device = self.run.agent, self.run.replay, self.run.device
-        deter, (groups, classes) = self.agent.latent_size
-        rng = np.random.default_rng(0)
         length = len(self.steps["reward"])
-        latents = rng.standard_normal((length, deter)), rng.integers(classes, size=(length, groups))
+        latents = random_latents(self.agent.latent_size, length)
         for number in range(math.ceil(held / length)):
             self.replay.extend(0, str(number), self.steps, latents)
         self.batches = itertools.cycle([self.sample() for _ in range(ROTATION)])
@@ -208,7 +206,8 @@ class Subject:
         self.states, _ = self.agent.update(*next(self.batches))
 
     def refresh(self):
-        self.replay.refresh(self.places, *self.agent.compress(self.states))
+        if self.replay.context:
+            self.replay.refresh(self.places, *self.agent.compress(self.states))
 
     def act(self, count):
         obs = {key: value[:count] for key, value in self.steps.items()}
@@ -255,6 +254,14 @@ def random_steps(run, length):
     steps |= {"is_terminal": t % (2 * EPISODE) == EPISODE - 1}
     steps["reward"] = np.random.default_rng(0).standard_normal(length, np.float32)
     return steps | run.random.act(steps)[0]
+
+
+def random_latents(sizes, length):
+    """What the replay stores beside so many steps of latent widths (D, (S, K)); nothing for None."""
+    if not sizes:
+        return None
+    rng, (deter, (groups, classes)) = np.random.default_rng(0), sizes
+    return rng.standard_normal((length, deter)), rng.integers(classes, size=(length, groups))
 
 
 def count_flops(function):

@@ -57,6 +57,13 @@ def test_an_input_without_gradient_costs_one_product_less():
 # Results
 
 
+@pytest.mark.parametrize("version", ["planet", "dreamerv1", "dreamerv2", "dreamerv3_2023"])
+def test_every_version_can_be_measured(version, tmp_path):
+    words = f"--configs {version} debug --task dummy_vector --updates 2".split()
+    result = measure(tmp_path, *words)
+    assert result["flops"] > 0 and result["ms_per_update"]["median"] > 0
+
+
 def test_a_result_and_its_loop(tmp_path, capsys):
     words = "--configs debug --size 16 16 --updates 2 --loop 30"
     result = measure(tmp_path, *words.split())
