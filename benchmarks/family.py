@@ -30,7 +30,7 @@ VERSIONS |= {"dreamerv3_2023": "DreamerV3, 2023", "": "DreamerV3"}
 # All at the size of quickstart, so that a run takes minutes, with rates as much faster as there. Of four numbers that
 # are easily predicted, unit variance and three free nats would leave nothing to learn: reconstruction and reward weigh
 # more.
-LEARN = """--task dmc_cartpole_balance --encoder.cnn_keys $^ --action_repeat 8 --steps 32000 --batch_size 16
+LEARN = """--task dmc_cartpole_balance --encoder.cnn_keys $^ --action_repeat 8 --steps 24000 --batch_size 16
 --train_ratio 160 --eval_every 8000 --log_every 2000 --video_pred_log false --horizon 33 --free_nats 1
 --loss_scales.rec 10 --loss_scales.reward 10 --actor.max_std 1 --model_opt.lr 1e-3 --actor_opt.lr 1e-4
 --critic_opt.lr 2e-4 --cem.candidates 100 --cem.elites 10 --cem.iterations 5"""

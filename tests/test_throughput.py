@@ -17,7 +17,14 @@ KEYS = {"ms_per_update", "updates_per_s", "compile_s", "flops", "peak_gflops", "
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Little to fill, to multiply and to repeat."""
-    for name, value in {"HELD": 400, "PEAK": {"cpu": 64}, "PEAK_SECONDS": 0.01, "REPEATS": 2, "ROTATION": 2}.items():
+    for name, value in {
+        "HELD": 400,
+        "EPISODE": 20,
+        "PEAK": {"cpu": 64},
+        "PEAK_SECONDS": 0.01,
+        "REPEATS": 2,
+        "ROTATION": 2,
+    }.items():
         monkeypatch.setattr(throughput, name, value)
 
 
