@@ -37,7 +37,7 @@ def multiply_blocks(x, kernel):
 
 
 class Scan:
-    """Calls a step function once for each of T steps, and so that weights get their gradients in one piece.
+    """Calls a step function once for each of T steps, so that every weight gets its gradient in one piece.
 
     Args:
       step: function of tensors that returns tensors, the same layers at every call.
@@ -135,15 +135,16 @@ class Offsets(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, kernel, bias, length, inputs):
-        ctx.inputs, ctx.dtype, ctx.has_bias = inputs, kernel.dtype, bias is not None
+        ctx.inputs, ctx.blocks, ctx.dtype, ctx.has_bias = inputs, kernel.ndim == 3, kernel.dtype, bias is not None
         width = (*x.shape[1:-1], kernel.shape[-1])
         offset = x.new_zeros(width) if bias is None else bias.to(x.dtype, copy=True)
         return offset.expand(length, len(x), *width)
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.flatten(0, 1)
-        x = torch.cat(ctx.inputs)
-        kernel = x.T @ grad if x.ndim == 2 else torch.bmm(x.permute(1, 2, 0), grad.transpose(0, 1))
+        x, grad = torch.cat(ctx.inputs), grad.flatten(0, 1)
+        if not ctx.blocks:
+            x, grad = x.flatten(0, -2), grad.flatten(0, -2)
+        kernel = torch.bmm(x.permute(1, 2, 0), grad.transpose(0, 1)) if ctx.blocks else x.T @ grad
         bias = grad.sum(0).to(ctx.dtype) if ctx.has_bias else None
         return None, kernel.to(ctx.dtype), bias, None, None

@@ -105,6 +105,18 @@ def test_a_product_may_use_part_of_a_kernel_and_a_kernel_twice():
     torch.testing.assert_close(gradients(Scan(step, 4, (torch.zeros(2, 3), xs[0]), call_step)), gradients(step))
 
 
+def test_rows_may_lie_on_several_axes():
+    linear, x = Linear(3, 3), torch.randn(2, 4, 3)
+
+    def gradients(step):
+        return torch.autograd.grad(step(step(x)).sum(), [linear.kernel, linear.bias])
+
+    def step(x):
+        return torch.sin(linear(x))
+
+    torch.testing.assert_close(gradients(Scan(step, 2, (x,), call_step)), gradients(step))
+
+
 def test_an_error_within_a_step_leaves_layers_as_they_were():
     linear = Linear(2, 2)
     x = torch.ones(1, 2)
