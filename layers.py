@@ -186,10 +186,9 @@ class NormSiLU(torch.autograd.Function):
         x, scale, inverse = ctx.saved_tensors
         unit = x.float() * inverse
         grad = torch.ops.aten.silu_backward(grad.float(), unit * scale)
-        grad_scale = (grad * unit).reshape(-1, x.shape[-1]).sum(0)
-        grad = grad * scale
-        mean = torch.linalg.vecdot(grad, unit)[..., None].div_(x.shape[-1])
-        return (grad - unit.mul_(mean)).mul_(inverse).to(x.dtype), grad_scale, None
+        pull = grad * unit  # on the scale, and through the mean square on x
+        grad_x = (grad * scale).addcmul_(unit, (pull @ scale)[..., None], value=-1 / x.shape[-1]).mul_(inverse)
+        return grad_x.to(x.dtype), pull.reshape(-1, x.shape[-1]).sum(0), None
 
 
 class Norm(RMSNorm):
