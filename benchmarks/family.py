@@ -35,8 +35,8 @@ LEARN = """--task dmc_cartpole_balance --encoder.cnn_keys $^ --action_repeat 8 -
 --loss_scales.rec 10 --loss_scales.reward 10 --actor.max_std 1 --model_opt.lr 1e-3 --actor_opt.lr 1e-4
 --critic_opt.lr 2e-4 --cem.candidates 100 --cem.elites 10 --cem.iterations 5"""
 EXPLORERS = {"random": "--expl_behavior random --train_ratio 0", "Plan2Explore": "--expl_behavior plan2explore"}
-EXPLORE = """--task dummy_maze --steps 5000 --eval_every 0 --video_pred_log false --disag_layers 2 --disag_units 64
---disag_models 5"""
+EXPLORE = """--task dummy_maze --steps 4000 --eval_every 0 --video_pred_log false --compile true --disag_target embed
+--disag_layers 2 --disag_units 64 --disag_models 5 --loss_scales.rec 10 --horizon 33 --actor.entropy 1e-2"""
 
 
 def main(argv=None):
