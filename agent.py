@@ -171,10 +171,10 @@ class Dreamer(nn.Module):
 
         Args:
           arrays: {key: (B, T + 1, ...)} with latents `deter` and `stoch`, or {key: (B, T, ...)} without, in which case
-            every sequence starts from the initial state.
+            every sequence starts from the initial state; or such tensors.
         Returns: {key: (B, T, ...)}, State (B, ...).
         """
-        tensors = {key: torch.from_numpy(value).to(self.device, non_blocking=True) for key, value in arrays.items()}
+        tensors = {key: torch.as_tensor(value).to(self.device, non_blocking=True) for key, value in arrays.items()}
         if not self.latent_size:
             tensors["is_first"][:, 0] = True
             state = self.world.rssm.initial(len(tensors["is_first"]), self.device, self.dtype)
@@ -186,8 +186,8 @@ class Dreamer(nn.Module):
         return {key: value[:, 1:] for key, value in tensors.items()}, state
 
     def compress(self, states):
-        """State (..., D), (..., S, K) -> arrays: deter float16 (..., D), stoch class indices (..., S)."""
-        return states.deter.half().cpu().numpy(), states.stoch.argmax(-1).cpu().numpy()
+        """State (..., D), (..., S, K) -> tensors: deter float16 (..., D), stoch class indices (..., S)."""
+        return states.deter.half(), states.stoch.argmax(-1)
 
     @torch.compiler.set_stance("force_eager")
     def open_loop(self, batch, state):
@@ -272,7 +272,7 @@ class Dreamer(nn.Module):
         """What the replay stores of the state in `memory`: for each environment (deter, stoch), or None."""
         if not self.latent_size:
             return [None] * len(memory[1])
-        return list(zip(*self.compress(memory[0]), strict=True))
+        return list(zip(*(latent.cpu().numpy() for latent in self.compress(memory[0])), strict=True))
 
     # -- saving
 

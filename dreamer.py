@@ -24,7 +24,7 @@ from envs import make_envs
 from exploration import Random
 from logger import Logger, Metrics, NonFiniteLoss, Progress
 from machine import check_compiler, choose_device, choose_dtype, prepare_cpu
-from replay import EpisodeWriter, Replay, length_of, step_layout, stored_step
+from replay import EpisodeWriter, Replay, length_of, resident, step_layout, stored_step
 from tools import (
     Every,
     Rates,
@@ -104,14 +104,17 @@ class Run:
             check_compiler()
             self.agent.compile()
         self.random = Random(self.agent.act_spec, derive_seed(config.seed, 3))
+        layout = step_layout(self.envs.obs_space, self.agent.act_spec)
+        latent, capacity = self.agent.latent_size, self.capacity()
         self.replay = Replay(
-            step_layout(self.envs.obs_space, self.agent.act_spec),
-            self.agent.latent_size,
+            layout,
+            latent,
             config.envs,
-            self.capacity(),
+            capacity,
             config.batch_length,
             derive_seed(config.seed, 4),
             config.replay_window,
+            resident(self.device, layout, latent, capacity),
         )
         self.obs, self.memory = None, None
         self.action = self.no_action(config.envs)
@@ -294,7 +297,7 @@ class Run:
 
     def close_episode(self, index, file):
         if file:
-            self.replay.streams[index].close_episode(*file)
+            self.replay.close_episode(index, *file)
 
     def report_restarts(self, envs):
         """Warn of environments that had to be restarted since the last call."""

@@ -210,14 +210,85 @@ class Stream:
         latents = {key: torch.from_numpy(self.data[key][steps % self.capacity] * held) for key in self.latents}
         return {"episodes": [(name, length) for name, length, _ in self.episodes], "stop": stop, **latents}
 
+    def pieces(self, begin, end):
+        """Where the positions [begin, end) lie in the ring: slices, and which of the positions each holds."""
+        position = begin
+        while position < end:
+            index = position % self.capacity
+            length = min(end - position, self.capacity - index)
+            yield slice(index, index + length), slice(position - begin, position - begin + length)
+            position += length
+
     def gather(self, position, length, out, row):
         """Copy {key: (length, ...)} from a position into row `row` of the arrays of `out`."""
-        begin = position % self.capacity
-        first = min(length, self.capacity - begin)
-        for key, value in out.items():
-            value[row, :first] = self.data[key][begin : begin + first]
-            if first < length:
-                value[row, first:] = self.data[key][: length - first]
+        for ring, window in self.pieces(position, position + length):
+            for key, value in out.items():
+                value[row, window] = self.data[key][ring]
+
+
+class Mirror:
+    """A copy of the streams' steps on the device, so that sampling and refreshing need neither the host nor its bus.
+
+    New steps are copied when a batch is next asked for. From then on their latents are up to date here alone, until
+    `pull` writes them back.
+
+    Args:
+      streams: list of Stream; device: torch device.
+    """
+
+    def __init__(self, streams, device):
+        self.streams, self.device = streams, device
+        self.bases = np.cumsum([0, *(stream.capacity for stream in streams)])
+        self.data = {
+            key: torch.zeros(
+                (int(self.bases[-1]), *value.shape[1:]), dtype=torch.from_numpy(value).dtype, device=device
+            )
+            for key, value in streams[0].data.items()
+        }
+        self.done = [0] * len(streams)  # positions that were copied
+
+    def ring(self, index):
+        """{key: (capacity, ...)} of one stream."""
+        return {key: value[self.bases[index] : self.bases[index + 1]] for key, value in self.data.items()}
+
+    def push(self):
+        """Copy the steps that are new."""
+        for index, stream in enumerate(self.streams):
+            rings = self.ring(index)
+            for ring, _ in stream.pieces(max(self.done[index], stream.start), stream.stop):
+                for key, value in rings.items():
+                    value[ring].copy_(torch.from_numpy(stream.data[key][ring]))
+            self.done[index] = stream.stop
+
+    def close_episode(self, index):
+        """Note that the newest step of a stream is an episode's last, should it have been copied already."""
+        stream = self.streams[index]
+        if self.done[index] == stream.stop:
+            self.ring(index)["is_last"][(stream.stop - 1) % stream.capacity] = True
+
+    def gather(self, places, length):
+        """{key: (B, length, ...)} tensors of windows (stream, position)."""
+        self.push()
+        steps = np.arange(length)
+        rows = [self.bases[i] + (position + steps) % self.streams[i].capacity for i, position in places]
+        rows = torch.from_numpy(np.stack(rows)).to(self.device, non_blocking=True)
+        return {key: value[rows] for key, value in self.data.items()}
+
+    def refresh(self, places, latents):
+        """Write {key: (B, T, ...)} latents of windows (stream, position), one after the other: windows may overlap."""
+        for row, (index, position) in enumerate(places):
+            rings, stream = self.ring(index), self.streams[index]
+            for key, value in latents.items():
+                for ring, window in stream.pieces(position, position + value.shape[1]):
+                    rings[key][ring] = value[row, window].to(rings[key].dtype)
+
+    def pull(self):
+        """Write the latents back into the streams."""
+        for index, stream in enumerate(self.streams):
+            rings = self.ring(index)
+            for ring, _ in stream.pieces(stream.start, self.done[index]):
+                for key in stream.latents:
+                    stream.data[key][ring] = rings[key][ring].cpu().numpy()
 
 
 class Replay:
@@ -239,9 +310,10 @@ class Replay:
       streams: number of environments; capacity: agent steps over all streams.
       length: trained steps in a sequence (T); one step of context is added if latents are stored.
       seed: of the sampling.
+      device: on which a copy of all steps is kept and sampled from, or None; see `resident`.
     """
 
-    def __init__(self, layout, latent, streams, capacity, length, seed, windows="fresh"):
+    def __init__(self, layout, latent, streams, capacity, length, seed, windows="fresh", device=None):
         self.length, self.capacity, self.windows = length, capacity, windows
         self.context = 1 if latent else 0
         self.window = length + self.context
@@ -252,6 +324,7 @@ class Replay:
             raise UserError(f"--dataset_size leaves {shares[0]} steps a stream, too few for windows of {self.window}")
         check_memory(layout, capacity)
         self.streams = [Stream(layout, share, self.window) for share in shares]
+        self.mirror = Mirror(self.streams, device) if device else None
         self.fresh = collections.deque()
         self.queued = [0] * streams
         self.rng = np.random.default_rng(seed)
@@ -277,7 +350,7 @@ class Replay:
         length = len(episode["reward"])
         deter, stoch = latent or (np.zeros((length, 1)), np.zeros((length, 1)))
         self.streams[index].extend({**episode, "deter": deter, "stoch": stoch})
-        self.streams[index].close_episode(name, length)
+        self.close_episode(index, name, length)
         self.queued[index] = self.streams[index].stop
 
     def queue_fresh(self, index):
@@ -289,13 +362,15 @@ class Replay:
         """A batch of `batch` windows, fresh ones first unless `fresh` is false.
 
         Returns:
-          {key: (B, T + context, ...)} arrays, perhaps with `deter` (..., D) float16 and `stoch` (..., S) integers, and
-          where they stand: list of (stream, position).
+          {key: (B, T + context, ...)} arrays, perhaps with `deter` (..., D) float16 and `stoch` (..., S) integers, or
+          tensors on the device where there is one, and where they stand: list of (stream, position).
         """
         draw = self.draw_episode if self.windows.startswith("episode") else self.draw
         places = []
         while len(places) < batch:
             places.append((fresh and self.next_fresh()) or draw())
+        if self.mirror:
+            return self.mirror.gather(places, self.window), places
         out = {
             key: np.empty((batch, self.window, *value.shape[1:]), value.dtype)
             for key, value in self.streams[0].data.items()
@@ -333,17 +408,31 @@ class Replay:
         return index, number - int(bounds[index - 1] if index else 0)
 
     def refresh(self, places, deter, stoch):
-        """Write back the latents of the trained steps, if they are stored: deter (B, T, D), stoch (B, T, S) indices."""
+        """Write back the latents of the trained steps, if they are stored: tensors (B, T, D), (B, T, S) of indices."""
+        latents = {"deter": deter, "stoch": stoch}
+        places = [(index, position + 1) for index, position in places]
+        if self.mirror:
+            self.mirror.refresh(places, latents)
+            return
+        latents = {key: value.cpu().numpy() for key, value in latents.items()}
         for row, (index, position) in enumerate(places):
             stream = self.streams[index]
-            where = np.arange(position + 1, position + 1 + self.length) % stream.capacity
-            stream.data["deter"][where] = deter[row]
-            stream.data["stoch"][where] = stoch[row]
+            for ring, window in stream.pieces(position, position + self.length):
+                for key, value in latents.items():
+                    stream.data[key][ring] = value[row, window]
+
+    def close_episode(self, index, name, length):
+        """Note that the last `length` steps of stream `index` stand in an episode file."""
+        self.streams[index].close_episode(name, length)
+        if self.mirror:
+            self.mirror.close_episode(index)
 
     # -- going on after an interruption
 
     def save(self):
         """What `restore` needs beside the episode files, in types that `torch.load(weights_only=True)` accepts."""
+        if self.mirror:
+            self.mirror.pull()
         return {
             "streams": [stream.save() for stream in self.streams],
             "fresh": list(self.fresh),
@@ -415,9 +504,22 @@ def latents_by_episode(stream):
     return zip(stream["episodes"], *latents, strict=True)
 
 
+def step_bytes(layout):
+    """Memory of one step of {key: (shape, dtype)}."""
+    return sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in layout.values())
+
+
+def resident(device, layout, latent, capacity):
+    """The device for a replay's copy of its steps: None on CPU, and where they would take half of the free memory."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return device if step_bytes(layout | latent_layout(latent)) * capacity <= free / 2 else None
+
+
 def check_memory(layout, capacity):
     """Raises UserError if `capacity` steps cannot fit into this machine's memory."""
-    step = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in layout.values())
+    step = step_bytes(layout)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if step * capacity > memory:
         raise UserError(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import replay as replay_module
-from replay import EpisodeWriter, Replay, load_episode, save_episode
+from replay import EpisodeWriter, Replay, load_episode, resident, save_episode
 from tools import UserError
 
 LAYOUT = {
@@ -170,7 +170,7 @@ def test_refreshed_latents_replace_those_of_the_trained_steps():
     places = [(0, 13), (0, 19)]
     deter = np.arange(32, dtype=np.float16).reshape(2, 4, 4)
     stoch = np.arange(16).reshape(2, 4, 2) % 8
-    replay.refresh(places, deter, stoch)
+    replay.refresh(places, torch.from_numpy(deter), torch.from_numpy(stoch))
     held = {int(n): i for i, n in enumerate(replay.streams[0].data["reward"])}
     for row, (_, position) in enumerate(places):
         for t in range(4):
@@ -192,8 +192,54 @@ def test_a_step_without_a_latent_has_zeros_even_where_the_ring_held_another():
 
 def test_more_than_256_classes_need_a_wider_type():
     replay = make_replay([make_episode(0, 6)], latent=(4, (2, 300)))
-    replay.refresh([(0, 0)], np.zeros((1, 4, 4)), np.full((1, 4, 2), 299))
+    replay.refresh([(0, 0)], torch.zeros(1, 4, 4), torch.full((1, 4, 2), 299))
     assert replay.sample(1)[0]["stoch"].max() == 299
+
+
+@pytest.mark.parametrize("latent", [LATENT, None])
+@pytest.mark.parametrize("streams, capacity", [(1, 300), (1, 33), (2, 51)])
+def test_a_copy_on_the_device_gives_what_the_host_gives(streams, capacity, latent):
+    """The device is the CPU here: a GPU runs the same code."""
+    pair = [Replay(LAYOUT, latent, streams, capacity, 4, 0, device=device) for device in (None, torch.device("cpu"))]
+    rng = np.random.default_rng(0)
+    count = [0] * streams
+    for turn in range(120):
+        index = turn % streams
+        start, length, closes = 1000 * index + count[index], int(rng.integers(1, 7)), rng.random() < 0.3
+        count[index] += length
+        for replay in pair:
+            for step in steps_of(make_episode(start, length)):
+                replay.add(index, {**step, "is_last": False}, latent_of(int(step["reward"])) if latent else None)
+            early = rng.random() < 0.5  # the end of an episode may be known before its last step was copied, or after
+            if replay.mirror and not early:
+                replay.mirror.push()
+            if closes:
+                replay.close_episode(index, str(turn), length)
+        if not pair[0].ready():
+            continue
+        (one, places), (other, others) = (replay.sample(6) for replay in pair)
+        assert places == others and one.keys() == other.keys()
+        for key, value in one.items():
+            assert other[key].dtype == torch.from_numpy(value).dtype
+            np.testing.assert_array_equal(value, other[key].numpy(), err_msg=key)
+        if latent:
+            deter, stoch = torch.from_numpy(rng.random((6, 4, 4))), torch.from_numpy(rng.integers(8, size=(6, 4, 2)))
+            for replay in pair:
+                replay.refresh(places, deter.half(), stoch)
+    one, other = (replay.save() for replay in pair)
+    for stream, copied in zip(one["streams"], other["streams"], strict=True):
+        assert stream.keys() == copied.keys() and stream["episodes"] == copied["episodes"]
+        for key in ("deter", "stoch") if latent else ():
+            assert torch.equal(stream[key], copied[key])
+
+
+def test_only_what_fits_is_copied_to_a_gpu(monkeypatch):
+    step = 2 * 2 + 4 * (3 + 2 + 1) + 3 + 4 * 2 + 2  # bytes: image, numbers, flags, deter, stoch
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2000 * step, 10**12))  # no GPU here
+    gpu = torch.device("cuda")
+    assert resident(gpu, LAYOUT, LATENT, 1000) == gpu
+    assert resident(gpu, LAYOUT, LATENT, 1001) is None
+    assert resident(torch.device("cpu"), LAYOUT, LATENT, 10) is None
 
 
 # ---------------------------------------------------------------------------
@@ -378,7 +424,7 @@ def test_a_restored_replay_samples_what_the_saved_one_would_have(tmp_path, strea
     replay, writer = make_replay(streams=streams, capacity=capacity), EpisodeWriter(tmp_path, streams, 1000)
     play(replay, writer, 0, [9, 12, 7, 20])
     replay.sample(3)
-    replay.refresh([(0, 18)], np.full((1, 4, 4), 7.5), np.full((1, 4, 2), 5))
+    replay.refresh([(0, 18)], torch.full((1, 4, 4), 7.5), torch.full((1, 4, 2), 5))
     saved = saved_and_loaded(replay, tmp_path / "replay.pt")
     again = make_replay(streams=streams, capacity=capacity, seed=99)
     again.restore(saved, writer.paths(), no_warning)

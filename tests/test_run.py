@@ -661,3 +661,16 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, capfd):
     error = capfd.readouterr().err
     assert f"{path} cannot be loaded: it is no checkpoint of this project" in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_replay_that_is_copied_to_the_device_makes_no_difference(tmp_path, monkeypatch):
+    words = f"--task dummy_multi {SMALL} --steps 120 --envs 2 --eval_every 0 --dataset_size 70"
+    train(tmp_path / "host", words)
+    monkeypatch.setattr(dreamer, "resident", lambda *args: torch.device("cpu"))  # as on a GPU, but for where it lies
+    train(tmp_path / "device", words)
+    one, other = checkpoint(tmp_path / "host"), checkpoint(tmp_path / "device")
+    assert one["counters"]["updates"] > 10
+    assert differ(one, other) == []
+    latents = [torch.load(tmp_path / name / one["replay"], weights_only=True)["streams"] for name in ("host", "device")]
+    for stream, copied in zip(*latents, strict=True):
+        assert torch.equal(stream["deter"], copied["deter"]) and stream["deter"].any()
