@@ -15,6 +15,7 @@ episode, {time}-{uuid}-{length}.npz, arrays of equal length, no pickles.
 
 import collections
 import datetime
+import itertools
 import os
 import pathlib
 import uuid
@@ -245,18 +246,16 @@ class Mirror:
             )
             for key, value in streams[0].data.items()
         }
+        self.rings = [  # {key: (capacity, ...)} of each stream
+            {key: value[begin:end] for key, value in self.data.items()} for begin, end in itertools.pairwise(self.bases)
+        ]
         self.done = [0] * len(streams)  # positions that were copied
-
-    def ring(self, index):
-        """{key: (capacity, ...)} of one stream."""
-        return {key: value[self.bases[index] : self.bases[index + 1]] for key, value in self.data.items()}
 
     def push(self):
         """Copy the steps that are new."""
         for index, stream in enumerate(self.streams):
-            rings = self.ring(index)
             for ring, _ in stream.pieces(max(self.done[index], stream.start), stream.stop):
-                for key, value in rings.items():
+                for key, value in self.rings[index].items():
                     value[ring].copy_(torch.from_numpy(stream.data[key][ring]))
             self.done[index] = stream.stop
 
@@ -264,7 +263,7 @@ class Mirror:
         """Note that the newest step of a stream is an episode's last, should it have been copied already."""
         stream = self.streams[index]
         if self.done[index] == stream.stop:
-            self.ring(index)["is_last"][(stream.stop - 1) % stream.capacity] = True
+            self.rings[index]["is_last"][(stream.stop - 1) % stream.capacity] = True
 
     def gather(self, places, length):
         """{key: (B, length, ...)} tensors of windows (stream, position)."""
@@ -274,21 +273,12 @@ class Mirror:
         rows = torch.from_numpy(np.stack(rows)).to(self.device, non_blocking=True)
         return {key: value[rows] for key, value in self.data.items()}
 
-    def refresh(self, places, latents):
-        """Write {key: (B, T, ...)} latents of windows (stream, position), one after the other: windows may overlap."""
-        for row, (index, position) in enumerate(places):
-            rings, stream = self.ring(index), self.streams[index]
-            for key, value in latents.items():
-                for ring, window in stream.pieces(position, position + value.shape[1]):
-                    rings[key][ring] = value[row, window].to(rings[key].dtype)
-
     def pull(self):
         """Write the latents back into the streams."""
         for index, stream in enumerate(self.streams):
-            rings = self.ring(index)
             for ring, _ in stream.pieces(stream.start, self.done[index]):
                 for key in stream.latents:
-                    stream.data[key][ring] = rings[key][ring].cpu().numpy()
+                    stream.data[key][ring] = self.rings[index][key][ring].cpu().numpy()
 
 
 class Replay:
@@ -410,16 +400,13 @@ class Replay:
     def refresh(self, places, deter, stoch):
         """Write back the latents of the trained steps, if they are stored: tensors (B, T, D), (B, T, S) of indices."""
         latents = {"deter": deter, "stoch": stoch}
-        places = [(index, position + 1) for index, position in places]
-        if self.mirror:
-            self.mirror.refresh(places, latents)
-            return
-        latents = {key: value.cpu().numpy() for key, value in latents.items()}
-        for row, (index, position) in enumerate(places):
-            stream = self.streams[index]
-            for ring, window in stream.pieces(position, position + self.length):
+        if not self.mirror:
+            latents = {key: value.cpu().numpy() for key, value in latents.items()}
+        rings = self.mirror.rings if self.mirror else [stream.data for stream in self.streams]
+        for row, (index, position) in enumerate(places):  # one after the other: windows may overlap
+            for ring, window in self.streams[index].pieces(position + 1, position + 1 + self.length):
                 for key, value in latents.items():
-                    stream.data[key][ring] = value[row, window]
+                    rings[index][key][ring] = value[row, window]
 
     def close_episode(self, index, name, length):
         """Note that the last `length` steps of stream `index` stand in an episode file."""
