@@ -21,10 +21,11 @@ from agent import Dreamer
 from checkpoint import load_agent, load_checkpoint  # noqa: F401 (load_agent is for users)
 from config import CONFIGS, load_config
 from envs import make_envs
+from episodes import EpisodeWriter, length_of, step_layout, stored_step
 from exploration import Random
 from logger import Logger, Metrics, NonFiniteLoss, Progress
 from machine import check_compiler, choose_device, choose_dtype, prepare_cpu
-from replay import EpisodeWriter, Replay, length_of, resident, step_layout, stored_step
+from replay import Replay, resident
 from tools import (
     Every,
     Rates,

@@ -12,14 +12,12 @@ need cores with nothing else to do: the line below each table tells the load at 
 import argparse
 import concurrent.futures
 import contextlib
-import datetime
 import itertools
 import json
 import math
 import multiprocessing
 import os
 import pathlib
-import platform
 import sys
 import tempfile
 import time
@@ -33,6 +31,7 @@ from gymnasium import spaces
 
 from agent import act_spec
 from benchmarks import plot_scores
+from benchmarks.pages import all_cores, digits, machine, markdown, mean_and_error, put_between, write_between
 from config import CONFIGS, load_config
 from envs import SUITES, make_env, make_envs
 from envs.errors import one_line
@@ -89,8 +88,7 @@ def main(argv=None):
             found = {"command": args.command, "machine": about, "results": results}
             atomic_write(args.json, lambda file: file.write(json.dumps(found, indent=2).encode() + b"\n"))
         if args.write:
-            page = put_between(pathlib.Path(args.write).read_text(encoding="utf-8"), args.command, text)
-            atomic_write(args.write, lambda file: file.write(page.encode()))
+            write_between(args.write, args.command, text)
     except (UserError, OSError) as error:
         print(f"environments.py: {one_line(error)}", file=sys.stderr)
         return 2
@@ -153,11 +151,6 @@ def attempt(function, *args, cores=()):
         return {"failed": f"{type(error).__name__}: {one_line(error)}"}
     finally:
         pin(before)
-
-
-def all_cores():
-    """The cores that this process may use, or [] where the system does not say."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
 def pin(cores):
@@ -453,11 +446,6 @@ def play(presets, task, episodes, seed=0):
     return found | (crafter(unlocked) if task.startswith("crafter") else {})
 
 
-def mean_and_error(values):
-    """Mean and its standard error."""
-    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
-
-
 def crafter(unlocked):
     """The Crafter score in percent, and its standard error by the bootstrap over episodes [{achievement: bool}]."""
     names = sorted(set().union(*unlocked))
@@ -517,50 +505,11 @@ def beside(row, value, error, known):
     return [*cells, f"{row[known]:g}", f"{(row[value] - row[known]) / row[error]:+.1f} s.e." if row[error] else "-"]
 
 
-# ---------------------------------------------------------------------------
-# Tables and pages
-
 COMMANDS = {  # {name: (measures, makes the table)}
     "speed": (speed, speed_table),
     "overhead": (overhead, overhead_table),
     "random": (random, random_table),
 }
-
-
-def digits(value):
-    """A number to three significant digits: 4,710 and 0.273; a dash for nan."""
-    if math.isnan(value):
-        return "-"
-    rounded = float(f"{value:.3g}")
-    return f"{rounded:,.0f}" if abs(rounded) >= 100 else f"{rounded:.3g}"
-
-
-def markdown(head, rows):
-    """A table; bars within cells are escaped."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def put_between(page, name, text):
-    """The page with `text` between its markers `<!-- name:begin -->` and `<!-- name:end -->`, on lines of their own."""
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    before, middle, rest = page.partition(begin)
-    _, found, after = rest.partition(end)
-    if not (middle and found) or begin in rest or end in before + after:
-        raise UserError(f"the page must have {begin} and, after it, {end} just once")
-    return f"{before}{begin}\n{text}\n{end}{after}"
-
-
-def machine():
-    """The machine and its load, in words."""
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    load = f", load {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else ""
-    today = datetime.date.today().isoformat()
-    return f"{model}, {len(all_cores()) or os.cpu_count()} cores{load}, Python {platform.python_version()}, {today}"
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -19,9 +19,9 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from benchmarks.environments import markdown, mean_and_error, put_between
+from benchmarks.pages import markdown, mean_and_error, write_between
 from envs.dummy import Maze
-from tools import UserError, atomic_write
+from tools import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -52,8 +52,7 @@ def main(argv=None):
         text = COMMANDS[args.command](args)
         print(text)
         if args.write:
-            page = put_between(pathlib.Path(args.write).read_text(encoding="utf-8"), args.command, text)
-            atomic_write(args.write, lambda file: file.write(page.encode()))
+            write_between(args.write, args.command, text)
     except (UserError, OSError) as error:
         print(f"family.py: {error}", file=sys.stderr)
         return 2

@@ -22,13 +22,11 @@ updates then run on random steps of these spaces, several batches in turn, out o
 """
 
 import argparse
-import contextlib
 import functools
 import itertools
 import json
 import math
 import pathlib
-import platform
 import resource
 import shlex
 import subprocess
@@ -44,6 +42,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import dreamer
 from agent import Dreamer
+from benchmarks.pages import processor
 from config import CONFIGS, load_config
 from tools import UserError, atomic_write
 
@@ -274,11 +273,7 @@ def count_flops(function):
 def device_name(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):  # no Linux
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return processor()
 
 
 def synchronize(device):

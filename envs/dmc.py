@@ -1,16 +1,12 @@
 """The DeepMind Control Suite, from proprioception or from pixels."""
 
-import ctypes
 import os
-import sys
-import threading
-import weakref
-from ctypes.util import find_library
 
 import numpy as np
 from gymnasium import spaces
 
 from envs.errors import one_line, unknown
+from envs.opengl import NO_RENDERER, choose_renderer, close_before_exit, import_suite
 from envs.wrappers import flags, is_kept
 from tools import UserError
 
@@ -18,7 +14,6 @@ ALIASES = {"cup_catch": "ball_in_cup_catch"}
 CAMERAS = {"quadruped": 2}  # the first does not follow the body
 RENDER_SIZE = (256, 256)
 SHADOW_SIZE = 512  # instead of 2048: frames take six tenths of the time
-NO_RENDERER = "dm_control finds no headless OpenGL: apt-get install libosmesa6 (or libegl1 libgl1)"
 
 
 def make(task: str, config, seed: int):
@@ -27,9 +22,9 @@ def make(task: str, config, seed: int):
     Raises: UserError for an unknown task or camera, or if pictures are wanted and OpenGL is missing.
     """
     image = is_kept(config.encoder, "image", image=True)
-    if not _choose_renderer() and image:
+    if not choose_renderer() and image:
         raise UserError(NO_RENDERER)
-    suite = _import_suite()
+    suite = import_suite()
     tasks = {f"{domain}_{name}": (domain, name) for domain, name in suite.ALL_TASKS}
     task = ALIASES.get(task, task)
     if task not in tasks:
@@ -60,7 +55,7 @@ class DMC:
         spec = env.action_spec()
         low, high = (np.broadcast_to(bound, spec.shape) for bound in (spec.minimum, spec.maximum))
         self.act_space = {"action": spaces.Box(low.astype(np.float32), high.astype(np.float32))}
-        _close_before_exit(self)
+        close_before_exit(self)
 
     def reset(self):
         return self._observe(self._env.reset(), 0.0)
@@ -110,69 +105,3 @@ class DMC:
             backend = os.environ.get("MUJOCO_GL", "unset")
             raise UserError(f"dm_control cannot render (MUJOCO_GL is {backend}): {one_line(error)}") from error
         return np.ascontiguousarray(image)  # OpenGL's rows run upwards
-
-
-def _import_suite():
-    try:
-        from dm_control import suite
-    except ImportError:
-        raise  # a missing package: whoever asked knows what to install
-    except Exception as error:
-        backend = os.environ.get("MUJOCO_GL", "unset")
-        raise UserError(f"dm_control cannot be imported (MUJOCO_GL is {backend}): {one_line(error)}") from error
-    return suite
-
-
-def _close_before_exit(env):
-    """Free OpenGL contexts that nobody closed.
-
-    With osmesa dm_control draws on a thread pool, which ends before the functions of `atexit` run; freeing
-    then prints tracebacks. So this takes the hook of the pools themselves: last registered, first called.
-    """
-    close = weakref.WeakMethod(env.close)
-    threading._register_atexit(lambda: close() and close()())
-
-
-# ---------------------------------------------------------------------------
-# MUJOCO_GL, which counts only before the import
-
-
-def _choose_renderer():
-    """Set MUJOCO_GL, unless the user has, to what works here. Returns whether there is anything to draw with.
-
-    It is set without an `image` as well, for videos of a proprioceptive agent, and because with the variable
-    unset dm_control tries GLFW, which complains about a missing display.
-    """
-    if "MUJOCO_GL" in os.environ or sys.platform != "linux":
-        return True
-    for backend, works in (("egl", _egl_works), ("osmesa", _osmesa_works)):
-        if works():
-            os.environ["MUJOCO_GL"] = backend
-            return True
-    return False
-
-
-def _osmesa_works():
-    return find_library("OSMesa") is not None
-
-
-def _egl_works():
-    """Whether EGL opens a display on some device; its libraries may well be there without one."""
-    name = find_library("EGL")
-    if name is None or find_library("GL") is None:
-        return False
-    egl = ctypes.CDLL(name)
-    egl.eglGetProcAddress.restype = ctypes.c_void_p
-    query = egl.eglGetProcAddress(b"eglQueryDevicesEXT")
-    display_of = egl.eglGetProcAddress(b"eglGetPlatformDisplayEXT")
-    if not query or not display_of:
-        return False
-    pointer, integer = ctypes.c_void_p, ctypes.c_int
-    query = ctypes.CFUNCTYPE(integer, integer, pointer, pointer)(query)
-    display_of = ctypes.CFUNCTYPE(pointer, integer, pointer, pointer)(display_of)
-    egl.eglInitialize.argtypes = [pointer, pointer, pointer]
-    devices, count = (pointer * 16)(), integer(0)
-    query(16, devices, ctypes.byref(count))
-    platform_device = 0x313F  # EGL_PLATFORM_DEVICE_EXT
-    displays = [display_of(platform_device, device, None) for device in devices[: count.value]]
-    return any(display and egl.eglInitialize(display, None, None) for display in displays)

@@ -10,8 +10,8 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import load_env_creator
 
-from envs.dmc import _choose_renderer, _close_before_exit
 from envs.errors import one_line, unknown
+from envs.opengl import choose_renderer, close_before_exit
 from envs.wrappers import ActionRepeat, flags, is_image
 from tools import UserError
 
@@ -43,7 +43,7 @@ def make(task: str, config, seed: int):
         creator = entry if callable(entry) else load_env_creator(entry)
         draws = "rgb_array" in getattr(creator, "metadata", {}).get("render_modes", ())
         mujoco = "mujoco" in str(entry).lower()
-        draws = draws and (not mujoco or _choose_renderer())  # MuJoCo without OpenGL may end the process
+        draws = draws and (not mujoco or choose_renderer())  # MuJoCo without OpenGL may end the process
         kwargs = {"render_mode": "rgb_array"} if draws else {}  # not every environment takes the argument
         env = gymnasium.make(name, disable_env_checker=True, **kwargs)
     except (gymnasium.error.NameNotFound, gymnasium.error.VersionNotFound) as error:
@@ -52,7 +52,7 @@ def make(task: str, config, seed: int):
         raise UserError(f"gym_{task} cannot be made: {one_line(error)}") from error
     env = FromGym(env, seed)
     if mujoco:
-        _close_before_exit(env)
+        close_before_exit(env)
     return ActionRepeat(env, config.action_repeat)
 
 

@@ -6,8 +6,9 @@ import sys
 import numpy as np
 from gymnasium import spaces
 
-from envs.dmc import NO_RENDERER, RENDER_SIZE, _choose_renderer, _close_before_exit, _import_suite
+from envs.dmc import RENDER_SIZE
 from envs.errors import one_line, unknown
+from envs.opengl import NO_RENDERER, choose_renderer, close_before_exit, import_suite
 from envs.wrappers import ActionRepeat, flags
 from tools import UserError
 
@@ -23,9 +24,9 @@ def make(task: str, config, seed: int):
     """
     if task not in TASKS:
         raise unknown("memorymaze task", task, TASKS)
-    if not _choose_renderer():
+    if not choose_renderer():
         raise UserError(NO_RENDERER)
-    _import_suite()  # says in one line where MUJOCO_GL names what does not work
+    import_suite()  # says in one line where MUJOCO_GL names what does not work
     load = getattr(_import_tasks(), f"memory_maze_{task}")
     pixels = max(PIXELS, *config.size)
     env = load(seed=seed, image_only_obs=True, camera_resolution=pixels)
@@ -42,7 +43,7 @@ class MemoryMaze:
         view.offheight, view.offwidth = (max(pixels, side) for side in RENDER_SIZE)
         self.obs_space = {"image": spaces.Box(0, 255, (pixels, pixels, 3), np.uint8)}
         self.act_space = {"action": spaces.Discrete(env.action_spec().num_values)}
-        _close_before_exit(self)
+        close_before_exit(self)
 
     def reset(self):
         import mujoco

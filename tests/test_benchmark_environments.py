@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from benchmarks import environments
+from benchmarks import environments, pages
 from benchmarks.environments import make_config
 from envs import SUITES, make_env, make_envs
 from envs.wrappers import is_image
@@ -49,10 +49,10 @@ def cells(line):
 def test_speed_in_processes_of_its_own(tmp_path):
     page, out = tmp_path / "page.md", tmp_path / "out.json"
     page.write_text(PAGE)
-    cores = environments.all_cores()
+    cores = pages.all_cores()
     flags = ["--seconds", "0.05", "--write", str(page), "--json", str(out)]
     assert environments.main(["speed", "dummy_vector", *flags]) == 0
-    assert environments.all_cores() == cores
+    assert pages.all_cores() == cores
     (row,) = json.loads(out.read_text())["results"]
     assert (row["task"], row["observations"], row["actions"]) == ("dummy_vector", "state 3", "action 2")
     assert row["protocol"] == "repeat 1, limit the task's own"
@@ -90,11 +90,11 @@ def test_an_unexpected_error_is_a_row(monkeypatch, inline):
 
 
 def test_put_between():
-    once = environments.put_between(PAGE, "speed", "| new |")
+    once = pages.put_between(PAGE, "speed", "| new |")
     assert once == PAGE.replace("old ", "\n| new |\n")
-    assert environments.put_between(once, "speed", "| new |") == once
+    assert pages.put_between(once, "speed", "| new |") == once
     for page in ("", "<!-- speed:begin -->", "<!-- speed:end --><!-- speed:begin -->", PAGE + PAGE):
-        assert "<!-- speed:begin -->" in one_line_error(environments.put_between, page, "speed", "")
+        assert "<!-- speed:begin -->" in one_line_error(pages.put_between, page, "speed", "")
 
 
 def test_mistakes_are_found_before_anything_is_measured(tmp_path, capsys):
@@ -115,7 +115,7 @@ def test_mistakes_are_found_before_anything_is_measured(tmp_path, capsys):
 def test_the_page_and_the_tables_cover_everything():
     text = (ROOT / "docs" / "environments.md").read_text()
     for name in environments.COMMANDS:
-        environments.put_between(text, name, "")
+        pages.put_between(text, name, "")
     assert {task.partition("_")[0] for _, task in environments.TASKS} == SUITES.keys() - {"custom"}
     for presets, task, *_ in (*environments.TASKS, *environments.RANDOM):
         assert make_config(presets, task).task == task
@@ -149,7 +149,7 @@ def test_words():
     words = environments.protocol(make_config("atari100k", "atari100k_pong", "--time_limit", "400"), image)
     assert {"repeat 4", "size 64x64", "sticky 0.0", "noops 30"} <= set(words.split(", "))
     numbers = [4708.3, 100.4, 99.96, 15.27, 0.2731, math.nan]
-    assert list(map(environments.digits, numbers)) == ["4,710", "100", "100", "15.3", "0.273", "-"]
+    assert list(map(pages.digits, numbers)) == ["4,710", "100", "100", "15.3", "0.273", "-"]
 
 
 def test_resets_take_time_but_are_no_steps(fake_clock):
@@ -206,7 +206,7 @@ def test_ratios_are_taken_within_rounds():
 
 
 def test_races(inline):
-    cores = environments.all_cores()
+    cores = pages.all_cores()
     try:
         found = environments.race_bare(environments.alone, ["", "dummy_vector"], 0.1, cores)
         assert list(found["us"]) == ["bare", "make_env", "one worker"] and min(found["us"].values()) > 0
@@ -252,7 +252,7 @@ def test_random_command(inline, capsys):
 
 
 def test_statistics_by_hand():
-    mean, error = environments.mean_and_error([1, 2, 3, 4])
+    mean, error = pages.mean_and_error([1, 2, 3, 4])
     assert (mean, error) == (2.5, pytest.approx(math.sqrt(5 / 3) / 2))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-import envs.dmc
+import envs.opengl
 from envs import make_env, wrappers
 from tools import UserError
 
@@ -89,7 +89,7 @@ def test_conformance(task):
 
 def test_conformance_of_dmc_vision():
     config = make_config("dmc_cartpole_balance", mlp_keys="$^", size=(64, 48), action_repeat=100)
-    if not envs.dmc._choose_renderer():
+    if not envs.opengl.choose_renderer():
         assert "apt-get install libosmesa6" in one_line_error(make_env, config, "train", 0)
         return
     env = make_env(config, "train", 0)
@@ -339,7 +339,7 @@ def run_python(code, **environ):
 @pytest.mark.parametrize("backend", ["osmesa", None])
 def test_mujoco_gl(backend):
     """Left alone if set, chosen if not; either way nothing is printed at exit by an environment left open."""
-    works = {"egl": envs.dmc._egl_works(), "osmesa": envs.dmc._osmesa_works()}
+    works = {"egl": envs.opengl.egl_works(), "osmesa": envs.opengl.osmesa_works()}
     result = run_python(VISION, **({"MUJOCO_GL": backend} if backend else {}))
     if works[backend] if backend else any(works.values()):
         expected = backend or ("egl" if works["egl"] else "osmesa")
@@ -354,7 +354,7 @@ def test_no_renderer_is_one_line(monkeypatch):
     proprio = make_config("dmc_cartpole_balance", cnn_keys="$^")
     make_env(proprio, "train", 0).close()  # dm_control is imported with a renderer, if the machine has one
     monkeypatch.delenv("MUJOCO_GL", raising=False)
-    monkeypatch.setattr(envs.dmc, "find_library", lambda name: None)
+    monkeypatch.setattr(envs.opengl, "find_library", lambda name: None)
     pixels = make_config("dmc_cartpole_balance", mlp_keys="$^")
     assert "apt-get install libosmesa6" in one_line_error(make_env, pixels, "train", 0)
     make_env(proprio, "train", 0).close()

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-import replay as replay_module
-from replay import EpisodeWriter, Replay, load_episode, resident, save_episode
+from episodes import EpisodeWriter, load_episode, save_episode
+from replay import Replay, resident
 from tools import UserError
 
 LAYOUT = {
@@ -260,7 +260,7 @@ def test_an_episode_file_round_trips(tmp_path):
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(replay_module.np, "savez_compressed", lambda file, **_: file.write(b"half") and 1 / 0)
+    monkeypatch.setattr(np, "savez_compressed", lambda file, **_: file.write(b"half") and 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_episode(tmp_path, make_episode(0, 5))
     assert not list(tmp_path.iterdir())

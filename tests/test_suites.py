@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-import envs.dmc
+import envs.opengl
 from envs import make_env
 from envs.from_gym import FromGym
 from envs.wrappers import PlainActions, PlainObs
@@ -206,7 +206,7 @@ MAZE = """
 def test_memory_maze():
     """In a process of its own, for nothing may be printed at exit by an environment that was left open."""
     result = run_python(MAZE)
-    backend = "egl" if envs.dmc._egl_works() else "osmesa"
+    backend = "egl" if envs.opengl.egl_works() else "osmesa"
     expected = [
         f"{backend} (64, 64, 3) 6 False",
         "True True",
@@ -361,10 +361,10 @@ def test_mujoco_pictures_without_a_screen(found):
     """Where no OpenGL is found they are refused. An environment left open at the end is closed in silence."""
     code = f"""
         import os
-        import envs.dmc
+        import envs.opengl
         from tests.test_suites import one_line_error, start
         if not {found}:
-            envs.dmc._egl_works = envs.dmc._osmesa_works = lambda: False
+            envs.opengl.egl_works = envs.opengl.osmesa_works = lambda: False
         env = start("gym_InvertedPendulum-v5")
         env.reset()
         drawn = env.render().std() > 1 if {found} else "cannot be rendered" in one_line_error(env.render)

@@ -1,0 +1,69 @@
+"""What benchmarks write: tables, and pages that hold them between markers."""
+
+import contextlib
+import datetime
+import math
+import os
+import pathlib
+import platform
+
+import numpy as np
+
+from tools import UserError, atomic_write
+
+
+def mean_and_error(values):
+    """Mean and its standard error."""
+    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
+
+
+def digits(value):
+    """A number to three significant digits: 4,710 and 0.273; a dash for nan."""
+    if math.isnan(value):
+        return "-"
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:,.0f}" if abs(rounded) >= 100 else f"{rounded:.3g}"
+
+
+def markdown(head, rows):
+    """A table; bars within cells are escaped."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def put_between(page, name, text):
+    """The page with `text` between its markers `<!-- name:begin -->` and `<!-- name:end -->`, on lines of their own."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, middle, rest = page.partition(begin)
+    _, found, after = rest.partition(end)
+    if not (middle and found) or begin in rest or end in before + after:
+        raise UserError(f"the page must have {begin} and, after it, {end} just once")
+    return f"{before}{begin}\n{text}\n{end}{after}"
+
+
+def write_between(path, name, text):
+    """Put `text` between its markers in the page at `path`, atomically."""
+    page = put_between(pathlib.Path(path).read_text(encoding="utf-8"), name, text)
+    atomic_write(path, lambda file: file.write(page.encode()))
+
+
+def all_cores():
+    """The cores that this process may use, or [] where the system does not say."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
+def processor():
+    """The processor's name."""
+    with contextlib.suppress(OSError, StopIteration):  # no Linux
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()
+
+
+def machine():
+    """The machine and its load, in words."""
+    load = f", load {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else ""
+    today = datetime.date.today().isoformat()
+    return (
+        f"{processor()}, {len(all_cores()) or os.cpu_count()} cores{load}, Python {platform.python_version()}, {today}"
+    )

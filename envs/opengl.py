@@ -1,0 +1,79 @@
+"""Drawing without a display: the choice of MuJoCo's renderer, and its orderly end."""
+
+import ctypes
+import os
+import sys
+import threading
+import weakref
+from ctypes.util import find_library
+
+from envs.errors import one_line
+from tools import UserError
+
+NO_RENDERER = "dm_control finds no headless OpenGL: apt-get install libosmesa6 (or libegl1 libgl1)"
+
+
+def import_suite():
+    try:
+        from dm_control import suite
+    except ImportError:
+        raise  # a missing package: whoever asked knows what to install
+    except Exception as error:
+        backend = os.environ.get("MUJOCO_GL", "unset")
+        raise UserError(f"dm_control cannot be imported (MUJOCO_GL is {backend}): {one_line(error)}") from error
+    return suite
+
+
+def close_before_exit(env):
+    """Free OpenGL contexts that nobody closed.
+
+    With osmesa dm_control draws on a thread pool, which ends before the functions of `atexit` run; freeing
+    then prints tracebacks. So this takes the hook of the pools themselves: last registered, first called.
+    """
+    close = weakref.WeakMethod(env.close)
+    threading._register_atexit(lambda: close() and close()())
+
+
+# ---------------------------------------------------------------------------
+# MUJOCO_GL, which counts only before the import
+
+
+def choose_renderer():
+    """Set MUJOCO_GL, unless the user has, to what works here. Returns whether there is anything to draw with.
+
+    It is set without an `image` as well, for videos of a proprioceptive agent, and because with the variable
+    unset dm_control tries GLFW, which complains about a missing display.
+    """
+    if "MUJOCO_GL" in os.environ or sys.platform != "linux":
+        return True
+    for backend, works in (("egl", egl_works), ("osmesa", osmesa_works)):
+        if works():
+            os.environ["MUJOCO_GL"] = backend
+            return True
+    return False
+
+
+def osmesa_works():
+    return find_library("OSMesa") is not None
+
+
+def egl_works():
+    """Whether EGL opens a display on some device; its libraries may well be there without one."""
+    name = find_library("EGL")
+    if name is None or find_library("GL") is None:
+        return False
+    egl = ctypes.CDLL(name)
+    egl.eglGetProcAddress.restype = ctypes.c_void_p
+    query = egl.eglGetProcAddress(b"eglQueryDevicesEXT")
+    display_of = egl.eglGetProcAddress(b"eglGetPlatformDisplayEXT")
+    if not query or not display_of:
+        return False
+    pointer, integer = ctypes.c_void_p, ctypes.c_int
+    query = ctypes.CFUNCTYPE(integer, integer, pointer, pointer)(query)
+    display_of = ctypes.CFUNCTYPE(pointer, integer, pointer, pointer)(display_of)
+    egl.eglInitialize.argtypes = [pointer, pointer, pointer]
+    devices, count = (pointer * 16)(), integer(0)
+    query(16, devices, ctypes.byref(count))
+    platform_device = 0x313F  # EGL_PLATFORM_DEVICE_EXT
+    displays = [display_of(platform_device, device, None) for device in devices[: count.value]]
+    return any(display and egl.eglInitialize(display, None, None) for display in displays)
