@@ -11,7 +11,7 @@ def give_run(logdir, evals=(), scores=()):
     """A run that is there already: evals {step: return}, scores {step: (score, cells)}."""
     logdir.mkdir(parents=True)
     rows = [{"step": step, "eval_return": value} for step, value in dict(evals).items()]
-    rows += [{"step": 500, "updates_per_second": rate} for rate in (0.0, 4.0, 6.0, 8.0)]
+    rows += [{"step": 500, "updates_per_second": 4.0}]
     (logdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     rows = [
         {"step": step, "mode": "train", "score": score, "log_cells": cells}
@@ -22,22 +22,30 @@ def give_run(logdir, evals=(), scores=()):
     (logdir / "done").touch()
 
 
-def test_learning_is_told_in_standard_errors_above_chance(tmp_path, capsys):
+def test_learning_is_told_in_standard_errors_above_chance(tmp_path, capsys, monkeypatch):
     out = tmp_path / "learn"
     for version in family.VERSIONS:
         for seed, final in enumerate((40.0, 50.0, 60.0)):
             give_run(out / f"{version or 'dreamerv3'}_{seed}", {1000: 10.0, 2000: final})
-    give_run(out / "random", scores={100: (8.0, 0), 200: (12.0, 0)})
+    returns = {family.BASELINES["random"]: [8.0, 12.0], family.BASELINES["no action"]: [19.0, 21.0]}
+    monkeypatch.setattr(family, "play", returns.get)
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- learn:begin -->\nold\n<!-- learn:end -->\nafter\n")
     assert family.main(["learn", "--out", str(out), "--write", str(page)]) == 0
     text = page.read_text()
     # mean 50 +- 10/sqrt(3) = 5.77, chance 10 +- 2: (50 - 10) / sqrt(5.77^2 + 2^2) = 6.5
-    assert "| DreamerV2 | `dreamerv2` | 40, 50, 60 | 50 ± 6 | +6.5 | 6.0 |" in text
-    assert "Random: 10 ± 2 over 2 episodes." in text
+    assert "| DreamerV2 | `dreamerv2` | 40, 50, 60 | 50 ± 6 | +6.5 |" in text
+    assert "random 10 ± 2, no action 20 ± 1." in text
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert (tmp_path / "learn.png").stat().st_size > 10_000
     assert capsys.readouterr().out.count("40, 50, 60") == len(family.VERSIONS)
+
+
+def test_baselines_play_the_task(monkeypatch):
+    """The pole starts near upright: left alone it falls slowly, pushed at random it falls fast."""
+    monkeypatch.setattr(family, "EPISODES", 2)
+    returns = {name: family.play(act) for name, act in family.BASELINES.items()}
+    assert len(returns["random"]) == 2 and max(returns["random"]) < 500 < min(returns["no action"]) < 1000
 
 
 def test_exploring_is_told_in_cells(tmp_path, capsys):
