@@ -215,48 +215,49 @@ class Dreamer(nn.Module):
 
     @torch.compiler.set_stance("force_eager")
     @torch.no_grad()
-    def act(self, obs, memory=None, mode="sample", explore=False):
+    def act(self, obs, memory=None, mode="sample"):
         """Choose actions for a batch of environments, or for a single one.
 
         Args:
           obs: {key: (N, ...)} arrays, or {key: (...)} of a single environment. `is_first` (N,) or () says where an
             episode starts; left out, one starts everywhere if `memory` is None, and nowhere else.
           memory: what the last call returned, or None.
-          mode: "sample" or "mode" of the policy.
-          explore: act to collect data: by the explorer's policy, if there is one, and with exploration noise.
+          mode: "mode" or "sample" of the task's policy; to collect data, "noisy" for a sample with exploration noise
+            and "explore" for such a one of the explorer's policy, if there is one.
         Returns: {key: (N, width) or (width,)} float32 arrays, the new memory.
         """
         if self.is_single(obs):
             obs = {key: np.asarray(value)[None] for key, value in obs.items()}
-            actions, memory = self.act(obs, memory, mode, explore)
+            actions, memory = self.act(obs, memory, mode)
             return {key: value[0] for key, value in actions.items()}, memory
         if "is_first" not in obs:
             obs = {**obs, "is_first": np.full(len(obs[self.world.keys[0]]), memory is None)}
         count = len(obs["is_first"])
         obs = {key: torch.as_tensor(obs[key], device=self.device) for key in [*self.world.keys, "is_first"]}
-        state, action = self.chooser(count, mode, explore)(obs, *(memory or self.initial(count)))
+        state, action = self.chooser(count, mode)(obs, *(memory or self.initial(count)))
         parts = action.cpu().split(list(self.act_spec.widths.values()), -1)
         return {key: part.numpy() for key, part in zip(self.act_spec.widths, parts, strict=True)}, (state, action)
 
-    def chooser(self, count, mode, explore):
+    def chooser(self, count, mode):
         """`choose` for so many environments."""
-        return functools.partial(self.choose, mode=mode, explore=explore)
+        return functools.partial(self.choose, mode=mode)
 
-    def choose(self, obs, state, action, mode, explore):
+    def choose(self, obs, state, action, mode):
         """What `act` does on the device.
 
         Args:
           obs: {key: (N, ...)} with is_first; state: State (N, ...); action: (N, A) that led here.
-          mode, explore: see `act`.
+          mode: see `act`.
         Returns: the posterior State (N, ...), actions (N, A).
         """
         obs = {key: value[:, None] for key, value in obs.items()}
         embed = self.world.encode(self.world.preprocess(obs))
         states, _ = self.world.rssm.observe(embed, action[:, None], obs["is_first"], state)
         state = states.map(lambda x: x[:, 0])
-        behavior = self.explorer.behavior if explore and self.explorer else self.behavior
+        behavior = self.explorer.behavior if mode == "explore" and self.explorer else self.behavior
         action = behavior.act(self.world, state, mode)
-        return state, perturb(action, self.act_spec, self.expl_noise) if explore and self.expl_noise else action
+        noisy = mode in ("noisy", "explore") and self.expl_noise
+        return state, perturb(action, self.act_spec, self.expl_noise) if noisy else action
 
     def is_single(self, obs):
         """Whether an observation has no batch axis."""

@@ -267,7 +267,7 @@ class Run:
         self.obs = self.envs.reset() if self.obs is None else self.envs.receive()
         self.report_restarts(self.envs)
         if self.filled() and not (self.exploring() and self.config.expl_behavior == "random"):
-            actions, self.memory = self.agent.act(self.obs, self.memory, explore=self.exploring())
+            actions, self.memory = self.agent.act(self.obs, self.memory, "explore" if self.exploring() else "noisy")
             latents = self.agent.latents(self.memory)
         else:
             actions, self.memory = self.random.act(self.obs)

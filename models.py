@@ -250,7 +250,7 @@ class ImagBehavior(nn.Module):
         self.loss = torch.compile(self.loss, dynamic=False)
 
     def act(self, world, state, mode):
-        """Actions (N, A) in the posterior State (N, ...): the policy's `mode` or a `sample`."""
+        """Actions (N, A) in the posterior State (N, ...): the policy's mode where `mode` says so, or a sample."""
         policy = self.actor(feature(state))
         if mode == "mode":
             return policy.mode()

@@ -34,9 +34,9 @@ VERSIONS |= {"dreamerv3_2023": "DreamerV3, 2023", "": "DreamerV3"}
 # easily predicted, of which hundredths matter, are next to nothing in the loss beside unit variance and the KL: so they
 # weigh as with a deviation of 0.1, and the reward ten times as much as one of unit variance.
 LEARN = """--task dmc_cartpole_balance --encoder.cnn_keys $^ --action_repeat 8 --steps 24000 --train_ratio 256
---compile true --eval_every 4000 --log_every 2000 --video_pred_log false --horizon 33 --free_nats 1 --loss_scales.rec 100
---loss_scales.reward 10 --actor.max_std 1 --model_opt.lr 1e-3 --actor_opt.lr 2e-4 --critic_opt.lr 5e-4
---cem.candidates 100 --cem.elites 10 --cem.iterations 5"""
+--compile true --eval_every 4000 --log_every 2000 --video_pred_log false --horizon 33 --free_nats 1
+--loss_scales.rec 100 --loss_scales.reward 10 --actor.max_std 1 --model_opt.lr 1e-3 --actor_opt.lr 2e-4
+--critic_opt.lr 5e-4 --cem.candidates 100 --cem.elites 10 --cem.iterations 5"""
 BASELINES = {"random": lambda space: space.sample(), "no action": lambda space: np.zeros(space.shape, np.float32)}
 EPISODES = 40  # of each baseline
 EXPLORERS = {"random": "--expl_behavior random --train_ratio 0", "Plan2Explore": "--expl_behavior plan2explore"}

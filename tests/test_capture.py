@@ -76,8 +76,8 @@ def test_an_update_and_acting_are_fit_to_be_recorded(version, kind, monkeypatch)
     places = {name: tensor.data_ptr() for name, tensor in state_of(agent).items()}
     with Watch() as watch:
         agent.update(batch, state)
-        _, memory = agent.act(make_obs(kind), explore=True)
-        for mode in ("sample", "mode"):
+        _, memory = agent.act(make_obs(kind), None, "explore")
+        for mode in ("noisy", "sample", "mode"):
             agent.act(make_obs(kind), memory, mode)
     assert watch.found == []
     assert {name: tensor.data_ptr() for name, tensor in state_of(agent).items()} == places

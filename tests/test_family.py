@@ -158,19 +158,19 @@ def test_what_the_model_makes_of_a_batch():
 def test_acting(version, kind):
     agent = make_agent(version, kind, {"expl_noise": 0.3})
     first, then = observations(kind, is_first=True), observations(kind, seed=1)
-    for mode, explore in (("mode", False), ("sample", False), ("sample", True)):
+    for mode in ("mode", "sample", "noisy", "explore"):
         torch.manual_seed(0)
-        actions, memory = agent.act(first, None, mode, explore)
+        actions, memory = agent.act(first, None, mode)
         action = actions["action"]
         assert action.shape == (3, agent.act_spec.size) and action.dtype == np.float32
         assert np.array_equal(memory[1].numpy(), action)
         if kind == "pixels":
             assert np.array_equal(np.sort(action, 1), np.eye(5)[[4] * 3])  # a single 1 in each
-        elif mode == "mode" or explore or not version.startswith("dreamerv3"):  # whose samples the environment clips
+        elif mode != "sample" or not version.startswith("dreamerv3"):  # whose samples the environment clips
             assert np.abs(action).max() <= 1
-        deter = agent.act(then, memory, mode, explore)[1][0].deter
+        deter = agent.act(then, memory, mode)[1][0].deter
         other = memory[0].map(lambda x: x.flip(0)), memory[1]
-        assert not torch.equal(deter, agent.act(then, other, mode, explore)[1][0].deter)
+        assert not torch.equal(deter, agent.act(then, other, mode)[1][0].deter)
         restart = {**then, "is_first": np.array([True] * 3)}
         assert torch.equal(agent.act(restart, memory, mode)[1][0].deter, agent.act(restart, None, mode)[1][0].deter)
 
@@ -179,10 +179,10 @@ def test_acting(version, kind):
 def test_exploration_noise_is_added_to_the_action_chosen_and_nowhere_else(version):
     agent = make_agent(version, "proprio", {"expl_noise": 0.3})
     obs, actions = observations("proprio", is_first=True), []
-    for explore in (False, False, True):
+    for mode in ("sample", "sample", "noisy", "explore"):
         torch.manual_seed(0)
-        actions.append(agent.act(obs, None, "mode", explore)[0]["action"])
-    assert np.array_equal(actions[0], actions[1])
+        actions.append(agent.act(obs, None, mode)[0]["action"])
+    assert np.array_equal(actions[0], actions[1]) and np.array_equal(actions[2], actions[3])  # there is no explorer
     inside = np.abs(actions[2]) < 1
     assert 0.05 < np.abs(actions[2] - actions[0])[inside].std() < 0.6 and not np.array_equal(actions[0], actions[2])
 
@@ -326,7 +326,7 @@ def test_low_precision(version):
     agent = Dreamer(*FAMILY["pixels"], make_config(version, EXPLORE), dtype=torch.bfloat16)
     metrics = agent.update(make_sequences("pixels"), agent.world.rssm.initial(3, "cpu", torch.bfloat16))[1]
     assert all(value.isfinite() for value in metrics.values())
-    assert agent.act(observations("pixels", is_first=True), explore=True)[1][0].deter.dtype == torch.bfloat16
+    assert agent.act(observations("pixels", is_first=True), None, "explore")[1][0].deter.dtype == torch.bfloat16
 
 
 TARGETS = "stoch", "deter", "feat", "embed"
@@ -382,12 +382,12 @@ def test_the_explorer_acts_only_when_exploring():
     agent = make_agent("dreamerv1", "proprio", EXPLORE | {"expl_noise": 0.0})
     obs = observations("proprio", is_first=True)
     torch.manual_seed(0)
-    own = agent.act(obs, None, "mode")[0]["action"]
+    own = agent.act(obs, None, "noisy")[0]["action"]
     torch.manual_seed(0)
-    assert not np.array_equal(agent.act(obs, None, "mode", explore=True)[0]["action"], own)
+    assert not np.array_equal(agent.act(obs, None, "explore")[0]["action"], own)
     agent.explorer.behavior.actor.load_state_dict(agent.behavior.actor.state_dict())
     torch.manual_seed(0)
-    assert np.array_equal(agent.act(obs, None, "mode", explore=True)[0]["action"], own)
+    assert np.array_equal(agent.act(obs, None, "explore")[0]["action"], own)
 
 
 # ---------------------------------------------------------------------------

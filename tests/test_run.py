@@ -552,6 +552,16 @@ def test_exploration_at_random_ends_at_expl_until(tmp_path, monkeypatch):
     assert len(calls) == 63 + 3  # and in the last steps of three episodes, which are no agent steps
 
 
+def test_the_explorer_hands_over_at_expl_until_and_the_noise_stays(tmp_path, monkeypatch):
+    act, modes = dreamer.Dreamer.act, []
+    monkeypatch.setattr(dreamer.Dreamer, "act", lambda *args: modes.append(args[3]) or act(*args))
+    words = "--task dummy_vector --expl_behavior plan2explore --expl_until 63 --prefill 40 --steps 84 --eval_every 0"
+    train(tmp_path, words)
+    collected = [mode for mode in modes if mode != "mode"]
+    # One more at each of the episodes' ends, 40, 60 and 80, which are no agent steps.
+    assert collected == ["explore"] * (63 - 40 + 2) + ["noisy"] * (84 - 63 + 1) and "mode" in modes
+
+
 def test_episodes_too_short_for_a_window_are_warned_of(tmp_path, capfd):
     words = "--task dummy_vector --batch_length 30 --replay_window episode --replay_context false --steps 60"
     train(tmp_path, f"{words} --eval_every 0")
