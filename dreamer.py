@@ -95,8 +95,9 @@ class Run:
     # -- environments, replay, agent
 
     def build(self):
-        config = self.config
-        self.envs = self.open_envs("train", config.envs)
+        config, path = self.config, self.logdir / "latest.pt"
+        saved = load_checkpoint(path) if path.exists() else None
+        self.envs = self.open_envs("train", config.envs, saved["counters"]["agent_steps"] if saved else 0)
         self.eval_envs = self.open_envs("eval", min(config.eval_envs, config.eval_episode_num))
         self.agent = Dreamer(
             self.envs.obs_space, self.envs.act_space, config, self.device, choose_dtype(config.precision, self.device)
@@ -132,7 +133,7 @@ class Run:
         }
         offline = config.script == "train_offline" or config.offline_traindir
         self.pretraining = self.ratio(0) if offline else 0  # no prefill: the clock starts at once
-        self.restore()  # before anything is written: it may find that nothing fits
+        self.restore(saved)  # before anything is written: it may find that nothing fits
         try:
             self.logger = Logger(self.logdir, self.step, config.logger, config.to_dict())
             self.logdir.mkdir(parents=True, exist_ok=True)
@@ -146,8 +147,8 @@ class Run:
         self.progress = Progress(config.steps, step=self.step, updates=self.updates)
         self.closing += [self.progress.close, self.logger.close]
 
-    def open_envs(self, mode, count):
-        envs = make_envs(self.config, mode, count)
+    def open_envs(self, mode, count, behind=0):
+        envs = make_envs(self.config, mode, count, behind)
         self.closing.append(envs.close)
         return envs
 
@@ -448,10 +449,9 @@ class Run:
             if old.name != latents:
                 old.unlink()
 
-    def restore(self):
-        """Go on from the logdir's checkpoint and episodes, if it has any."""
-        config, path = self.config, self.logdir / "latest.pt"
-        saved = load_checkpoint(path) if path.exists() else None
+    def restore(self, saved):
+        """Go on from the logdir's checkpoint, as it was read, and its episodes, if it has any."""
+        config = self.config
         if saved:
             self.agent.load(saved["agent"])
         known = saved and self.logdir / saved["replay"]

@@ -71,7 +71,7 @@ class Env(Protocol):
         """Free what is held; may be called twice."""
 
 
-def make_env(config, mode: str, index: int, restart: int = 0) -> Env:
+def make_env(config, mode: str, index: int, behind: int = 0, restart: int = 0) -> Env:
     """One environment.
 
     Args:
@@ -81,6 +81,7 @@ def make_env(config, mode: str, index: int, restart: int = 0) -> Env:
         `camera` (-1 for the task's usual one).
       mode: "train" or "eval": their environments never share a seed.
       index: its place among the environments of its mode.
+      behind: agent steps that the run has behind it, so that it goes on in other episodes than it began with.
       restart: how many went before it at this place: each has another seed.
     Raises: UserError for an unknown suite or task, a missing package, an unsupported space, or when no
       observation is left.
@@ -92,7 +93,7 @@ def make_env(config, mode: str, index: int, restart: int = 0) -> Env:
         )
     module, make, packages = SUITES[suite]
     try:
-        seed = derive_seed(config.seed, MODES[mode], index, *([restart] if restart else []))
+        seed = derive_seed(config.seed, MODES[mode], index, *([behind, restart] if behind or restart else []))
         env = getattr(importlib.import_module(module), make)(task, config, seed)
     except ImportError as error:
         raise UserError(f"task '{config.task}' cannot be made ({one_line(error)}): pip install {packages}") from error
@@ -107,11 +108,11 @@ def make_env(config, mode: str, index: int, restart: int = 0) -> Env:
     return env
 
 
-def make_envs(config, mode: str, count: int) -> Envs:
+def make_envs(config, mode: str, count: int, behind: int = 0) -> Envs:
     """`count` environments of a mode that step together, each in its own process if `config.parallel`.
 
-    A process that does not answer a step within `config.env_timeout` seconds is restarted.
+    A process that does not answer a step within `config.env_timeout` seconds is restarted. `behind`: see `make_env`.
     """
     kind = Worker if config.parallel else Local
-    makers = [functools.partial(make_env, config, mode, index) for index in range(count)]
+    makers = [functools.partial(make_env, config, mode, index, behind) for index in range(count)]
     return Envs(kind, makers, config.env_timeout)

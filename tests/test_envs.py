@@ -140,8 +140,8 @@ def check_value(space, value):
 
 @pytest.mark.parametrize("task", [task for task in TASKS if task != "dummy_discrete"])
 def test_seeds(task):
-    def stream(mode, index, seed=0, restart=0):
-        env = make_env(make_config(task, **TASKS[task], seed=seed), mode, index, restart)
+    def stream(mode, index, seed=0, **later):
+        env = make_env(make_config(task, **TASKS[task], seed=seed), mode, index, **later)
         observations = play(env, 80)  # several episodes: small environments have few states to start from
         env.close()
         return observations
@@ -152,6 +152,7 @@ def test_seeds(task):
     assert not same(first, stream("eval", 0))
     assert not same(first, stream("train", 0, seed=1))
     assert not same(first, stream("train", 0, restart=1))
+    assert not same(first, stream("train", 0, behind=1))
     assert not same(stream("train", 0, restart=1), stream("train", 0, restart=2))
 
 

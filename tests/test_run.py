@@ -339,6 +339,17 @@ def test_a_run_that_ended_goes_on_when_steps_are_added(offline, tmp_path):
     assert_equal_runs(whole, tmp_path)
 
 
+def test_a_run_that_goes_on_meets_other_episodes_than_it_began_with(tmp_path):
+    words = "--task gym_CartPole-v1 --prefill 1000 --eval_every 0 --eval_episode_num 1"  # starts are drawn by the seed
+    for name in ("one", "other"):
+        train(tmp_path / name, f"{words} --steps 30")
+        train(tmp_path / name, f"{words} --steps 60")
+    one, other = (episodes(tmp_path / name / "train_eps") for name in ("one", "other"))
+    starts = [episode["state"][0].tolist() for episode in one]
+    assert len(set(map(tuple, starts))) == len(starts) > 1
+    assert same_episodes(one, other)
+
+
 def signal_at_step(step, kill, number):
     collect = dreamer.Run.collect
 
