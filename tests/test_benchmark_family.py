@@ -1,7 +1,6 @@
 """The comparison of versions: its numbers by hand from given runs, its flags known to dreamer.py, its mistakes told."""
 
 import json
-import shlex
 
 from benchmarks import family
 from config import CONFIGS, load_config
@@ -34,7 +33,7 @@ def test_learning_is_told_in_standard_errors_above_chance(tmp_path, capsys, monk
     assert family.main(["learn", "--out", str(out), "--write", str(page)]) == 0
     text = page.read_text()
     # mean 50 +- 10/sqrt(3) = 5.77, chance 10 +- 2: (50 - 10) / sqrt(5.77^2 + 2^2) = 6.5
-    assert "| DreamerV2 | `dreamerv2` | 40, 50, 60 | 50 ± 6 | +6.5 |" in text
+    assert "| DreamerV2 | `dreamerv2` | 2,000 | 40, 50, 60 | 50 ± 6 | +6.5 |" in text
     assert "random 10 ± 2, no action 20 ± 1." in text
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert (tmp_path / "learn.png").stat().st_size > 10_000
@@ -61,7 +60,8 @@ def test_exploring_is_told_in_cells(tmp_path, capsys):
 
 def test_every_flag_is_known_to_dreamer():
     for version in family.VERSIONS:
-        load_config(["--configs", *version.split(), "quickstart", *shlex.split(family.LEARN)], CONFIGS)
+        config = load_config(["--configs", *version.split(), "quickstart", *family.settings(version)], CONFIGS)
+        assert config.task == "dmc_cartpole_balance"
     for flags in family.EXPLORERS.values():
         config = load_config(["--configs", "quickstart", *family.EXPLORE.split(), *flags.split()], CONFIGS)
         assert config.task == "dummy_maze"
