@@ -202,7 +202,8 @@ def draw(out, curves, levels, xlabel, ylabel):
         (line,) = axes.plot(grid, values.mean(0), label=name)
         axes.fill_between(grid, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
     for name, height in levels.items():
-        axes.axhline(height, color="gray", linestyle=":", label=name)
+        axes.axhline(height, color="gray", linestyle=":")
+        axes.annotate(name, (0.99, height), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="gray")
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.legend(frameon=False)
     figure.savefig(f"{out}.png", dpi=130)
