@@ -205,7 +205,7 @@ def draw(out, curves, levels, xlabel, ylabel):
         axes.axhline(height, color="gray", linestyle=":")
         axes.annotate(name, (0.99, height), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="gray")
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.legend(frameon=False)
+    axes.legend(loc="upper left", edgecolor="none", framealpha=1)
     figure.savefig(f"{out}.png", dpi=130)
 
 
