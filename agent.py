@@ -17,6 +17,8 @@ from optim import Adams, LaProp
 from planner import CEM
 from tools import UserError
 
+MODES = ("mode", "sample", "noisy", "explore")  # of acting
+
 
 def obs_spec(space):
     """{key: Gymnasium space} -> ObsSpec: uint8 boxes of three dimensions are images, all else vectors."""
@@ -224,8 +226,10 @@ class Dreamer(nn.Module):
           memory: what the last call returned, or None.
           mode: "mode" or "sample" of the task's policy; to collect data, "noisy" for a sample with exploration noise
             and "explore" for such a one of the explorer's policy, if there is one.
-        Returns: {key: (N, width) or (width,)} float32 arrays, the new memory.
+        Returns: {key: (N, width) or (width,)} float32 arrays, the new memory. Raises ValueError for another mode.
         """
+        if mode not in MODES:
+            raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
         if self.is_single(obs):
             obs = {key: np.asarray(value)[None] for key, value in obs.items()}
             actions, memory = self.act(obs, memory, mode)

@@ -20,7 +20,7 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from benchmarks.pages import markdown, mean_and_error, write_between
+from benchmarks.pages import markdown, mean_and_error, put_between, write_between
 from config import CONFIGS, load_config
 from envs import make_env
 from envs.dummy import Maze
@@ -60,6 +60,8 @@ def main(argv=None):
     parser.add_argument("--write", metavar="PAGE", help="put the table between its markers in this file")
     args = parser.parse_args(argv)
     try:
+        if args.write:  # a missing marker is found now, not after the runs
+            put_between(pathlib.Path(args.write).read_text(encoding="utf-8"), args.command, "")
         text = COMMANDS[args.command](args)
         print(text)
         if args.write:

@@ -67,6 +67,13 @@ def test_every_flag_is_known_to_dreamer():
         assert config.task == "dummy_maze"
 
 
+def test_a_page_without_markers_is_refused_before_anything_runs(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("no markers\n")
+    assert family.main(["learn", "--out", str(tmp_path / "learn"), "--write", str(page)]) == 2
+    assert "<!-- learn:begin -->" in capsys.readouterr().err and not (tmp_path / "learn").exists()
+
+
 def test_a_run_that_fails_is_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(family, "EXPLORE", "--task dummy_nowhere")
     assert family.main(["explore", "--out", str(tmp_path / "e"), "--seeds", "1"]) == 2

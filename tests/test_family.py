@@ -175,6 +175,11 @@ def test_acting(version, kind):
         assert torch.equal(agent.act(restart, memory, mode)[1][0].deter, agent.act(restart, None, mode)[1][0].deter)
 
 
+def test_a_mode_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="'modes' is none of mode, sample, noisy, explore"):
+        make_agent("dreamerv3", "proprio").act(observations("proprio", is_first=True), None, "modes")
+
+
 @every_version
 def test_exploration_noise_is_added_to_the_action_chosen_and_nowhere_else(version):
     agent = make_agent(version, "proprio", {"expl_noise": 0.3})
