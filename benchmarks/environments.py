@@ -12,11 +12,9 @@ need cores with nothing else to do: the line below each table tells the load at 
 import argparse
 import concurrent.futures
 import contextlib
-import itertools
 import json
 import math
 import multiprocessing
-import os
 import pathlib
 import sys
 import tempfile
@@ -30,10 +28,20 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from gymnasium import spaces
 
 from agent import act_spec
-from benchmarks import plot_scores
 from benchmarks.pages import all_cores, digits, machine, markdown, mean_and_error, put_between, write_between
-from config import CONFIGS, load_config
-from envs import SUITES, make_env, make_envs
+from benchmarks.races import (
+    bare_pong,
+    bare_walker,
+    draw_actions,
+    make_config,
+    pin,
+    race_bare,
+    race_workers,
+    seconds_per_step,
+    together,
+)
+from benchmarks.scores import ACHIEVEMENT, atari_scores, crafter_score, published_curves
+from envs import SUITES, make_envs
 from envs.errors import one_line
 from envs.wrappers import is_image
 from exploration import Random
@@ -115,12 +123,6 @@ def parse(argv):
 # Environments and processes
 
 
-def make_config(presets, task, *flags):
-    """The Config of a task with presets, given as words."""
-    names = ["--configs", *presets.split()] if presets else []
-    return load_config([*names, "--task", task, *flags], CONFIGS)
-
-
 def rows_of(table, tasks):
     """The rows of TASKS or RANDOM; for `tasks` that are named, those rows, or others like them of the same suite."""
     if not tasks:
@@ -151,38 +153,6 @@ def attempt(function, *args, cores=()):
         return {"failed": f"{type(error).__name__}: {one_line(error)}"}
     finally:
         pin(before)
-
-
-def pin(cores):
-    """Keep this thread, and the processes and threads that it starts from now on, on these cores."""
-    if cores:
-        os.sched_setaffinity(0, cores)
-
-
-def alone(env, actions):
-    """A function that takes a step of an environment, or a reset where it is due, and returns how many steps."""
-    actions = itertools.cycle([{key: value[0] for key, value in action.items()} for action in actions])
-    obs = env.reset()
-
-    def step():
-        nonlocal obs
-        obs = env.reset() if obs["is_last"] else env.step(next(actions))
-        return int(not obs["is_first"])
-
-    return step
-
-
-def together(envs, actions):
-    """The same of environments that step together."""
-    actions = itertools.cycle(actions)
-    envs.reset()
-    return lambda: int((~envs.step(next(actions))["is_first"]).sum())
-
-
-def draw_actions(act_space, count, number=1000):
-    """`number` random actions {key: (count, width)} for `count` environments, drawn before any clock runs."""
-    random = Random(act_spec(act_space), seed=0)
-    return [random.act({"is_first": np.zeros(count)})[0] for _ in range(number)]
 
 
 # ---------------------------------------------------------------------------
@@ -224,14 +194,6 @@ def steps_per_second(envs, seconds):
     step = together(envs, draw_actions(envs.act_space, len(envs)))
     seconds_per_step(step, seconds / 5)
     return 1 / seconds_per_step(step, seconds)
-
-
-def seconds_per_step(step, seconds):
-    """Time of `step()`, which returns how many agent steps it took, over `seconds` or until there is one."""
-    steps, start = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - start) < seconds or not steps:
-        steps += step()
-    return elapsed / steps
 
 
 def clock(function):
@@ -295,105 +257,6 @@ def overhead(args):
     return results
 
 
-def race_bare(bare, flags, seconds, cores):
-    """The bare environment, make_env and a worker, all on the first of `cores`: what `standings` returns."""
-    config = make_config(*flags, "--envs", "1")
-    with contextlib.ExitStack() as stack:
-        pin(cores[:1])
-        env = stack.enter_context(contextlib.closing(make_env(config, "train", 0)))
-        envs = stack.enter_context(contextlib.closing(make_envs(config.replace(parallel=True), "train", 1)))
-        actions = draw_actions(env.act_space, 1)
-        steps = {"bare": bare(env, actions), "make_env": alone(env, actions), "one worker": together(envs, actions)}
-        return standings(interleave({name: (cores[:1], step) for name, step in steps.items()}, seconds))
-
-
-def race_workers(count, flags, seconds, cores):
-    """One environment in this process, on one core and on two, and `count` workers on two."""
-    config = make_config(*flags, "--envs", str(count))
-    with contextlib.ExitStack() as stack:
-        contestants = {}
-        for name, own in (("one core", cores[:1]), ("two cores", cores[:2])):
-            pin(own)  # before the environment starts threads to draw with
-            env = stack.enter_context(contextlib.closing(make_env(config, "train", 0)))
-            contestants[f"make_env, {name}"] = own, alone(env, draw_actions(env.act_space, 1))
-        envs = stack.enter_context(contextlib.closing(make_envs(config.replace(parallel=True), "train", count)))
-        contestants[f"{count} workers, two cores"] = cores[:2], together(envs, draw_actions(envs.act_space, count))
-        return standings(interleave(contestants, seconds, turn=0.5))
-
-
-def bare_pong(env, actions):
-    """ALE by itself, with the least that gives observations like those of `env`."""
-    import ale_py
-    import cv2
-    from ale_py import roms
-
-    ale = ale_py.ALEInterface()
-    ale.loadROM(roms.get_rom_path("pong"))
-    height, width, channels = env.obs_space["image"].shape
-    look = ale.getScreenGrayscale if channels == 1 else ale.getScreenRGB
-    frames = np.zeros((2, *ale.getScreenDims(), *([3] if channels == 3 else [])), np.uint8)
-    minimal, legal = ale.getMinimalActionSet(), ale.getLegalActionSet()
-    choices = minimal if env.act_space["action"].n == len(minimal) else legal
-    moves = itertools.cycle([choices[action["action"].argmax()] for action in actions])
-
-    def step():
-        if ale.game_over():
-            ale.reset_game()
-        move = next(moves)
-        for frame in range(4):
-            ale.act(move)
-            if frame >= 2:
-                look(frames[frame - 2])
-        cv2.resize(np.maximum(*frames), (width, height), interpolation=cv2.INTER_AREA)
-        return 1
-
-    return step
-
-
-def bare_walker(env, actions):
-    """dm_control by itself."""
-    from dm_control import suite
-
-    walker = suite.load("walker", "walk", task_kwargs={"random": 0})
-    moves = itertools.cycle([action["action"][0].astype(np.float64) for action in actions])
-    timestep = walker.reset()
-
-    def step():
-        nonlocal timestep
-        if timestep.last():
-            timestep = walker.reset()
-            return 0
-        move = next(moves)
-        for _ in range(2):
-            timestep = walker.step(move)
-            if timestep.last():
-                break
-        return 1
-
-    return step
-
-
-def interleave(contestants, seconds, turn=0.1):
-    """Seconds per agent step {name: (rounds)}: contestants take turns, so that noise hits all of them.
-
-    contestants: {name: (cores, function that takes steps and returns how many)}.
-    seconds: that each runs in all, after a round that does not count; turn: that each runs in a round.
-    """
-    times = {name: [] for name in contestants}
-    for _ in range(1 + max(1, round(seconds / turn))):
-        for name, (cores, step) in contestants.items():
-            pin(cores)
-            times[name].append(seconds_per_step(step, turn))
-    return {name: np.array(found[1:]) for name, found in times.items()}
-
-
-def standings(times):
-    """{"us": {name: median microseconds per step}, "ratio": {name: quartiles of time over the first's, by round}}"""
-    first = next(iter(times.values()))
-    ratio = {name: np.percentile(found / first, [25, 50, 75]).tolist() for name, found in times.items()}
-    return {"us": {name: 1e6 * np.median(found) for name, found in times.items()}, "ratio": ratio}
-
-
 def overhead_table(results):
     rows = []
     for row in results:
@@ -434,7 +297,7 @@ def play(presets, task, episodes, seed=0):
             total += float(obs["reward"][0])
             steps += not obs["is_first"][0]
             if obs["is_last"][0]:
-                names = [key for key in obs if plot_scores.ACHIEVEMENT.match(key)]
+                names = [key for key in obs if ACHIEVEMENT.match(key)]
                 unlocked.append({name: bool(obs[name][0] > 0) for name in names})
                 returns.append(total)
                 lengths.append(steps * config.action_repeat)
@@ -455,7 +318,7 @@ def crafter(unlocked):
 
     def score(picked):
         chosen = dict(zip(names, done[:, picked], strict=True))
-        return plot_scores.crafter_score(chosen, np.zeros(len(picked)), [0])[0]
+        return crafter_score(chosen, np.zeros(len(picked)), [0])[0]
 
     count = len(unlocked)
     rng = np.random.default_rng(0)
@@ -469,11 +332,11 @@ def published(task):
     In DMC that is the first point of PPO, which has hardly learned by then.
     """
     suite, _, name = task.partition("_")
-    if suite.startswith("atari") and name in plot_scores.atari_scores():
-        return {"published": plot_scores.atari_scores()[name][0], "by": "random"}
+    if suite.startswith("atari") and name in atari_scores():
+        return {"published": atari_scores()[name][0], "by": "random"}
     if task == "crafter_reward":
         return {"published": CRAFTER_RETURN, "published_score": CRAFTER_SCORE, "by": "random"}
-    for curve in plot_scores.published_curves("dmc_proprio", task):
+    for curve in published_curves("dmc_proprio", task):
         if curve.name.startswith("PPO"):
             return {"published": float(curve.value[0]), "by": f"PPO, first {curve.steps[0]:,.0f} frames"}
     return {}

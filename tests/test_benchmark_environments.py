@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from benchmarks import environments, pages
-from benchmarks.environments import make_config
+from benchmarks import environments, pages, races
+from benchmarks.races import make_config
+from config import CONFIGS
 from envs import SUITES, make_env, make_envs
 from envs.wrappers import is_image
 from tests.test_envs import check_conformance, one_line_error
 
-ROOT = environments.plot_scores.ROOT
+ROOT = CONFIGS.parent
 PAGE = "top <!-- speed:begin -->old <!-- speed:end -->\n<!-- random:begin --><!-- random:end -->\nbottom\n"
 
 
@@ -25,7 +26,8 @@ PAGE = "top <!-- speed:begin -->old <!-- speed:end -->\n<!-- random:begin --><!-
 def inline(monkeypatch):
     """What is measured runs in this process, where a test can interfere, without workers."""
     local = lambda config, mode, count: make_envs(config.replace(parallel=False), mode, count)  # noqa: E731
-    monkeypatch.setattr(environments, "make_envs", local)
+    for module in (environments, races):
+        monkeypatch.setattr(module, "make_envs", local)
     pool = lambda number, context: concurrent.futures.ThreadPoolExecutor(number)  # noqa: E731
     monkeypatch.setattr(environments.concurrent.futures, "ProcessPoolExecutor", pool)
 
@@ -34,7 +36,7 @@ def inline(monkeypatch):
 def fake_clock(monkeypatch):
     """A clock that only the test moves: [milliseconds]."""
     now = [0]
-    monkeypatch.setattr(environments, "time", SimpleNamespace(perf_counter=lambda: now[0] / 1000))
+    monkeypatch.setattr(races, "time", SimpleNamespace(perf_counter=lambda: now[0] / 1000))
     return now
 
 
@@ -83,7 +85,7 @@ def test_an_unexpected_error_is_a_row(monkeypatch, inline):
     def broken(*args):
         raise ZeroDivisionError("a\nb")
 
-    monkeypatch.setattr(environments, "make_env", broken)
+    monkeypatch.setattr(races, "make_env", broken)
     results = environments.overhead(SimpleNamespace(seconds=0.01))
     assert [row["failed"] for row in results] == ["ZeroDivisionError: a b"] * 3
     assert environments.overhead_table(results).count("ZeroDivisionError") == 3
@@ -159,15 +161,15 @@ def test_resets_take_time_but_are_no_steps(fake_clock):
         fake_clock[0] += 10
         return next(taken)
 
-    assert environments.seconds_per_step(step, 0.035) == pytest.approx(0.040 / 3)
+    assert races.seconds_per_step(step, 0.035) == pytest.approx(0.040 / 3)
 
 
 def test_steps_are_counted_as_the_agent_counts_them():
     envs = make_envs(make_config("", "dummy_vector"), "train", 3)  # episodes of 20 steps
-    step = environments.together(envs, environments.draw_actions(envs.act_space, 3, number=7))
+    step = races.together(envs, races.draw_actions(envs.act_space, 3, number=7))
     assert [step() for _ in range(42)] == [*[3] * 20, 0] * 2
     env = make_env(make_config("", "dummy_vector"), "train", 0)
-    step = environments.alone(env, environments.draw_actions(env.act_space, 1, number=7))
+    step = races.alone(env, races.draw_actions(env.act_space, 1, number=7))
     assert [step() for _ in range(42)] == [*[1] * 20, 0] * 2
 
 
@@ -183,14 +185,14 @@ def test_contestants_take_turns(fake_clock):
         return [], step
 
     contestants = {"slow": contestant("slow", 50, 1), "two": contestant("two", 50, 2), "lag": contestant("lag", 60, 1)}
-    times = environments.interleave(contestants, seconds=0.18, turn=0.09)
+    times = races.interleave(contestants, seconds=0.18, turn=0.09)
     assert order == ["slow", "slow", "two", "two", "lag", "lag"] * 3  # the first round is not counted
     assert {name: found.tolist() for name, found in times.items()} == {
         "slow": pytest.approx([0.05] * 2),
         "two": pytest.approx([0.025] * 2),
         "lag": pytest.approx([0.06] * 2),
     }
-    table = environments.overhead_table([{"race": "R", **environments.standings(times)}])
+    table = environments.overhead_table([{"race": "R", **races.standings(times)}])
     assert [cells(line)[1:] for line in table.split("\n")[2:]] == [
         ["slow", "50,000", "20", "+0 % (+0 to +0)", "1.00"],
         ["two", "25,000", "40", "-50 % (-50 to -50)", "2.00"],
@@ -200,7 +202,7 @@ def test_contestants_take_turns(fake_clock):
 
 def test_ratios_are_taken_within_rounds():
     times = {"one": np.array([1.0, 10.0, 2.0]), "other": np.array([1.5, 12.0, 2.6])}  # 1.5, 1.2, 1.3
-    found = environments.standings(times)
+    found = races.standings(times)
     assert found["us"] == {"one": 2e6, "other": 2.6e6}
     np.testing.assert_allclose(found["ratio"]["other"], [1.25, 1.3, 1.4])
 
@@ -208,18 +210,18 @@ def test_ratios_are_taken_within_rounds():
 def test_races(inline):
     cores = pages.all_cores()
     try:
-        found = environments.race_bare(environments.alone, ["", "dummy_vector"], 0.1, cores)
+        found = races.race_bare(races.alone, ["", "dummy_vector"], 0.1, cores)
         assert list(found["us"]) == ["bare", "make_env", "one worker"] and min(found["us"].values()) > 0
         assert found["ratio"]["bare"] == [1, 1, 1]
-        found = environments.race_workers(2, ["", "dummy_vector"], 0.1, cores)
+        found = races.race_workers(2, ["", "dummy_vector"], 0.1, cores)
         assert list(found["us"]) == ["make_env, one core", "make_env, two cores", "2 workers, two cores"]
     finally:
-        environments.pin(cores)
+        races.pin(cores)
 
 
 def test_bare_walker():
     env = SimpleNamespace(act_space={"action": spaces.Box(-1, 1, (6,))})
-    step = environments.bare_walker(env, environments.draw_actions(env.act_space, 1))
+    step = races.bare_walker(env, races.draw_actions(env.act_space, 1))
     assert [step() for _ in range(502)] == [*[1] * 500, 0, 1]  # 1000 frames by two
 
 
@@ -228,7 +230,7 @@ def test_bare_pong(channels, choices):
     pytest.importorskip("ale_py")
     image = spaces.Box(0, 255, (96, 96, channels), np.uint8)
     env = SimpleNamespace(obs_space={"image": image}, act_space={"action": spaces.Discrete(choices)})
-    step = environments.bare_pong(env, environments.draw_actions(env.act_space, 1))
+    step = races.bare_pong(env, races.draw_actions(env.act_space, 1))
     assert sum(step() for _ in range(20)) == 20
 
 

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
-from benchmarks import plot_scores
-from config import load_config
+from benchmarks import plot_scores, scores
+from config import CONFIGS, load_config
 
-CONFIGS = plot_scores.ROOT / "configs.yaml"
 BALANCE = "--configs dmc_proprio --task dmc_cartpole_balance"
 
 
@@ -28,7 +27,7 @@ def make_run(logdir, episodes, flags="--task gym_CartPole-v1", seed=0):
 
 
 def panels_of(*patterns, width=0):
-    return plot_scores.make_panels(plot_scores.read_runs(map(str, patterns)), width)[0]
+    return plot_scores.make_panels(scores.read_runs(map(str, patterns)), width)[0]
 
 
 def table(path):
@@ -40,51 +39,51 @@ def table(path):
 
 
 def test_a_bin_holds_what_ends_at_its_end():
-    means = plot_scores.bin_means([0, 1, 10, 11, 20, 45], [1, 2, 6, 10, 30, 7], 10, 5)
+    means = scores.bin_means([0, 1, 10, 11, 20, 45], [1, 2, 6, 10, 30, 7], 10, 5)
     np.testing.assert_array_equal(means, [3, 20, np.nan, np.nan, 7])
 
 
 def test_mean_and_spread_are_over_the_seeds_that_have_data():
     nan = np.nan
-    mean, std = plot_scores.mean_and_std(np.array([[1, 2, nan], [3, nan, nan]]))
+    mean, std = scores.mean_and_std(np.array([[1, 2, nan], [3, nan, nan]]))
     np.testing.assert_array_equal(mean, [2, 2, nan])
     np.testing.assert_array_equal(std, [1, 0, nan])
 
 
 def test_statistics_by_hand():
     tasks = np.array([1.0, 3.0]), np.array([10.0, 20.0]), np.array([0.0, 100.0])  # means 2, 15, 50
-    assert plot_scores.task_mean(*tasks) == pytest.approx(67 / 3)
-    assert plot_scores.task_median(*tasks) == 15
+    assert scores.task_mean(*tasks) == pytest.approx(67 / 3)
+    assert scores.task_median(*tasks) == 15
     # 0 1 3 10 20 100: a quarter of six is one and a half, one is cut at either end
-    assert plot_scores.task_iqm(*tasks) == pytest.approx((1 + 3 + 10 + 20) / 4)
+    assert scores.task_iqm(*tasks) == pytest.approx((1 + 3 + 10 + 20) / 4)
 
 
 def test_interval_resamples_seeds_within_tasks():
     # Each task gives 0, 1/2 or 1 on average with odds 1:2:1; between tasks nothing is mixed.
-    low, high = plot_scores.interval(plot_scores.task_mean, [np.array([0.0, 1.0]), np.array([100.0, 101.0])])
+    low, high = scores.interval(scores.task_mean, [np.array([0.0, 1.0]), np.array([100.0, 101.0])])
     assert (low, high) == (50, 51)
     one_seed = [np.array([0.0, 1.0]), np.array([5.0])]
-    assert np.isnan(plot_scores.interval(plot_scores.task_iqm, one_seed)).all()
+    assert np.isnan(scores.interval(scores.task_iqm, one_seed)).all()
 
 
 def test_interval_of_the_mean_is_that_of_the_normal_distribution():
-    scores = np.random.default_rng(0).normal(size=400)
-    low, high = plot_scores.interval(plot_scores.task_mean, [scores])
-    assert high - low == pytest.approx(2 * 1.96 * scores.std() / 20, rel=0.08)
+    returns = np.random.default_rng(0).normal(size=400)
+    low, high = scores.interval(scores.task_mean, [returns])
+    assert high - low == pytest.approx(2 * 1.96 * returns.std() / 20, rel=0.08)
 
 
 def test_crafter_score_by_hand():
     unlocked = {"wood": np.array([1, 1, 0, 0]), "stone": np.array([0, 0, 0, 1])}
-    score = plot_scores.crafter_score(unlocked, np.array([1, 2, 3, 4]), np.array([0, 2, 4]))
+    score = scores.crafter_score(unlocked, np.array([1, 2, 3, 4]), np.array([0, 2, 4]))
     # until 2: rates 100 and 0 percent; until 4: 50 and 25 percent
     np.testing.assert_allclose(score, [np.nan, np.sqrt(101 * 1) - 1, np.sqrt(51 * 26) - 1])
 
 
 def test_human_normalised():
-    assert len(plot_scores.atari_scores()) == 57
-    np.testing.assert_allclose(plot_scores.human_normalised("atari_pong", [-20.7, 14.6, 21]), [0, 1, 41.7 / 35.3])
-    games = {task for method in plot_scores.published()["atari100k"].values() for task in method["tasks"]}
-    assert {game.removeprefix("atari_") for game in games} <= set(plot_scores.atari_scores())
+    assert len(scores.atari_scores()) == 57
+    np.testing.assert_allclose(scores.human_normalised("atari_pong", [-20.7, 14.6, 21]), [0, 1, 41.7 / 35.3])
+    games = {task for method in scores.published()["atari100k"].values() for task in method["tasks"]}
+    assert {game.removeprefix("atari_") for game in games} <= set(scores.atari_scores())
 
 
 # Reading
@@ -93,7 +92,7 @@ def test_human_normalised():
 def test_a_resumed_run_replaces_what_it_did_before_the_kill():
     text = '{"step":10,"mode":"train","score":1}\n{"step":20,"mode":"train","score":2}\n'
     text += '{"step":15,"mode":"train","score":3}\n{"step":15,"mode":"eval","score":9}\n{"step":30,"mo'
-    rows, torn = plot_scores.read_scores(text + '\n{"step":40,"mode":"train","score":"nan"}\n')
+    rows, torn = scores.read_scores(text + '\n{"step":40,"mode":"train","score":"nan"}\n')
     assert [(row["step"], row["score"]) for row in rows] == [(10, 1), (15, 3)]
     assert torn == 2
 
@@ -141,7 +140,7 @@ def test_bins_are_wide_enough_for_the_longest_episode(tmp_path):
     ],
 )
 def test_a_run_is_compared_with_its_kind(flags, group):
-    assert plot_scores.group_of(load_config(flags.split(), CONFIGS).to_dict()) == group
+    assert scores.group_of(load_config(flags.split(), CONFIGS).to_dict()) == group
 
 
 def test_the_published_curve_stands_beside_a_run(tmp_path):
@@ -168,7 +167,7 @@ def test_aggregates_are_over_the_tasks_that_all_have(tmp_path, capsys):
         np.testing.assert_allclose([ours.value, ours.low, ours.high], [[0.5]] * 3)
         assert ours.runs == [6]
         assert [c.name for c in others] == ([] if what == "IQM" else ["DreamerV3 (published)", "PPO (published)"])
-    entries = plot_scores.published()["atari100k"]["dreamerv3"]["tasks"]
+    entries = scores.published()["atari100k"]["dreamerv3"]["tasks"]
     ends = {task: entries[f"atari_{task}"]["mean"][-1] for task in ("alien", "pong", "boxing")}
     expected = [(ends["alien"] - 227.8) / 6899.9, (ends["pong"] + 20.7) / 35.3, (ends["boxing"] - 0.1) / 12]
     published = panels["atari100k: mean of 3 tasks", "human-normalised return"][1]
@@ -215,7 +214,7 @@ def test_picture_and_table_are_read_back(tmp_path, capsys):
 def test_the_caption_says_what_may_be_compared(tmp_path):
     make_run(tmp_path / "a", [(20_000, 5)], f"{BALANCE} --action_repeat 2 --train_ratio 256")
     make_run(tmp_path / "b", [(20_000, 5)], f"{BALANCE} --rssm.deter 100")
-    _, notes = plot_scores.make_panels(plot_scores.read_runs([str(tmp_path / "*")]))
+    _, notes = plot_scores.make_panels(scores.read_runs([str(tmp_path / "*")]))
     assert notes[1].startswith("Published dmc curves were made with action repeat 2, train ratio 512 and size12m")
     assert "action repeat 2, train ratio 256, size1m" in notes[1]
     assert "action repeat 1, train ratio 1024, deter 100" in notes[1]
@@ -223,7 +222,7 @@ def test_the_caption_says_what_may_be_compared(tmp_path):
 
 def test_curves_differ_in_more_than_colour():
     none = np.zeros(0)
-    styles = plot_scores.make_styles([plot_scores.Curve(str(i), none, none, none, none, none) for i in range(60)])
+    styles = plot_scores.make_styles([scores.Curve(str(i), none, none, none, none, none) for i in range(60)])
     assert len({tuple(map(str, style.values())) for style in styles.values()}) == 64
     firsts = [style for name, style in styles.items() if name in "0123" or name.endswith("(published)")]
     assert len({str(style["linestyle"]) for style in firsts}) == 8
@@ -271,7 +270,7 @@ def test_what_cannot_be_read_is_warned_of(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("package", ["matplotlib", "scipy"])
 def test_a_missing_package_is_one_line(tmp_path, package):
     (tmp_path / f"{package}.py").write_text(f"raise ImportError('no', name='{package}')")
-    argv = [sys.executable, plot_scores.ROOT / "benchmarks/plot_scores.py", "x"]
+    argv = [sys.executable, plot_scores.__file__, "x"]
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(argv, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2

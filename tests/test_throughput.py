@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from benchmarks import throughput
+from benchmarks import throughput, timing
 from layers import BlockLinear, Conv2d, Linear, MaxPool, Norm
 
 DEBUG = "--configs debug --task dummy_vector"
@@ -25,7 +25,7 @@ def small(monkeypatch):
         "REPEATS": 2,
         "ROTATION": 2,
     }.items():
-        monkeypatch.setattr(throughput, name, value)
+        monkeypatch.setattr(timing, name, value)
 
 
 def measure(folder, *words):
@@ -39,7 +39,7 @@ def measure(folder, *words):
 
 
 def forward_and_backward(layer, x):
-    return throughput.count_flops(lambda: layer(x).float().sum().backward())
+    return timing.count_flops(lambda: layer(x).float().sum().backward())
 
 
 @pytest.mark.parametrize(
@@ -97,16 +97,16 @@ def test_a_result_and_its_loop(tmp_path, capsys):
 
 
 def test_compared_settings_take_turns(tmp_path, monkeypatch, capsys):
-    turns, update = [], throughput.Subject.update
+    turns, update = [], timing.Subject.update
 
     def spy(subject):
         turns.append(subject.config.batch_size)
         update(subject)
 
-    monkeypatch.setattr(throughput.Subject, "update", spy)
+    monkeypatch.setattr(timing.Subject, "update", spy)
     words = [*DEBUG.split(), "--updates", "3", "--compare", "--batch_size 2", "--batch_size 4"]
     result = measure(tmp_path, *words)
-    assert turns == [2, 4] * (throughput.WARMUP + 3)
+    assert turns == [2, 4] * (timing.WARMUP + 3)
     assert result["b"]["flops"] == 2 * result["a"]["flops"]  # every product grows with the batch
     ratio = result["ratio"]
     assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
@@ -124,10 +124,10 @@ def test_compared_settings_take_turns(tmp_path, monkeypatch, capsys):
 def test_nested_calls_count_once(monkeypatch):
     owner = types.SimpleNamespace(inner=lambda: 1)
     owner.outer = lambda: owner.inner() + 1
-    timers = throughput.Timers(torch.device("cpu"))
+    timers = timing.Timers(torch.device("cpu"))
     timers.watch("act", owner, "outer")
     timers.watch("sample", owner, "inner")
-    monkeypatch.setattr(throughput.time, "perf_counter", itertools.count().__next__)  # a second for every look
+    monkeypatch.setattr(timing.time, "perf_counter", itertools.count().__next__)  # a second for every look
     assert (owner.outer(), owner.inner(), owner.inner()) == (2, 1, 1)
     assert timers.totals == {"act": 1, "step": 0, "sample": 2, "update": 0}
 
