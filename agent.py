@@ -342,16 +342,27 @@ def summarize(outs):
 RESERVED = {"policy", "value", "repval", "cont", "dyn", "rep", "deter", "stoch", "disag", "expl_policy", "expl_value"}
 
 
+def least_size(encoder):
+    """Side of the smallest image that an encoder without padding brings down to a single place."""
+    side = 1
+    for _ in encoder.mults:
+        side = 2 * (side - 1) + encoder.kernel
+    return side
+
+
 def check_sizes(spec, config):
     """Raises UserError for names and sizes that no network can have."""
     for key in RESERVED & {*spec.images, *spec.vectors}:
         raise UserError(f"the environment calls an observation {key}, which is the name of a loss or a latent here")
-    factor = 2 ** len(config.encoder.mults)
+    factor = 2 ** max(len(config.encoder.mults), len(config.decoder.mults))
     for key, shape in spec.images.items():
         if config.decoder.cnn == "valid" and (shape[:2] != (64, 64) or len(config.decoder.mults) != 4):
             raise UserError(f"image {key} is {shape[0]}x{shape[1]}: --decoder.cnn valid needs 64x64 and 4 mults")
         if shape[0] % factor or shape[1] % factor:
             raise UserError(f"image {key} is {shape[0]}x{shape[1]}: --size must be a multiple of {factor}")
+        if config.encoder.cnn == "valid" and min(shape[:2]) < least_size(config.encoder):
+            least = least_size(config.encoder)
+            raise UserError(f"image {key} is {shape[0]}x{shape[1]}: --encoder.cnn valid needs at least {least}x{least}")
     rssm, decoder = config.rssm, config.decoder
     if rssm.latent != "onehot" and config.replay_context:
         raise UserError(f"--replay_context true stores classes, which --rssm.latent {rssm.latent} has none of")
@@ -361,3 +372,9 @@ def check_sizes(spec, config):
     for name, width in widths.items() if spec.images and decoder.cnn == "pool" else ():
         if width % decoder.blocks:
             raise UserError(f"{name} = {width} is no multiple of --decoder.blocks {decoder.blocks}")
+    if config.behavior == "cem" and config.cem.elites > config.cem.candidates:
+        raise UserError(f"--cem.elites {config.cem.elites} are more than --cem.candidates {config.cem.candidates}")
+    if config.return_norm.low > config.return_norm.high:
+        raise UserError(
+            f"--return_norm.low {config.return_norm.low} is above --return_norm.high {config.return_norm.high}"
+        )

@@ -11,6 +11,8 @@ from machine import choose_device, choose_dtype
 from networks import ActionSpec
 from tools import UserError
 
+SAME = ("task", "action_repeat")  # in all of a logdir's run
+
 
 def load_checkpoint(path):
     """Read a checkpoint to CPU memory. Raises UserError if it is missing or no checkpoint."""
@@ -23,6 +25,25 @@ def load_checkpoint(path):
         reason = "no such file" if isinstance(error, FileNotFoundError) else said.splitlines()[0]
         raise UserError(f"{path} cannot be loaded: {reason}") from None
     return saved
+
+
+def load_latents(path, warn):
+    """What a replay saved beside a checkpoint, or None, after `warn(line)`, where it cannot be read."""
+    try:
+        return torch.load(path, weights_only=True)
+    except Exception as error:  # torch and pickle have many of their own for a damaged file
+        reason = "it is gone" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
+        warn(f"{path}: {reason}: the replay's latent states start anew")
+        return None
+
+
+def check_same(saved, config):
+    """Raises UserError if a checkpoint is to be gone on with by a run whose replay and curves it does not belong to."""
+    for key in SAME if config.script != "eval_only" else ():
+        was = saved.get(key, config[key])  # older ones do not tell
+        if was != config[key]:
+            way = f"give another --logdir, with --from_checkpoint {config.logdir} to start from what it has learned"
+            raise UserError(f"--{key} {config[key]}: the run in {config.logdir} has {was}; {way}")
 
 
 def checkpoint_file(path):

@@ -7,6 +7,7 @@ type, and any mistake, also one in a preset that nobody asked for, is a `tools.U
 import contextlib
 import difflib
 import functools
+import math
 import os
 import pathlib
 import re
@@ -26,6 +27,8 @@ FLAG = re.compile(r"--[A-Za-z_]")  # so that values such as -1 and $^ are not ta
 COMMENT = re.compile(r":?\s*#+\s*(.*)")
 CHOICES = re.compile(r"\(([^\s()|]+(?:\|[^\s()|]+)+)\)$")
 LEAST = re.compile(r"\(>= (\d+)\)$")
+RANGE = re.compile(r"\((\d+) to (\d+)\)$")
+PAIR = re.compile(r"\btwo numbers\b")
 EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list"}
 
 
@@ -33,8 +36,9 @@ class Setting(NamedTuple):
     """A key of the configuration and its value.
 
     The default gives the type: null stands for text or null, a tuple for a list of any length with elements like
-    its first (text if empty). The help line may end in the values allowed: `(auto|cpu|cuda:N)`, N any digits, or in
-    the least number allowed: `(>= 1)`.
+    its first (text if empty). The help line may end in the values allowed: `(auto|cpu|cuda:N)`, N any digits; in the
+    least number allowed: `(>= 1)`, of which a list needs one; or in both bounds: `(0 to 1)`. It says `two numbers` of
+    a list that has just two.
     `given`: the value comes from the user's flags or --config files.
     """
 
@@ -49,11 +53,17 @@ class Setting(NamedTuple):
             return None
         kind = str if self.default is None else type(self.default)
         if kind is tuple and isinstance(value, (list, tuple)):
+            if PAIR.search(self.help) and len(value) != 2:
+                raise ValueError(f"expected two numbers, got {list(value)}")
+            if LEAST.search(self.help) and not value:
+                raise ValueError("expected at least one number")
             return tuple(self._element().check(item) for item in value)
         if {kind, type(value)} == {int, float} and (kind is float or value % 1 == 0):
             value = kind(value)
         if kind not in EXPECTED or type(value) is not kind:
             raise ValueError(f"expected {EXPECTED.get(kind, 'a single value or a list')}, got {value!r}")
+        if kind is float and not math.isfinite(value):
+            raise ValueError(f"expected a finite number, got {value!r}")
         choices = CHOICES.search(self.help)
         if choices and kind in (int, str):
             allowed = re.escape(choices[1]).replace(r"\|", "|").replace(":N", r":\d+")
@@ -62,6 +72,9 @@ class Setting(NamedTuple):
         least = LEAST.search(self.help)
         if least and kind in (int, float) and not value >= int(least[1]):
             raise ValueError(f"expected at least {least[1]}, got {value!r}")
+        bounds = RANGE.search(self.help)
+        if bounds and kind in (int, float) and not int(bounds[1]) <= value <= int(bounds[2]):
+            raise ValueError(f"expected {bounds[1]} to {bounds[2]}, got {value!r}")
         return value
 
     def parse(self, texts):

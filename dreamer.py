@@ -6,26 +6,33 @@ Read from top to bottom: a run makes its environments, its replay and its agent,
 learning, evaluating and saving until it has seen `steps` environment frames.
 """
 
+import contextlib
+import errno
 import functools
-import math
 import pathlib
 import signal
 import sys
 import time
 
-import imageio.v2 as imageio
 import numpy as np
 import torch
 
 from agent import Dreamer
-from checkpoint import load_agent, load_checkpoint  # noqa: F401 (load_agent is for users)
+from checkpoint import (  # noqa: F401 (load_agent is for users)
+    SAME,
+    check_same,
+    checkpoint_file,
+    load_agent,
+    load_checkpoint,
+    load_latents,
+)
 from config import CONFIGS, load_config
 from envs import make_envs
-from episodes import EpisodeWriter, length_of, step_layout, stored_step
+from episodes import EpisodeWriter, finite, length_of, step_layout, stored_step
 from exploration import Random
 from logger import Logger, Metrics, NonFiniteLoss, Progress
 from machine import check_compiler, choose_device, choose_dtype, prepare_cpu
-from replay import Replay, resident
+from replay import Replay, longest, resident
 from tools import (
     Every,
     Rates,
@@ -37,7 +44,9 @@ from tools import (
     seed_everything,
     set_rng_state,
 )
+from videos import film, visible, write_gif, write_mp4
 
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # a disk that takes no more
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -75,6 +84,8 @@ class Run:
     """
 
     def __init__(self, config):
+        if not config.logdir:
+            raise UserError("--logdir: expected a path, got nothing")
         self.config = config
         self.logdir = pathlib.Path(config.logdir).expanduser()
         self.device = choose_device(config.device)
@@ -107,7 +118,7 @@ class Run:
             self.agent.compile()
         self.random = Random(self.agent.act_spec, derive_seed(config.seed, 3))
         layout = step_layout(self.envs.obs_space, self.agent.act_spec)
-        latent, capacity = self.agent.latent_size, self.capacity()
+        latent, capacity = self.agent.latent_size, self.capacity(layout)
         self.replay = Replay(
             layout,
             latent,
@@ -139,10 +150,10 @@ class Run:
             self.logdir.mkdir(parents=True, exist_ok=True)
             if config.script != "eval_only" or not (self.logdir / "config.yaml").exists():
                 config.save(self.logdir / "config.yaml")
+            self.writer = EpisodeWriter(self.logdir / "train_eps", config.envs, config.dataset_size)
+            self.eval_writer = EpisodeWriter(self.logdir / "eval_eps", len(self.eval_envs), config.dataset_size)
         except OSError as error:
             raise UserError(f"--logdir {config.logdir}: {error.strerror}") from None
-        self.writer = EpisodeWriter(self.logdir / "train_eps", config.envs, config.dataset_size)
-        self.eval_writer = EpisodeWriter(self.logdir / "eval_eps", len(self.eval_envs), config.dataset_size)
         self.rates = Rates(fps=self.step, updates_per_second=self.updates)
         self.progress = Progress(config.steps, step=self.step, updates=self.updates)
         self.closing += [self.progress.close, self.logger.close]
@@ -156,17 +167,18 @@ class Run:
         """{key: (count, width)} zeros: what led to the first observations."""
         return {key: np.zeros((count, width), np.float32) for key, width in self.agent.act_spec.widths.items()}
 
-    def capacity(self):
+    def capacity(self, layout):
         """Steps of the rings: those of the whole run and of offline_traindir if they are fewer than dataset_size."""
-        config = self.config
-        longest = 1.1 * config.steps / config.action_repeat + config.prefill + config.envs * (config.batch_length + 2)
         lengths = [length_of(path) for path in self.offline_paths()]
-        return min(config.dataset_size, math.ceil(longest) + sum(lengths)) if all(lengths) else config.dataset_size
+        needed = longest(self.config, layout) + sum(lengths)
+        return min(self.config.dataset_size, needed) if all(lengths) else self.config.dataset_size
 
     def offline_paths(self):
         """The episode files of offline_traindir, oldest first."""
-        folder = self.config.offline_traindir
-        return sorted(pathlib.Path(folder).expanduser().glob("*.npz")) if folder else []
+        folder = pathlib.Path(self.config.offline_traindir).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"--offline_traindir {folder}: no such directory")
+        return sorted(folder.glob("*.npz")) if self.config.offline_traindir else []
 
     @property
     def step(self):
@@ -181,15 +193,23 @@ class Run:
         try:
             {"train": self.train, "train_offline": self.train_offline, "eval_only": self.evaluate}[self.config.script]()
         except NonFiniteLoss as error:
-            path = self.logdir / "latest.pt"
-            kept = f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
-            print(f"dreamer.py: {error}; {kept}", file=sys.stderr)
-            return 1
+            return self.failed(error)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            return self.failed(f"--logdir {self.config.logdir}: {error.strerror}")
         finally:
             for sign, handler in handlers.items():
                 signal.signal(sign, handler)
             self.close()
         return 128 + self.stopped if self.stopped else 0
+
+    def failed(self, why):
+        """Say why the run cannot go on, and from what it could; returns the exit status."""
+        path = self.logdir / "latest.pt"
+        kept = f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
+        print(f"dreamer.py: {why}; {kept}", file=sys.stderr)
+        return 1
 
     def stop(self, number, frame):
         """Signal handler: end after the step in hand, with a checkpoint. A second signal ends at once."""
@@ -205,9 +225,10 @@ class Run:
         """Act and learn in turns, so that each agent step is followed by its exact share of updates."""
         self.pretrain()
         while self.running():
-            if self.clocks["eval"](self.step):
-                self.evaluate()
-            self.collect()
+            with self.kept():
+                if self.clocks["eval"](self.step):
+                    self.evaluate()
+                self.collect()
             if self.filled():
                 for _ in range(self.ratio(self.agent_steps)):
                     self.update()
@@ -226,10 +247,20 @@ class Run:
             self.housekeeping()
         self.finish()
 
+    @contextlib.contextmanager
+    def kept(self):
+        """What environments break in here costs no more than their step in hand."""
+        try:
+            yield
+        except Exception:
+            self.keep()
+            raise
+
     def pretrain(self):
         """The updates that `pretrain` asks for where there is no prefill to make them after."""
-        for _ in range(0 if self.updates else self.pretraining):
+        while self.updates < self.pretraining and not self.stopped:
             self.update()
+            self.housekeeping()
 
     def running(self):
         return self.step < self.config.steps and not self.stopped
@@ -250,11 +281,15 @@ class Run:
     def finish(self):
         """What remains when the last frame was seen, or a signal came."""
         self.log()
+        self.keep()  # before anything that an environment could break
         if not self.stopped:
             self.evaluate()
             self.record_video()
             self.say("info", f"curves: {sys.executable} -m tensorboard.main --logdir {self.logdir}")
-        for index in range(self.config.envs if self.config.script == "train" else 0):
+
+    def keep(self):
+        """Save all there is, unfinished episodes included."""
+        for index in range(self.config.envs):
             self.close_episode(index, self.writer.flush(index))
         self.save()
 
@@ -286,6 +321,9 @@ class Run:
     def add_step(self, index, latent):
         """Store the current step of one environment: its observation and the action that led to it."""
         step = stored_step(self.replay.layout, self.obs, self.action, index)
+        for key, value in step.items():
+            if not finite(value):
+                raise UserError(f"environment {index} at frame {self.step}: {key} is not finite: {value}")
         if step["is_first"]:  # what is unfinished then was cut off by the end of its worker
             self.close_episode(index, self.writer.flush(index))
         self.replay.add(index, step, latent)
@@ -362,46 +400,32 @@ class Run:
         self.say("info", f"step {self.step:,}: eval_return {np.mean(scores):.1f} over {len(scores)} episodes")
 
     def log_videos(self, frames):
-        """Videos of an evaluation: its first episode, {image key: [(H, W, C)]}, and open-loop predictions."""
+        """Videos of an evaluation: its first episode, {image key: [(H, W, C)]}, and predictions of replayed sequences.
+
+        These are open-loop: truth | model | error, also as GIFs under openloop/<key>/.
+        """
         if not self.config.video_pred_log or not frames:
             return
-        start = time.monotonic()
+        start, stack = time.monotonic(), self.config.frame_stack
         for key, images in frames.items():
-            self.logger.video(f"eval_policy/{key}", self.visible(np.stack(images)[:500]), self.step, fps=20)
+            self.logger.video(f"eval_policy/{key}", visible(np.stack(images)[:500], stack), self.step, fps=20)
         if self.replay.ready():
-            self.log_open_loop()
+            batch, _ = self.replay.sample(min(6, self.config.batch_size), fresh=False)
+            for key, video in self.agent.open_loop(*self.agent.batch(batch)).items():
+                self.logger.video(f"openloop/{key}", visible(video, stack), self.step, fps=10)
+                write_gif(self.logdir / "openloop" / key / f"{self.step:09d}.gif", visible(video, stack), fps=10)
         self.logger.scalars({"video_seconds": time.monotonic() - start}, self.step)
-
-    def log_open_loop(self):
-        """Videos of replayed sequences, as TensorBoard GIFs and under openloop/<key>/: truth | model | error."""
-        batch, _ = self.replay.sample(min(6, self.config.batch_size), fresh=False)
-        for key, video in self.agent.open_loop(*self.agent.batch(batch)).items():
-            video = self.visible(video)
-            self.logger.video(f"openloop/{key}", video, self.step, fps=10)
-            folder = self.logdir / "openloop" / key
-            folder.mkdir(parents=True, exist_ok=True)
-            imageio.mimwrite(folder / f"{self.step:09d}.gif", list(video), duration=100, loop=0)
-
-    def visible(self, video):
-        """(T, H, W, C) -> what a person sees of it (T, H, W, 3): the last of stacked images, gray or in colour."""
-        last = video[..., -(video.shape[-1] // self.config.frame_stack) :]
-        return last.repeat(3, -1) if last.shape[-1] == 1 else last[..., :3]
 
     @keeps_generators
     def record_video(self):
         """Play one episode on film, if the environment can be filmed: logdir/videos/<step>.mp4."""
-        frames, obs, memory = [], self.eval_envs.reset(), None
+        path = self.logdir / "videos" / f"{self.step:09d}.mp4"
         try:
-            while not obs["is_last"][0] and len(frames) < 2000:
-                frames.append(self.eval_envs.render(0))
-                actions, memory = self.agent.act(obs, memory, self.config.eval_mode)
-                obs = self.eval_envs.step(actions)
+            frames = film(self.eval_envs, lambda obs, memory: self.agent.act(obs, memory, self.config.eval_mode))
         except UserError as error:
             self.say("info", f"no video: {error}")
             return
-        path = self.logdir / "videos" / f"{self.step:09d}.mp4"
-        path.parent.mkdir(exist_ok=True)
-        imageio.mimwrite(path, frames, fps=30, macro_block_size=2)
+        write_mp4(path, frames, fps=30)
         self.say("info", f"video: {path}")
 
     # -- logging and saving
@@ -443,26 +467,28 @@ class Run:
             "rng": get_rng_state(),
             "random": self.random.rng.bit_generator.state,
             "replay": latents,
+            **{key: self.config[key] for key in SAME},
         }
         atomic_save(self.logdir / "latest.pt", checkpoint)
         for old in self.logdir.glob("replay-*.pt"):
             if old.name != latents:
-                old.unlink()
+                old.unlink(missing_ok=True)
 
     def restore(self, saved):
         """Go on from the logdir's checkpoint, as it was read, and its episodes, if it has any."""
         config = self.config
         if saved:
+            check_same(saved, config)
             self.agent.load(saved["agent"])
-        known = saved and self.logdir / saved["replay"]
-        latents = torch.load(known, weights_only=True) if saved and known.exists() else None
+        warn = functools.partial(self.say, "warning")
+        latents = load_latents(self.logdir / saved["replay"], warn) if saved else None
         paths = [*self.offline_paths(), *sorted((self.logdir / "train_eps").glob("*.npz"))]
-        self.replay.restore(latents, paths, lambda text: self.say("warning", text))
+        self.replay.restore(latents, paths, warn)
         if (config.script == "train_offline" or config.offline_traindir) and not self.replay.ready():
-            length = config.batch_length + 1
-            raise UserError(f"--offline_traindir '{config.offline_traindir}' must hold {length} steps of this task")
+            where = config.offline_traindir or f"--offline_traindir or {self.logdir / 'train_eps'}"
+            raise UserError(f"{where} must hold {config.batch_length + 1} steps of this task to learn from")
         if saved is None and config.from_checkpoint:
-            start = load_checkpoint(config.from_checkpoint)
+            start = load_checkpoint(checkpoint_file(config.from_checkpoint))
             self.agent.load(start["agent"])
             self.agent_steps = start["counters"]["agent_steps"] if config.script == "eval_only" else 0
         elif saved is None and config.script == "eval_only":

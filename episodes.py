@@ -77,13 +77,28 @@ def load_episode(path, layout):
         if key not in episode:
             raise ValueError(f"lacks {key}")
         value = episode[key]
-        if value.shape[:1] != (length,) or value[0].size != int(np.prod(shape)):
+        if value.shape[:1] != (length,) or not fits(value.shape[1:], shape):
             raise ValueError(f"{key} has shape {value.shape} where {(length, *shape)} was expected")
         if value.dtype.kind not in "biuf" or (dtype == np.uint8 and value.dtype != np.uint8):
             raise ValueError(f"{key} has type {value.dtype} where {np.dtype(dtype)} was expected")
+        if not finite(value):
+            raise ValueError(f"{key} is not finite")
         episode[key] = value.reshape(length, *shape).astype(dtype)
     episode["is_last"][-1] = True  # also where a run was stopped: what follows in a stream is another episode
     return episode
+
+
+def finite(value):
+    """Whether all numbers of an array are finite in single precision."""
+    with np.errstate(over="ignore"):
+        return value.dtype.kind != "f" or bool(np.isfinite(value.astype(np.float32, copy=False)).all())
+
+
+def fits(shape, wanted):
+    """Whether values of a shape can be brought into another: images by a single channel alone, the rest by size."""
+    if len(wanted) == 3:
+        return shape == wanted or (*shape, 1) == wanted
+    return int(np.prod(shape)) == int(np.prod(wanted))
 
 
 class EpisodeWriter:

@@ -4,6 +4,10 @@ import re
 
 import torch
 
+# Gradients this small count as none: where the CPU flushes their squares to zero, eps alone would be left to divide by,
+# and they would make steps a hundred times as large as all others.
+TINY = 1e-17
+
 
 class LaProp:
     """The optimizer of DreamerV3: AGC per tensor, then RMS normalisation, then momentum (arXiv:2002.04839).
@@ -76,9 +80,10 @@ class LaProp:
             limits = self.agc * torch.stack(torch._foreach_norm(self.params)).clamp(min=1e-3)
             torch._foreach_mul_(grads, list((limits / norms.clamp(min=1e-30)).clamp(max=1).unbind()))
         self.count += 1
-        self.nu.mul_(self.beta2).addcmul_(self.grad, self.grad, value=1 - self.beta2)
+        grad = torch.nn.functional.hardshrink(self.grad, TINY)
+        self.nu.mul_(self.beta2).addcmul_(grad, grad, value=1 - self.beta2)
         unbias = 1 - self.beta2**self.count
-        scaled = self.grad / (self.nu / unbias).sqrt_().add_(self.eps)
+        scaled = grad / (self.nu / unbias).sqrt_().add_(self.eps)
         self.mu.lerp_(scaled, 1 - self.beta1)
         if self.decayed:
             torch._foreach_mul_(self.decayed, 1 - rate * self.decay)

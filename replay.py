@@ -1,6 +1,7 @@
 """Batches of experience: which windows of the steps in memory are sampled, and how a run gets them back."""
 
 import collections
+import math
 import os
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 from episodes import load_episode
 from rings import Mirror, Stream
 from tools import UserError
+
+SMALL_STEP = 4096  # bytes
 
 
 class Replay:
@@ -61,6 +64,8 @@ class Replay:
     def add(self, index, step, latent=None):
         """Append one step {key: value} to stream `index`, with its latent (deter (D,), stoch (S,) class indices)."""
         deter, stoch = latent or (0, 0)
+        if step["is_first"] and len(self.streams[index]):  # also where a worker's end cut off a single step
+            self.end_episode(index)
         self.streams[index].append({**step, "deter": deter, "stoch": stoch})
         if self.windows == "fresh":
             self.queue_fresh(index)
@@ -141,8 +146,12 @@ class Replay:
     def close_episode(self, index, name, length):
         """Note that the last `length` steps of stream `index` stand in an episode file."""
         self.streams[index].close_episode(name, length)
+        self.end_episode(index)
+
+    def end_episode(self, index):
+        self.streams[index].end_episode()
         if self.mirror:
-            self.mirror.close_episode(index)
+            self.mirror.end_episode(index)
 
     # -- going on after an interruption
 
@@ -215,10 +224,22 @@ def latent_layout(latent):
 
 def latents_by_episode(stream):
     """((name, length), deter (length, D), stoch (length, S)) for each episode of a saved stream, or without latents."""
-    lengths = [length for _, length in stream["episodes"]]
-    cuts = np.cumsum(lengths)[:-1]
+    if not stream["episodes"]:  # nothing would be split into one piece, not into none
+        return ()
+    cuts = np.cumsum([length for _, length in stream["episodes"]])[:-1]
     latents = (np.split(stream[key].numpy(), cuts) for key in ("deter", "stoch") if key in stream)
     return zip(stream["episodes"], *latents, strict=True)
+
+
+def longest(config, layout):
+    """Steps that the whole run of a configuration may add to a replay.
+
+    An episode has a step more than it has actions. Room for a tenth more is enough for all but the shortest, room for
+    twice as many for any: that is left to small steps, such as those of bandits.
+    """
+    room = 2.0 if step_bytes(layout) < SMALL_STEP else 1.1
+    actions = config.steps / config.action_repeat + config.prefill
+    return math.ceil(room * actions) + config.envs * (config.batch_length + 2)
 
 
 def step_bytes(layout):

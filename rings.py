@@ -51,9 +51,12 @@ class Stream:
             value[index] = steps[key][-self.capacity :]
         self.stop += length
 
-    def close_episode(self, name, length):
-        """Note that the last `length` steps stand in an episode file, and that the last of them is the episode's."""
+    def end_episode(self):
+        """Note that the newest step is its episode's last."""
         self.data["is_last"][(self.stop - 1) % self.capacity] = True
+
+    def close_episode(self, name, length):
+        """Note that the last `length` steps stand in an episode file."""
         self.episodes.append((name, length, self.stop))
         while self.episodes[0][2] <= self.start:
             self.episodes.popleft()
@@ -124,7 +127,7 @@ class Mirror:
                     value[ring].copy_(torch.from_numpy(stream.data[key][ring]))
             self.done[index] = stream.stop
 
-    def close_episode(self, index):
+    def end_episode(self, index):
         """Note that the newest step of a stream is an episode's last, should it have been copied already."""
         stream = self.streams[index]
         if self.done[index] == stream.stop:

@@ -64,18 +64,23 @@ class Every:
     def __init__(self, period, first=True):
         self.period = period
         self.next = -math.inf if first else period
+        self.step = 0
 
     def __call__(self, step):
+        self.step = step
         if self.period <= 0 or step < self.next:
             return False
         self.next = (step // self.period + 1) * self.period
         return True
 
     def state_dict(self):
-        return {"next": self.next}
+        return {"next": self.next, "step": self.step}
 
     def load_state_dict(self, state):
-        self.next = state["next"]
+        """Go on from a state; one that was saved with a longer period waits no longer than this one's."""
+        self.next, self.step = state["next"], state.get("step", 0)  # older states do not tell
+        if self.period > 0:
+            self.next = min(self.next, (self.step // self.period + 1) * self.period)
 
 
 class Ratio:
@@ -90,9 +95,10 @@ class Ratio:
     def __init__(self, ratio, burst=1, first=0):
         self.ratio, self.burst, self.first = ratio, burst, first
         self.start = None
-        self.done = 0
+        self.done = self.step = 0
 
     def __call__(self, step):
+        self.step = step
         if self.start is None:
             self.start = step
             return self.first
@@ -102,10 +108,13 @@ class Ratio:
         return due
 
     def state_dict(self):
-        return {"start": self.start, "done": self.done}
+        return {"start": self.start, "done": self.done, "step": self.step, "ratio": self.ratio}
 
     def load_state_dict(self, state):
-        self.start, self.done = state["start"], state["done"]
+        """Go on from a state; one that was saved with another ratio leaves nothing to make up for."""
+        self.start, self.done, self.step = state["start"], state["done"], state.get("step", 0)
+        if state.get("ratio", self.ratio) != self.ratio and self.start is not None:
+            self.start, self.done = self.step, 0
 
 
 class Rates:
@@ -131,7 +140,7 @@ def seed_everything(seed):
     """Seed Python, NumPy and PyTorch (all devices)."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    torch.manual_seed(seed % 2**64)
 
 
 def derive_seed(seed, *path):
@@ -187,5 +196,8 @@ def atomic_write(path, write):
 
 
 def atomic_save(path, state):
-    """`torch.save(state, path)`, atomically."""
-    atomic_write(path, lambda file: torch.save(state, file))
+    """`torch.save(state, path)`, atomically. Raises OSError where the path cannot take it."""
+    try:
+        atomic_write(path, lambda file: torch.save(state, file))
+    except RuntimeError as error:  # torch finds its archive incomplete after a write that failed
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None

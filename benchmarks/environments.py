@@ -9,7 +9,6 @@ configs.yaml. Every measurement has a process of its own; what cannot be made be
 need cores with nothing else to do: the line below each table tells the load at the start.
 """
 
-import argparse
 import concurrent.futures
 import contextlib
 import json
@@ -28,7 +27,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from gymnasium import spaces
 
 from agent import act_spec
-from benchmarks.pages import all_cores, digits, machine, markdown, mean_and_error, put_between, write_between
+from benchmarks.pages import Parser, all_cores, digits, machine, markdown, mean_and_error, put_between, write_between
 from benchmarks.races import (
     bare_pong,
     bare_walker,
@@ -81,9 +80,9 @@ ACHIEVEMENTS = 22
 
 def main(argv=None):
     """Run the command line; returns the exit status."""
-    args = parse(argv)
-    measure, table = COMMANDS[args.command]
     try:
+        args = parse(argv)
+        measure, table = COMMANDS[args.command]
         if getattr(args, "seconds", 1) <= 0 or getattr(args, "episodes", 2) < 2 or getattr(args, "processes", 1) < 1:
             raise UserError("--seconds must be above 0, --episodes at least 2 and --processes at least 1")
         if args.write:  # a missing marker is found now, not after the measurements
@@ -104,7 +103,7 @@ def main(argv=None):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (measure, _) in COMMANDS.items():
         command = commands.add_parser(name, help=measure.__doc__.split("\n")[0])

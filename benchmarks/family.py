@@ -7,7 +7,6 @@ Runs dreamer.py for every version and seed (those that are there already are not
 between its markers in a page, and draws OUT.png.
 """
 
-import argparse
 import concurrent.futures
 import contextlib
 import json
@@ -20,7 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from benchmarks.pages import markdown, mean_and_error, put_between, write_between
+from benchmarks.pages import Parser, markdown, mean_and_error, put_between, write_between
 from config import CONFIGS, load_config
 from envs import make_env
 from envs.dummy import Maze
@@ -52,14 +51,14 @@ EXPLORE = """--task dummy_maze --steps 4000 --eval_every 0 --video_pred_log fals
 
 def main(argv=None):
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--out", type=pathlib.Path, required=True, help="where the runs go; the plot is OUT.png")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each (default: 3)")
     parser.add_argument("--processes", type=int, default=1, help="runs at the same time (default: 1)")
     parser.add_argument("--write", metavar="PAGE", help="put the table between its markers in this file")
-    args = parser.parse_args(argv)
     try:
+        args = parser.parse_args(argv)
         if args.write:  # a missing marker is found now, not after the runs
             put_between(pathlib.Path(args.write).read_text(encoding="utf-8"), args.command, "")
         text = COMMANDS[args.command](args)

@@ -1,5 +1,6 @@
-"""What benchmarks write: tables, and pages that hold them between markers."""
+"""What benchmarks have in common: command lines, tables, and pages that hold them between markers."""
 
+import argparse
 import contextlib
 import datetime
 import math
@@ -10,6 +11,13 @@ import platform
 import numpy as np
 
 from tools import UserError, atomic_write
+
+
+class Parser(argparse.ArgumentParser):
+    """Its errors are a UserError of one line."""
+
+    def error(self, message):
+        raise UserError(message)
 
 
 def mean_and_error(values):

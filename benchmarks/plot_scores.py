@@ -8,7 +8,6 @@ tasks they also go into their group's aggregate. Scores are those of training ep
 averaged in equal bins of environment steps (action repeat counted), a bin ends where its point is drawn.
 """
 
-import argparse
 import csv
 import itertools
 import math
@@ -20,6 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
+from benchmarks.pages import Parser
 from benchmarks.scores import (
     METHODS,
     STATISTICS,
@@ -55,12 +55,12 @@ PUBLISHED = {  # {method: (colour, dashes)}
 
 def main(argv=None):
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("logdirs", nargs="+", metavar="[NAME=]GLOB", help="logdirs, as patterns; NAME labels the curve")
     parser.add_argument("--out", default="scores", help="writes OUT.png and OUT.csv (default: scores)")
     parser.add_argument("--bin", type=int, default=0, help="environment steps of a bin; 0 for those of the published")
-    args = parser.parse_args(argv)
     try:
+        args = parser.parse_args(argv)
         if args.bin < 0:
             raise UserError(f"--bin: expected at least 0, got {args.bin}")
         import_extras()

@@ -21,7 +21,6 @@ updates then run on random steps of these spaces, several batches in turn, out o
 - `--compare` times both settings in this process in turns, so that both meet the same weather.
 """
 
-import argparse
 import itertools
 import json
 import pathlib
@@ -34,16 +33,12 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
+from benchmarks.pages import Parser
 from benchmarks.timing import THREADS, WARMUP, Subject, measure, profile, run_loop
 from config import CONFIGS, load_config
 from tools import UserError, atomic_write
 
 QUIET = {"logger": (), "log_level": "error", "script": "train", "eval_envs": 1}
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message)
 
 
 def main(argv=None):

@@ -30,20 +30,23 @@ def make(task: str, config, seed: int):
     except OSError as error:
         raise UserError(f"bsuite_{task} downloads its data, which failed: {one_line(error)}") from error
     _seed(env, np.random.RandomState([seed, int(number)]))
-    if seed == derive_seed(config.seed, MODES["train"], 0):
-        env = csv_logging.wrap_environment(env, task, str(_new_folder(pathlib.Path(config.logdir) / "bsuite")))
-    return ActionRepeat(BSuite(env), config.action_repeat)
+    first = seed == derive_seed(config.seed, MODES["train"], 0)
+    folder = pathlib.Path(config.logdir).expanduser() / "bsuite" if first else None
+    return ActionRepeat(BSuite(env, task, folder), config.action_repeat)
 
 
 class BSuite:
-    """One of the suite's environments, its array of numbers called `state`."""
+    """One of the suite's environments, its array of numbers called `state`; recorded below `folder` if there is one."""
 
-    def __init__(self, env):
-        self._env = env
+    def __init__(self, env, task, folder=None):
+        self._env, self._task, self._folder = env, task, folder
         self.obs_space = {"state": spaces.Box(-np.inf, np.inf, env.observation_spec().shape)}
         self.act_space = {"action": spaces.Discrete(env.action_spec().num_values)}
 
     def reset(self):
+        if self._folder:  # not before it is played: a run that is refused leaves nothing behind
+            self._env = csv_logging.wrap_environment(self._env, self._task, str(_new_folder(self._folder)))
+            self._folder = None
         return self._observe(self._env.reset())
 
     def step(self, action):

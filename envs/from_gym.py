@@ -26,6 +26,9 @@ REGISTERED_BY = {
     "BabyAI-": ("minigrid", "minigrid==3.2.0"),
 }
 
+PLAIN = spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary
+TAKEN = {*flags(), "deter", "stoch", "file"}  # keys beside those of the environment
+
 
 def make(task: str, config, seed: int):
     """The environment that Gymnasium registers as `task`. Raises UserError if it cannot be made."""
@@ -46,9 +49,9 @@ def make(task: str, config, seed: int):
         draws = draws and (not mujoco or choose_renderer())  # MuJoCo without OpenGL may end the process
         kwargs = {"render_mode": "rgb_array"} if draws else {}  # not every environment takes the argument
         env = gymnasium.make(name, disable_env_checker=True, **kwargs)
-    except (gymnasium.error.NameNotFound, gymnasium.error.VersionNotFound) as error:
-        raise unknown("gym task", name, gymnasium.registry) from error
     except (gymnasium.error.Error, ImportError) as error:
+        if isinstance(error, gymnasium.error.Error) and name not in gymnasium.registry:
+            raise unknown("gym task", name, gymnasium.registry) from error
         raise UserError(f"gym_{task} cannot be made: {one_line(error)}") from error
     env = FromGym(env, seed)
     if mujoco:
@@ -98,17 +101,21 @@ class FromGym:
         self._bare = "image" if is_image(env.observation_space) else "state"
         self.obs_space = _flatten(env.observation_space, env.observation_space, self._bare)
         self.act_space = _flatten(env.action_space, env.action_space, "action")
-        clash = self.obs_space.keys() & {*flags(), *self.act_space}
+        clash = {key for key in self.obs_space if is_taken(key) or key in (*self.act_space, "action")}
+        clash |= {key for key in self.act_space if is_taken(key)}
         if clash:
-            raise UserError(f"{self._name} must call its observations something else than {sorted(clash)}")
-        self._closed = False
+            raise UserError(f"{self._name} must call its observations and actions something else than {sorted(clash)}")
+        self._closed = self._checked = False
 
     def reset(self):
         result = self._env.reset(seed=self._seed)
         self._seed = None  # later episodes go on in the same stream
         if not (isinstance(result, tuple) and len(result) == 2):
             raise UserError(f"{self._name}.reset must return (observation, info), as Gymnasium has it")
-        return {**self._observe(result[0]), **flags(is_first=True)}
+        obs = self._observe(result[0])
+        if not self._checked:
+            self._check(obs)
+        return {**obs, **flags(is_first=True)}
 
     def step(self, action):
         result = self._env.step(_nest(self._env.action_space, action, "action"))
@@ -116,16 +123,19 @@ class FromGym:
             wanted = "(observation, reward, terminated, truncated, info)"
             raise UserError(f"{self._name}.step must return {wanted}, as Gymnasium has it")
         obs, reward, terminated, truncated, _ = result
-        ends = flags(reward, is_last=terminated or truncated, is_terminal=terminated)
+        ends = flags(np.asarray(reward).item(), is_last=terminated or truncated, is_terminal=terminated)
         return {**self._observe(obs), **ends}
 
     def render(self, size=None):  # drawn as large as the environment likes
         try:
             image = self._env.render()
-        except (gymnasium.error.Error, AttributeError, NotImplementedError) as error:
+        except Exception as error:  # a run goes on without its pictures
             raise UserError(f"{self._name} cannot be rendered: {one_line(error)}") from error
         if not isinstance(image, np.ndarray):
             raise UserError(f"{self._name} cannot be rendered: it has no render mode rgb_array")
+        if image.dtype != np.uint8 or image.ndim not in (2, 3):
+            found = f"{image.dtype} {image.shape}"
+            raise UserError(f"{self._name} cannot be rendered: expected uint8 (H, W, 3), got {found}")
         return image
 
     def close(self):
@@ -140,14 +150,32 @@ class FromGym:
     def _observe(self, obs):
         return _flatten(self._env.observation_space, obs, self._bare)
 
+    def _check(self, obs):
+        """Raises UserError if the first observation is not what its space promises."""
+        self._checked = True
+        for key, space in self.obs_space.items():
+            if isinstance(space, PLAIN) and np.shape(obs[key]) != space.shape:
+                found = f"shape {np.shape(obs[key])} where its space has {space.shape}"
+                raise UserError(f"{self._name}.reset gave the observation '{key}' in {found}")
+
+
+def is_taken(key):
+    """Whether a key means something else in a stored step or its file, or can name no folder."""
+    return key in TAKEN or key.startswith(("log_", "/")) or ".." in key.split("/")
+
 
 def _flatten(space, tree, bare, path=""):
-    """The leaves of a tree shaped like `space` (or of the space itself) as one dict."""
+    """The leaves of a tree shaped like `space` (or of the space itself) as one dict. Raises UserError if one lacks."""
     if not isinstance(space, (spaces.Dict, spaces.Tuple)):
         return {path or bare: tree}
     leaves = {}
     for name, below, child in _children(space, bare, path):
-        leaves |= _flatten(child, tree[name], bare, below)
+        try:
+            leaves |= _flatten(child, tree[name], bare, below)
+        except (KeyError, IndexError, TypeError):
+            raise UserError(
+                f"the observation '{below}' is in the environment's space and not in what it gives"
+            ) from None
     return leaves
 
 

@@ -26,8 +26,8 @@ def flags(reward=0.0, is_first=False, is_last=False, is_terminal=False) -> dict:
 
 
 def is_image(space: spaces.Space) -> bool:
-    """Whether a space is uint8 of shape (H, W) or (H, W, C) with 1, 3 or 4 channels."""
-    if not isinstance(space, spaces.Box) or space.dtype != np.uint8:
+    """Whether a space is uint8 up to 255, of shape (H, W) or (H, W, C) with 1, 3 or 4 channels."""
+    if not isinstance(space, spaces.Box) or space.dtype != np.uint8 or not (space.high == 255).all():
         return False
     return len(space.shape) == 2 or (len(space.shape) == 3 and space.shape[-1] in (1, 3, 4))
 
@@ -288,10 +288,11 @@ def _plain_action(key, space):
 
 
 def _unscale(space):
-    """From [-1, 1] to [low, high]; a dimension without both bounds is left as it is."""
-    bounded = np.isfinite(space.low) & np.isfinite(space.high)
-    low = np.where(bounded, space.low, -1).astype(np.float64).reshape(-1)
-    high = np.where(bounded, space.high, 1).astype(np.float64).reshape(-1)
+    """From [-1, 1] to [low, high]; a dimension without bounds is left as it is, one with a single bound is moved."""
+    low, high = (bound.astype(np.float64).reshape(-1) for bound in (space.low, space.high))
+    free = ~np.isfinite(low)
+    low = np.where(free, np.where(np.isfinite(high), high - 2, -1), low)
+    high = np.where(np.isfinite(high), high, low + 2)
     bounds = low, high, (low + high) / 2, (high - low) / 2
     low, high, middle, half = (bound.astype(space.dtype) for bound in bounds)
 

@@ -434,6 +434,7 @@ CUSTOM = """
         })
         action_space = spaces.Dict({
             "arm": spaces.Dict({"torque": spaces.Box(np.float32([0, -np.inf]), np.float32([10, np.inf]))}),
+            "half": spaces.Box(np.float32([5, -np.inf]), np.float32([np.inf, -5])),
             "keys": spaces.MultiDiscrete([2, 3]),
             "buttons": spaces.MultiBinary(2),
             "gear": spaces.Discrete(3, start=-1),
@@ -505,6 +506,50 @@ CUSTOM = """
         observation_space = spaces.Dict({"reward": spaces.Box(0, 1, (1,))})
 
 
+    class Filed(Duck):
+        observation_space = spaces.Dict({"file": spaces.Box(0, 1, (1,)), "log_price": spaces.Box(0, 1, (1,))})
+
+
+    class Acts(Duck):
+        observation_space = spaces.Dict({"action": spaces.Box(0, 1, (2,))})
+        action_space = spaces.Dict({"a": spaces.Discrete(2), "deter": spaces.Discrete(2)})
+
+
+    class Elsewhere(Duck):
+        observation_space = spaces.Dict({"../up": spaces.Box(0, 1, (1,))})
+
+
+    class Board(Duck):
+        observation_space = spaces.Box(0, 2, (8, 8), np.uint8)
+
+
+    class Short(Duck):
+        observation_space = spaces.Box(-1, 1, (4,))
+
+        def reset(self, seed=None):
+            return np.zeros(1, np.float32), {}
+
+
+    class Lacks(Duck):
+        observation_space = spaces.Dict({"x": spaces.Box(0, 1, (1,)), "y": spaces.Box(0, 1, (1,))})
+
+        def reset(self, seed=None):
+            return {"x": np.zeros(1)}, {}
+
+
+    class Draws(Duck):
+        def step(self, action):
+            return np.zeros((8, 8), np.uint8), np.array([2.5]), False, False, {}
+
+        def render(self):
+            raise ValueError("no display")
+
+
+    class Floats(Duck):
+        def render(self):
+            return np.zeros((8, 8, 3))
+
+
     class NoEnv:
         pass
 """
@@ -539,12 +584,14 @@ def test_every_space(custom):
 
     assert env.act_space == {
         "arm/torque": spaces.Box(-1, 1, (2,)),
+        "half": spaces.Box(-1, 1, (2,)),
         "keys": spaces.MultiDiscrete([2, 3]),
         "buttons": spaces.MultiDiscrete([2, 2]),
         "gear": spaces.Discrete(3),
     }
     action = {
         "arm/torque": np.float32([0.5, 0.5]),
+        "half": np.float32([-0.5, 0.5]),
         "keys": np.float32([0, 1, 0, 0, 1]),
         "buttons": np.float32([0, 1, 1, 0]),
         "gear": np.float32([1, 0, 0]),
@@ -552,6 +599,7 @@ def test_every_space(custom):
     env.step(action)
     native = sys.modules["my_envs"].Everything.action
     assert native["arm"]["torque"].tolist() == [7.5, 0.5]  # scaled where bounded, as it is where not
+    assert native["half"].tolist() == [5.5, -5.5]
     assert native["keys"].tolist() == [1, 2] and native["buttons"].tolist() == [1, 0] and native["gear"] == -1
     env.step({**action, "arm/torque": np.float32([-9, 9])})
     assert sys.modules["my_envs"].Everything.action["arm"]["torque"].tolist() == [0, 1]
@@ -582,6 +630,9 @@ def test_unsupported_space_may_be_left_out(custom):
         ("Speaks", "Text"),
         ("Told", "'mission'"),
         ("Clashes", "['reward']"),
+        ("Filed", "['file', 'log_price']"),
+        ("Acts", "['action', 'deter']"),
+        ("Elsewhere", "['../up']"),
         ("NoEnv", "observation_space"),
     ],
 )
@@ -594,6 +645,25 @@ def test_old_api_is_told_so(custom):
     env = make_env(custom("OldStep"), "train", 0)
     env.reset()
     assert "terminated, truncated" in one_line_error(env.step, LEFT)
+
+
+@pytest.mark.parametrize("name, hint", [("Short", "shape (1,) where its space has (4,)"), ("Lacks", "'y'")])
+def test_observations_that_break_their_space(custom, name, hint):
+    assert hint in one_line_error(make_env(custom(name), "train", 0).reset)
+
+
+def test_a_board_of_small_numbers_is_no_image(custom):
+    assert make_env(custom("Board"), "train", 0).obs_space["state"].shape == (64,)
+
+
+def test_pictures_that_cannot_be_had_are_one_line_and_a_reward_may_be_an_array(custom):
+    env = make_env(custom("Draws", size=(8, 8)), "train", 0)
+    env.reset()
+    assert float(env.step(LEFT)["reward"]) == 2.5
+    assert "no display" in one_line_error(env.render)
+    assert "expected uint8 (H, W, 3), got float64 (8, 8, 3)" in one_line_error(
+        make_env(custom("Floats"), "train", 0).render
+    )
 
 
 def test_module_that_is_not_there(custom):

@@ -82,6 +82,18 @@ def test_a_wrong_number_in_one_of_several_files_is_found(tmp_path, capsys):
     assert text.count("ABOVE") == 1 and str(wrong) in text
 
 
+@pytest.mark.parametrize("section, key, value", [("retnorm", "debias", True), (None, "imag_last", 3)])
+def test_what_a_file_asks_for_and_we_do_not_have_is_named(tmp_path, capsys, section, key, value):
+    path = ROOT / "tests" / "data" / "proprio.npz"
+    with np.load(path) as file:
+        data = {name: file[name] for name in file.files}
+    config = json.loads(str(data["config_json"]))
+    (config[section] if section else config)[key] = value
+    np.savez(tmp_path / "other.npz", **{**data, "config_json": json.dumps(config)})
+    assert golden.main([str(tmp_path / "other.npz")]) == 1
+    assert f"{key} is {value}: only" in capsys.readouterr().err
+
+
 def test_a_number_that_is_none_is_an_error():
     assert golden.error(torch.tensor([1.0, float("nan")]), torch.ones(2)) == float("inf")
     assert golden.error(torch.ones(3), torch.ones(2)) == float("inf")

@@ -44,6 +44,18 @@ def test_two_steps_by_hand():
     assert params["x"].item() == pytest.approx(0.9 + 0.1 * 0.13807, abs=1e-6)
 
 
+@pytest.mark.parametrize("size", [1e-15, 1e-17, 1e-18, 1e-19, 1e-30])
+def test_no_gradient_is_so_small_that_its_step_becomes_large(size):
+    torch.set_flush_denormal(True)
+    try:
+        params, opt = make({"x": [0.0]}, lr=0.1)
+        for _ in range(20):
+            step(params, opt, x=[size])
+        assert 0 <= -params["x"].item() <= 20 * 0.1 * 1.001
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def test_the_first_update_has_rate_zero_and_warm_up_is_linear():
     params, opt = make({"x": [1.0]}, lr=0.4, warmup=4)
     rates = []

@@ -347,6 +347,9 @@ BAD_FILES = {
     "length": (changed(state=np.zeros((8, 3), np.float32)), r"state has shape (8, 3) where (9, 3) was expected"),
     "no length": (changed(action=np.float32(0)), "action has shape ()"),
     "text array": (changed(action=np.array([["a", "b"]] * 9)), "action has type <U1"),
+    "channels first": (changed(image=np.zeros((9, 1, 2, 2), np.uint8)), "image has shape (9, 1, 2, 2)"),
+    "not finite": (changed(reward=np.array([0.0] * 8 + [np.nan])), "reward is not finite"),
+    "too large": (changed(state=np.full((9, 3), 1e300)), "state is not finite"),
     "float image": (changed(image=np.zeros((9, 2, 2, 1), np.float32)), "image has type float32"),
 }
 
@@ -449,6 +452,23 @@ def test_a_kill_loses_the_unfinished_episode_and_nothing_else(tmp_path):
         np.testing.assert_array_equal(deter, latent_of(number)[0] * (number >= 6))  # no step has another's latent
     play(again, writer, 100, [8])
     assert max(window[-1] for window in windows(again, 100, fresh=False)) == 107
+
+
+@pytest.mark.parametrize("streams, lengths", [(1, []), (2, []), (2, [10])])
+def test_a_kill_before_an_episode_ended_leaves_nothing_to_restore_in_its_stream(tmp_path, streams, lengths):
+    replay, writer = make_replay(streams=streams), EpisodeWriter(tmp_path, streams, 1000)
+    play(replay, writer, 0, lengths, unfinished=6)
+    saved = saved_and_loaded(replay, tmp_path / "replay.pt")
+    again = make_replay(streams=streams)
+    again.restore(saved, writer.paths(), no_warning)
+    assert len(again) == sum(lengths)
+
+
+def test_a_single_step_that_a_worker_left_behind_is_its_episodes_last():
+    replay = make_replay()
+    for step in [steps_of(make_episode(0, 5))[0], *steps_of(make_episode(10, 5))[:3]]:
+        replay.add(0, step, latent_of(0))
+    assert replay.streams[0].data["is_last"][:4].tolist() == [True, False, False, False]
 
 
 def test_files_newer_than_the_checkpoint_follow_with_latents_of_zero(tmp_path):

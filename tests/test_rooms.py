@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 OUTSIDE = {"tests", "benchmarks", "inference_video"}  # they stand above all rooms
 ROOMS = [
     {"tools", "scan", "capture"},
-    {"config", "logger", "machine", "envs", "episodes", "rings"},
+    {"config", "logger", "machine", "envs", "episodes", "rings", "videos"},
     {"distributions", "optim", "replay", "layers"},
     {"encoders", "networks"},
     {"models", "exploration", "planner"},

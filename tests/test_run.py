@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import dreamer
 import envs.dmc
+import envs.dummy
 from config import load_config
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -449,6 +451,16 @@ def test_a_checkpoint_without_its_latents_still_resumes(vector, tmp_path):
     assert checkpoint(tmp_path)["counters"]["updates"] == 12
 
 
+def test_a_checkpoint_with_damaged_latents_says_so_and_resumes(vector, tmp_path, capfd):
+    shutil.copytree(vector(), tmp_path, dirs_exist_ok=True)
+    path = tmp_path / checkpoint(tmp_path)["replay"]
+    path.write_bytes(path.read_bytes()[:300])
+    train(tmp_path, "--task dummy_vector --steps 84")
+    warnings = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
+    assert len(warnings) == 1 and str(path) in warnings[0]
+    assert checkpoint(tmp_path)["counters"]["updates"] == 11
+
+
 def test_a_damaged_episode_file_is_named_once_and_the_run_goes_on(vector, tmp_path, capfd):
     shutil.copytree(vector(), tmp_path, dirs_exist_ok=True)
     path = min((tmp_path / "train_eps").glob("*.npz"))
@@ -486,16 +498,52 @@ def test_a_non_finite_loss_ends_the_run_and_keeps_the_last_good_checkpoint(tmp_p
 
 
 @pytest.mark.parametrize("key, value", [("state", np.nan), ("state", np.inf), ("reward", np.nan)])
-def test_data_that_is_not_finite_is_caught_at_the_first_update(vector, tmp_path, capfd, key, value):
-    episode = episodes(vector() / "train_eps")[0]
-    episode[key][1:] = value
-    (tmp_path / "data").mkdir()
-    np.savez_compressed(tmp_path / "data" / "20200101T000000-bad-21.npz", **episode)
-    words = f"--task dummy_vector --steps 20 --script train_offline --offline_traindir {tmp_path / 'data'}"
-    assert dreamer.main(command(tmp_path / "run", words)) == 1
-    error = capfd.readouterr().err
-    assert f"{key}_loss" in error and "there is no checkpoint yet" in error
-    assert not (tmp_path / "run" / "latest.pt").exists()
+def test_an_environment_that_gives_what_is_not_finite_is_named(tmp_path, monkeypatch, capfd, key, value):
+    step = envs.dummy.Vector.step
+
+    def broken(env, action):
+        obs = step(env, action)
+        env.steps = getattr(env, "steps", 0) + 1
+        return obs | {key: obs[key] * np.float32(value)} if env.steps == 30 else obs
+
+    monkeypatch.setattr(envs.dummy.Vector, "step", broken)
+    assert dreamer.main(command(tmp_path, "--task dummy_vector --steps 60 --eval_every 0")) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert f"environment 0 at frame 30: {key} is not finite" in error
+    assert checkpoint(tmp_path)["counters"]["agent_steps"] == 30
+    assert all(np.isfinite(episode[key]).all() for episode in episodes(tmp_path / "train_eps"))
+
+
+@pytest.mark.parametrize("what", ["act", "render"])
+def test_what_an_environment_breaks_costs_no_data(tmp_path, monkeypatch, what):
+    def broken(*args):
+        raise ZeroDivisionError
+
+    words = "--task dummy_vector --steps 60 --eval_every 0 --save_every 0"
+    if what == "render":
+        monkeypatch.setattr(dreamer, "film", broken)
+        steps = 60
+    else:
+        step, count = envs.dummy.Vector.step, itertools.count(1)
+        monkeypatch.setattr(envs.dummy.Vector, "step", lambda *args: broken() if next(count) == 35 else step(*args))
+        steps = 34
+    with pytest.raises(ZeroDivisionError):
+        dreamer.main(command(tmp_path, words))
+    assert abs(checkpoint(tmp_path)["counters"]["agent_steps"] - steps) <= 1
+    assert sum(len(e["reward"]) - 1 for e in episodes(tmp_path / "train_eps")) >= steps - 1
+    monkeypatch.undo()
+    train(tmp_path, "--task dummy_vector --steps 64")
+
+
+def small_files():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
+
+
+def test_a_disk_that_takes_no_more_is_one_line(tmp_path):
+    code, error = run_alone(tmp_path / "run", "--task dummy_vector --steps 40 --eval_every 0", small_files)
+    assert code == 1 and "Traceback" not in error
+    assert "File too large; there is no checkpoint yet" in error
+    assert not list((tmp_path / "run").glob("*.tmp"))
 
 
 # ---------------------------------------------------------------------------
@@ -627,8 +675,25 @@ MISTAKES = {
     "--encoder.mults 2 0": "--encoder.mults: expected at least 1, got 0",
     "--dataset_size 8": "too few for windows of 9",
     "--dataset_size 1e12 --steps 1e12": "do not fit into",
-    "--script train_offline": "--offline_traindir",
-    "--offline_traindir /no/such/folder": "/no/such/folder",
+    "--script train_offline": "--offline_traindir or",
+    "--offline_traindir /no/such/folder": "--offline_traindir /no/such/folder: no such directory",
+    "--offline_traindir docs": "docs must hold 9 steps of this task",
+    "--task gym_CartPole": "did you mean 'CartPole-v1'?",
+    "--size 64": "--size: expected two numbers, got [64]",
+    "--size 64 64 3": "--size: expected two numbers",
+    "--encoder.mults ,": "--encoder.mults: expected at least one number",
+    "--train_ratio inf": "--train_ratio: expected a finite number, got inf",
+    "--opt.lr nan": "--opt.lr: expected a finite number, got nan",
+    "--return_norm.low 200": "--return_norm.low: expected 0 to 100, got 200",
+    "--return_norm.low 96": "--return_norm.low 96.0 is above --return_norm.high 95.0",
+    "--rssm.unimix -0.1": "--rssm.unimix: expected 0 to 1, got -0.1",
+    "--critic.slow_rate 7": "--critic.slow_rate: expected 0 to 1, got 7",
+    "--actor.min_std -1": "--actor.min_std: expected at least 0, got -1",
+    "--behavior cem --cem.candidates 20 --cem.elites 50": "--cem.elites 50 are more than --cem.candidates 20",
+    "--size 48 48 --decoder.mults 2 2 2 2 2": "must be a multiple of 32",
+    "--size 16 16 --encoder.cnn valid --encoder.kernel 4": "--encoder.cnn valid needs at least 46x46",
+    "--logdir=": "--logdir: expected a path",
+    "--configs bsuite debug --task bsuite_catch/0 --rssm.deter 33": "no multiple of --rssm.blocks",
     "--from_checkpoint /no/such/file.pt": "/no/such/file.pt cannot be loaded: no such file",
 }
 
@@ -665,13 +730,20 @@ def test_a_logdir_that_cannot_be_made_is_one_line(tmp_path, capfd):
     assert capfd.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("words", ["--rssm.deter 64", "--task dummy_discrete"])
-def test_a_logdir_of_another_agent_is_refused_unharmed(vector, tmp_path, capfd, words):
+@pytest.mark.parametrize(
+    "words, reason",
+    {
+        "--rssm.deter 64": "the checkpoint is of another agent",
+        "--task dummy_discrete": "has dummy_vector; give another --logdir",
+        "--action_repeat 2": "has 1; give another --logdir",
+    }.items(),
+)
+def test_a_logdir_of_another_agent_is_refused_unharmed(vector, tmp_path, capfd, words, reason):
     shutil.copytree(vector(), tmp_path, dirs_exist_ok=True)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert dreamer.main(command(tmp_path, f"--task dummy_vector --steps 90 {words}")) == 2
     error = capfd.readouterr().err
-    assert "the checkpoint is of another agent" in error and error.count("\n") == 1
+    assert reason in error and error.count("\n") == 1
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 

@@ -67,6 +67,14 @@ def test_every_goes_on_from_its_state():
     assert [other(19), other(20)] == [False, True]
 
 
+def test_every_waits_no_longer_than_its_period_when_that_was_shortened():
+    clock, other, never = Every(1000), Every(10), Every(0)
+    clock(17)
+    for resumed in (other, never):
+        resumed.load_state_dict(clock.state_dict())
+    assert [other(19), other(20), never(2000)] == [False, True, False]
+
+
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 1 / 3, 0.5, 1.0, 2.3])
 def test_ratio_is_exact_however_the_calls_fall(ratio):
     strides = random.Random(0).choices(range(5), k=999)
@@ -83,6 +91,14 @@ def test_ratio_goes_on_from_its_state():
     clock(100), clock(102)  # 0.8 of an update is owed
     other.load_state_dict(clock.state_dict())
     assert [other(103), other(105)] == [1, 1]
+
+
+@pytest.mark.parametrize("before, after", [(0.1, 2.0), (2.0, 0.1), (0.0, 1.0)])
+def test_another_ratio_counts_from_where_it_begins(before, after):
+    clock, other = Ratio(before), Ratio(after)
+    clock(0), clock(1000)
+    other.load_state_dict(clock.state_dict())
+    assert [other(1000), other(1010), other(1020)] == [0, int(10 * after), int(10 * after)]
 
 
 # ---------------------------------------------------------------------------
