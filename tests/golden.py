@@ -72,10 +72,6 @@ class Golden:
         with np.load(path) as file:
             self.data = {key: file[key] for key in file.files}
         self.json = json.loads(str(self.data["config_json"]))
-        for key in ("absolute", "imag_last", "ac_grads"):
-            assert not self.json.get(key), f"{key} is not supported"
-        assert all(self.json.get(key, True) for key in ("contdisc", "reward_grad", "repval_loss", "repval_grad"))
-        assert not any(self.json[part].get(key) for part in ("enc", "dec") for key in ("strided", "outer"))
         obs_space = {key: make_space(entry, self.classes(key)) for key, entry in self.json["obs_space"].items()}
         act_space = {key: make_space(entry, None) for key, entry in self.json["act_space"].items()}
         self.agent = Dreamer(obs_space, act_space, make_config(self.json))
@@ -183,7 +179,8 @@ def make_config(j):
         "decoder.blocks": j["dec"]["bspace"], "reward_head.bins": j["rewhead"]["bins"],
         "critic.bins": j["value"]["bins"], "critic.slow_rate": j["slowvalue"]["rate"],
         "critic.slow_every": j["slowvalue"]["every"], "critic.slow_reg": j["imag_loss"]["slowreg"],
-        "critic.slow_target": j["imag_loss"]["slowtar"], "encoder.symlog": j["enc"]["symlog"],
+        "critic.slow_target": j["imag_loss"].get("slowtar", False),
+        "encoder.symlog": j["enc"].get("symlog", True),
         "actor.min_std": j["policy"]["minstd"], "actor.max_std": j["policy"]["maxstd"],
         "actor.entropy": j["imag_loss"]["actent"],
         "actor.unimix": 0.0 if j["policy_dist_disc"] == "categorical" else j["policy"]["unimix"],
