@@ -41,6 +41,7 @@ from tools import (
     atomic_save,
     derive_seed,
     get_rng_state,
+    hold,
     seed_everything,
     set_rng_state,
 )
@@ -107,6 +108,7 @@ class Run:
 
     def build(self):
         config, path = self.config, self.logdir / "latest.pt"
+        held = self.hold_logdir()
         saved = load_checkpoint(path) if path.exists() else None
         self.envs = self.open_envs("train", config.envs, saved["counters"]["agent_steps"] if saved else 0)
         self.eval_envs = self.open_envs("eval", min(config.eval_envs, config.eval_episode_num))
@@ -148,6 +150,8 @@ class Run:
         try:
             self.logger = Logger(self.logdir, self.step, config.logger, config.to_dict())
             self.logdir.mkdir(parents=True, exist_ok=True)
+            if not held:  # it is new
+                self.hold_logdir()
             if config.script != "eval_only" or not (self.logdir / "config.yaml").exists():
                 config.save(self.logdir / "config.yaml")
             self.writer = EpisodeWriter(self.logdir / "train_eps", config.envs, config.dataset_size)
@@ -157,6 +161,13 @@ class Run:
         self.rates = Rates(fps=self.step, updates_per_second=self.updates)
         self.progress = Progress(config.steps, step=self.step, updates=self.updates)
         self.closing += [self.progress.close, self.logger.close]
+
+    def hold_logdir(self):
+        """Keep other runs from the logdir, if it is there; whether it is."""
+        if self.config.script == "eval_only" or not self.logdir.is_dir():
+            return False
+        self.closing.append(hold(self.logdir))
+        return True
 
     def open_envs(self, mode, count, behind=0):
         envs = make_envs(self.config, mode, count, behind)
@@ -218,8 +229,8 @@ class Run:
         self.stopped = number
 
     def close(self):
-        for close in reversed(self.closing):
-            close()
+        while self.closing:
+            self.closing.pop()()
 
     def train(self):
         """Act and learn in turns, so that each agent step is followed by its exact share of updates."""

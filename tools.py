@@ -1,5 +1,7 @@
 """Pure functions and small clocks that every other room uses."""
 
+import fcntl
+import functools
 import math
 import os
 import random
@@ -201,3 +203,19 @@ def atomic_save(path, state):
         atomic_write(path, lambda file: torch.save(state, file))
     except RuntimeError as error:  # torch finds its archive incomplete after a write that failed
         raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+
+
+def hold(directory):
+    """Lock a directory until the process ends, or until the function that is returned is called.
+
+    Raises UserError if it is held already. Where the file system knows no locks, nothing is held.
+    """
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(f"{directory}: another run is writing there") from None
+    except OSError:
+        pass
+    return functools.partial(os.close, handle)

@@ -634,8 +634,9 @@ def test_pretraining_needs_no_prefill_where_data_is_given(multi, tmp_path):
     assert checkpoint(tmp_path)["counters"]["updates"] == 3 + 5
 
 
-def test_eval_only_plays_the_agent_of_a_checkpoint(vector, tmp_path):
-    words = f"--task dummy_vector --script eval_only --eval_episode_num 3 --from_checkpoint {vector() / 'latest.pt'}"
+@pytest.mark.parametrize("file", ["latest.pt", ""])
+def test_eval_only_plays_the_agent_of_a_checkpoint(vector, tmp_path, file):
+    words = f"--task dummy_vector --script eval_only --eval_episode_num 3 --from_checkpoint {vector() / file}"
     run = dreamer.Run(load_config(command(tmp_path, words), dreamer.CONFIGS))
     assert not differ(run.agent.save(), checkpoint(vector())["agent"])
     assert run.main() == 0
@@ -745,6 +746,17 @@ def test_a_logdir_of_another_agent_is_refused_unharmed(vector, tmp_path, capfd, 
     error = capfd.readouterr().err
     assert reason in error and error.count("\n") == 1
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_two_runs_do_not_share_a_logdir(vector, tmp_path, capfd):
+    shutil.copytree(vector(), tmp_path, dirs_exist_ok=True)
+    release = dreamer.hold(tmp_path)
+    assert dreamer.main(command(tmp_path, "--task dummy_vector --steps 90")) == 2
+    error = capfd.readouterr().err
+    assert f"{tmp_path}: another run is writing there" in error and error.count("\n") == 1
+    release()
+    train(tmp_path, "--task dummy_vector --steps 81")
+    dreamer.hold(tmp_path)()  # it lets go at its end
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path, capfd):

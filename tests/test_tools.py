@@ -160,6 +160,14 @@ def test_atomic_write_shows_nothing_before_it_is_complete(tmp_path):
     assert path.read_bytes() == b"False"
 
 
+def test_a_directory_is_held_once(tmp_path):
+    release = tools.hold(tmp_path)
+    with pytest.raises(tools.UserError, match="another run is writing there"):
+        tools.hold(tmp_path)
+    release()
+    tools.hold(tmp_path)()
+
+
 def test_atomic_save_is_read_by_torch(tmp_path):
     atomic_save(tmp_path / "x.pt", {"x": torch.arange(3)})
     assert torch.load(tmp_path / "x.pt", weights_only=True)["x"].tolist() == [0, 1, 2]
