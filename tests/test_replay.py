@@ -2,13 +2,14 @@
 
 import re
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from episodes import EpisodeWriter, load_episode, save_episode
-from replay import Replay, resident
+from replay import Replay, longest, resident
 from tools import UserError
 
 LAYOUT = {
@@ -525,6 +526,13 @@ def test_what_does_not_fit_into_memory_is_refused_with_a_size_that_does():
     with pytest.raises(UserError, match=r"do not fit into .*: lower --dataset_size to at most \d+$") as caught:
         make_replay(layout=frames, capacity=10**12)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("width, steps", [(3, 2 * 510 + 12), (2000, 561 + 12)])
+def test_a_run_has_room_for_the_first_steps_of_its_episodes(width, steps):
+    # 500 + 10 actions: as many again where steps are small, a tenth more where they are large; two open windows
+    config = SimpleNamespace(steps=1000, action_repeat=2, prefill=10, envs=2, batch_length=4)
+    assert longest(config, {"state": ((width,), np.float32)}) == steps
 
 
 def test_a_capacity_below_one_window_is_refused():
