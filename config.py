@@ -193,7 +193,11 @@ def _parse(argv, keys):
             texts.append(words.pop(0))
         if not texts:
             raise UserError(f"--{name}: missing value")
-        flags |= _checked(keys, {name: keys[name].parse(texts)}, "--")
+        if name in OWN_FLAGS and "" in texts:
+            raise UserError(f"--{name}: missing value")
+        values = texts if name == "config" else keys[name].parse(texts)  # a file's name may have commas
+        checked = _checked(keys, {name: values}, "--")
+        flags |= {name: flags.get(name, ()) + checked[name]} if name in OWN_FLAGS else checked
     return flags
 
 
@@ -259,7 +263,7 @@ def _nodes(text):
 def _flatten(tree, prefix=""):
     """Yield the leaves of a nested mapping as (dotted name, value)."""
     for name, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             yield from _flatten(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
@@ -270,7 +274,13 @@ def _checked(keys, tree, where):
     if not isinstance(tree, dict):
         raise UserError(f"{where}expected a mapping of keys to values")
     checked = {}
-    for name, value in _flatten(tree):
+    try:
+        leaves = list(_flatten(tree))
+    except RecursionError:
+        raise UserError(f"{where}nested without an end") from None
+    for name, value in leaves:
+        if value == {} and any(key.startswith(f"{name}.") for key in keys):
+            continue  # an empty section
         if name not in keys:
             raise _unknown("key", name, keys, where)
         if name in checked:

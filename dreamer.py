@@ -109,7 +109,8 @@ class Run:
     def build(self):
         config, path = self.config, self.logdir / "latest.pt"
         held = self.hold_logdir()
-        saved = load_checkpoint(path) if path.exists() else None
+        other = config.script == "eval_only" and config.from_checkpoint  # what is asked for, not what is there
+        saved = load_checkpoint(path) if path.exists() and not other else None
         self.envs = self.open_envs("train", config.envs, saved["counters"]["agent_steps"] if saved else 0)
         self.eval_envs = self.open_envs("eval", min(config.eval_envs, config.eval_episode_num))
         self.agent = Dreamer(
@@ -148,7 +149,8 @@ class Run:
         self.pretraining = self.ratio(0) if offline else 0  # no prefill: the clock starts at once
         self.restore(saved)  # before anything is written: it may find that nothing fits
         try:
-            self.logger = Logger(self.logdir, self.step, config.logger, config.to_dict())
+            reached = self.step if config.script != "eval_only" else 0  # it leaves the curves of a run alone
+            self.logger = Logger(self.logdir, reached, config.logger, config.to_dict())
             self.logdir.mkdir(parents=True, exist_ok=True)
             if not held:  # it is new
                 self.hold_logdir()
@@ -180,9 +182,13 @@ class Run:
 
     def capacity(self, layout):
         """Steps of the rings: those of the whole run and of offline_traindir if they are fewer than dataset_size."""
-        lengths = [length_of(path) for path in self.offline_paths()]
-        needed = longest(self.config, layout) + sum(lengths)
-        return min(self.config.dataset_size, needed) if all(lengths) else self.config.dataset_size
+        own, offline = ([length_of(path) for path in paths] for paths in (self.own_paths(), self.offline_paths()))
+        needed = max(longest(self.config, layout), sum(own)) + sum(offline)
+        return min(self.config.dataset_size, needed) if all(own + offline) else self.config.dataset_size
+
+    def own_paths(self):
+        """The episode files that the run has written, oldest first."""
+        return sorted((self.logdir / "train_eps").glob("*.npz"))
 
     def offline_paths(self):
         """The episode files of offline_traindir, oldest first."""
@@ -250,11 +256,12 @@ class Run:
         """Learn from the replay alone, as many updates as `steps` frames would bring."""
         self.pretrain()
         while self.running():
+            with self.kept():
+                if self.clocks["eval"](self.step):
+                    self.evaluate()
             self.agent_steps += self.config.envs
             for _ in range(self.ratio(self.agent_steps)):
                 self.update()
-            if self.clocks["eval"](self.step):
-                self.evaluate()
             self.housekeeping()
         self.finish()
 
@@ -292,9 +299,12 @@ class Run:
     def finish(self):
         """What remains when the last frame was seen, or a signal came."""
         self.log()
+        if not self.stopped:
+            self.clocks["eval"](self.step)  # what follows: a run that is extended does not evaluate here again
         self.keep()  # before anything that an environment could break
         if not self.stopped:
             self.evaluate()
+        if not self.stopped:
             self.record_video()
             self.say("info", f"curves: {sys.executable} -m tensorboard.main --logdir {self.logdir}")
 
@@ -456,8 +466,9 @@ class Run:
 
     def log(self):
         if self.agent_steps > self.config.prefill and not self.replay.ready():
-            length = self.config.batch_length
-            self.say("warning", f"nothing is learned before an episode is as long as --batch_length {length}")
+            what = "an episode" if self.config.replay_window.startswith("episode") else "what an environment gave"
+            need = f"--batch_length {self.config.batch_length}"
+            self.say("warning", f"nothing is learned before {what} is as long as {need}, and a step more")
         self.metrics.drain()
         scalars = self.metrics.means()
         scalars |= {"updates": self.updates, "replay_steps": len(self.replay)}
@@ -493,7 +504,7 @@ class Run:
             self.agent.load(saved["agent"])
         warn = functools.partial(self.say, "warning")
         latents = load_latents(self.logdir / saved["replay"], warn) if saved else None
-        paths = [*self.offline_paths(), *sorted((self.logdir / "train_eps").glob("*.npz"))]
+        paths = [*self.offline_paths(), *self.own_paths()]
         self.replay.restore(latents, paths, warn)
         if (config.script == "train_offline" or config.offline_traindir) and not self.replay.ready():
             where = config.offline_traindir or f"--offline_traindir or {self.logdir / 'train_eps'}"

@@ -16,6 +16,7 @@ episode, {time}-{uuid}-{length}.npz, arrays of equal length, no pickles.
 import collections
 import datetime
 import pathlib
+import re
 import uuid
 
 import numpy as np
@@ -43,6 +44,8 @@ def step_layout(obs_space, act_spec):
 
 # ---------------------------------------------------------------------------
 # Episode files
+
+NAME = re.compile(r"\d{8}T\d{6}[^-]*-.+-([0-9]+)\.npz")
 
 
 def save_episode(directory, episode):
@@ -83,7 +86,10 @@ def load_episode(path, layout):
             raise ValueError(f"{key} has type {value.dtype} where {np.dtype(dtype)} was expected")
         if not finite(value):
             raise ValueError(f"{key} is not finite")
+        if np.dtype(dtype).kind == "i" and ((value < 0).any() or (value % 1).any()):
+            raise ValueError(f"{key} holds what is no class: 0, 1, 2, ...")
         episode[key] = value.reshape(length, *shape).astype(dtype)
+    episode["is_first"][0] = True
     episode["is_last"][-1] = True  # also where a run was stopped: what follows in a stream is another episode
     return episode
 
@@ -145,6 +151,6 @@ class EpisodeWriter:
 
 
 def length_of(path):
-    """The length in steps that a file's name states; 0 if it states none."""
-    tail = path.stem.rsplit("-", 1)[-1]
-    return int(tail) if tail.isdigit() else 0
+    """The length in steps that a file's name states; 0 if it is not of the form {time}-{uuid}-{length}.npz."""
+    match = NAME.fullmatch(path.name)
+    return int(match[1]) if match else 0

@@ -178,16 +178,23 @@ class Replay:
         """
         rest = {path.name: path for path in paths}
         known = saved["streams"] if saved else []
-        for index, stream in enumerate(known):
-            index %= len(self.streams)
-            if len(known) == len(self.streams):  # else several go into one, at positions of its own
-                first = sum(length for _, length in stream["episodes"])
-                self.streams[index].rewind(stream["stop"] - first)
-            for (name, length), *latent in latents_by_episode(stream):
-                episode = self.read(rest.pop(name, None), warn)
-                if episode and len(episode["reward"]) == length:
-                    self.extend(index, name, episode, latent)
-        if len(known) == len(self.streams):
+        same = len(known) == len(self.streams)  # else each episode goes where there is room for it
+        if same:
+            for stream, old in zip(self.streams, known, strict=True):
+                stream.rewind(old["stop"] - sum(length for _, length in old["episodes"]))
+        pieces = [(index, *piece) for index, stream in enumerate(known) for piece in latents_by_episode(stream)]
+        if not same:
+            pieces.sort(key=lambda piece: piece[1])  # the oldest first, which may be overwritten
+        gone = 0
+        for index, (name, length), *latent in pieces:
+            path = rest.pop(name, None)
+            gone += path is None
+            episode = self.read(path, warn)
+            if episode and len(episode["reward"]) == length:
+                self.extend(index if same else self.emptiest(), name, episode, latent)
+        if gone:
+            warn(f"{gone} of the replay's episode files are not there any more")
+        if same:
             self.fresh.extend(map(tuple, saved["fresh"]))
             self.queued = [min(old, s.stop) for old, s in zip(saved["queued"], self.streams, strict=True)]
             self.rng.bit_generator.state = saved["rng"]
@@ -202,7 +209,11 @@ class Replay:
                 episodes.append((path.name, episode))
                 room -= len(episode["reward"])
         for name, episode in reversed(episodes):
-            self.extend(min(range(len(self.streams)), key=lambda i: len(self.streams[i])), name, episode)
+            self.extend(self.emptiest(), name, episode)
+
+    def emptiest(self):
+        """The stream that holds least."""
+        return min(range(len(self.streams)), key=lambda index: len(self.streams[index]))
 
     def read(self, path, warn):
         """The episode of a file, or None with a warning."""

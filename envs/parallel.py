@@ -36,7 +36,8 @@ STEP, RESET, RENDER = b"s", b"r", b"p"
 DONE, MESSAGE = b"d", b"m"
 START = 600  # seconds to make an environment, unless even a step may take longer
 CLOSE = 5  # seconds to close it
-TRIES = 3  # restarts of an environment without one step in between
+TRIES = 3  # restarts of an environment that neither ends an episode nor lasts in between
+LASTS = 1000  # steps
 
 
 class Failure(Exception):
@@ -71,7 +72,8 @@ class Envs:
         self.events = []
         self._kind, self._makers, self._timeout = kind, makers, timeout
         self._restarts = [0] * len(makers)
-        self._tries = [0] * len(makers)  # restarts since the last step
+        self._tries = [0] * len(makers)  # restarts since it last did well
+        self._lasted = [0] * len(makers)  # steps since then or the last restart
         self._handles = []
         self._under_way = False
         self._file = _anonymous_file()
@@ -125,7 +127,9 @@ class Envs:
             raise RuntimeError("nothing to receive: no step was sent")
         logs, failures = self._answers(range(len(self)), self._timeout)
         for index in logs:
-            self._tries[index] = 0
+            self._lasted[index] += 1
+            if self._observations["is_last"][index] or self._lasted[index] >= LASTS:
+                self._tries[index] = self._lasted[index] = 0
         while failures:
             answers, failures = self._restart(failures)
             logs |= answers
@@ -184,6 +188,7 @@ class Envs:
             if self._tries[index] == TRIES:
                 raise _fatal(index, failure)
             self._tries[index] += 1
+            self._lasted[index] = 0
             self._restarts[index] += 1
             self.events.append(f"environment {index} was restarted: it {failure}")
             handle = self._handles[index] = self._kind(self._makers[index], self._restarts[index])

@@ -235,6 +235,15 @@ def test_a_preset_nobody_asked_for_is_checked(path, preset, parts):
     assert str(path) in message and all(part in message for part in parts), message
 
 
+def test_repeated_presets_and_files_all_count(load, tmp_path):
+    for name, text in {"a,b.yaml": "envs: 3\nactor: {}", "c.yaml": "batch_size: 4"}.items():
+        (tmp_path / name).write_text(text)
+    words = ["--configs", "debug", "--config", str(tmp_path / "a,b.yaml"), "--configs", "vision"]
+    config = load([*words, "--config", str(tmp_path / "c.yaml")])
+    assert (config.steps, config.envs, config.batch_size, config.actor.layers, config.lr) == (100, 3, 4, 5, 1.0)
+    assert error(load, "--config=") == "--config: missing value"
+
+
 def test_bad_files_are_refused(load, tmp_path):
     file = tmp_path / "run.yaml"
     assert "run.yaml: No such file" in error(load, f"--config {file}")
@@ -248,6 +257,8 @@ def test_bad_files_are_refused(load, tmp_path):
         ("step: 1e8\n", "run.yaml: step: unknown key, did you mean steps?"),
         ("envs: 2.5\n", "run.yaml: envs: expected a whole number, got 2.5"),
         ("precision: 17\n", "run.yaml: precision: expected one of 16, 32"),
+        ("actr: {}\n", "run.yaml: actr: unknown key"),
+        ("actor: &a {b: *a}\n", "run.yaml: nested without an end"),
     ]:
         file.write_text(content)
         assert part in error(load, f"--config {file}"), content

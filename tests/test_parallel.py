@@ -132,6 +132,15 @@ class Fragile(Odd):
         super().__init__()
 
 
+class Brief(Odd):
+    """Breaks at the third step of every episode."""
+
+    def step(self, action):
+        if self._steps == 2:
+            raise ConnectionError("again")
+        return super().step(action)
+
+
 def refuse(restart):
     raise UserError("this environment\nneeds a package")
 
@@ -293,6 +302,17 @@ def test_a_worker_that_fails_over_and_over_ends_the_run(monkeypatch):
     ]
     envs.close()
     assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_fails_in_every_episode_ends_the_run(monkeypatch):
+    monkeypatch.setattr("envs.parallel.TRIES", 2)
+    envs = Envs(Worker, [Brief])
+    envs.reset()
+    with pytest.raises(RuntimeError, match=r"(?s)environment 0 raised ConnectionError: again\nTraceback"):
+        for _ in range(20):
+            envs.step(actions(FINE))
+    assert envs.restarts == 2
+    envs.close()
 
 
 def test_a_worker_that_cannot_start_ends_the_run(monkeypatch):

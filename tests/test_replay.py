@@ -1,5 +1,6 @@
 """Episode files and the replay, on steps whose every entry says which step it is."""
 
+import pathlib
 import re
 import zipfile
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from episodes import EpisodeWriter, load_episode, save_episode
+from episodes import EpisodeWriter, length_of, load_episode, save_episode
 from replay import Replay, longest, resident
 from tools import UserError
 
@@ -489,8 +490,9 @@ def test_a_file_that_is_gone_is_left_out(tmp_path):
     play(replay, writer, 0, [10, 10, 10])
     saved = saved_and_loaded(replay, tmp_path / "replay.pt")
     writer.paths()[1].unlink()
-    again = make_replay()
-    again.restore(saved, writer.paths(), no_warning)
+    again, warnings = make_replay(), []
+    again.restore(saved, writer.paths(), warnings.append)
+    assert warnings == ["1 of the replay's episode files are not there any more"]
     batch, _ = again.sample(40)
     assert len(again) == 20 and not np.isin(batch["reward"], np.arange(10, 20)).any()
     np.testing.assert_array_equal(batch["deter"][..., 0], batch["reward"] / 4)
@@ -506,6 +508,14 @@ def test_another_number_of_environments_keeps_all_steps(tmp_path, streams):
     assert len(again) == 60
     steps = [stream.data["reward"][: len(stream)] for stream in again.streams]
     np.testing.assert_array_equal(np.sort(np.concatenate(steps)), np.arange(60))
+
+
+def test_more_environments_share_the_steps_of_one(tmp_path):
+    replay, writer = make_replay(capacity=80), EpisodeWriter(tmp_path, 1, 1000)
+    play(replay, writer, 0, [10] * 6)
+    again = make_replay(streams=4, capacity=80)  # 20 steps each
+    again.restore(saved_and_loaded(replay, tmp_path / "replay.pt"), writer.paths(), no_warning)
+    assert sorted(len(stream) for stream in again.streams) == [10, 10, 20, 20]
 
 
 def test_the_newest_files_are_loaded_when_there_are_too_many(tmp_path):
@@ -526,6 +536,32 @@ def test_what_does_not_fit_into_memory_is_refused_with_a_size_that_does():
     with pytest.raises(UserError, match=r"do not fit into .*: lower --dataset_size to at most \d+$") as caught:
         make_replay(layout=frames, capacity=10**12)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name, length",
+    {
+        "20200101T000000F123456-5d0c-501.npz": 501,
+        "20200101T000000-5d0c-501.npz": 501,
+        "ep-007.npz": 0,
+        "ep-².npz": 0,
+        "20200101T000000-5d0c-².npz": 0,
+        "episode.npz": 0,
+    }.items(),
+)
+def test_a_length_is_read_from_names_of_one_form_only(name, length):
+    assert length_of(pathlib.Path(name)) == length
+
+
+@pytest.mark.parametrize("phase", [[0.5] * 9, [-1] * 9])
+def test_what_is_no_class_is_refused_and_a_file_begins_an_episode(tmp_path, phase):
+    layout = {"phase": ((), np.int32), **dict.fromkeys(("is_first", "is_last", "is_terminal"), ((), bool))}
+    layout |= {"reward": ((), np.float32)}
+    np.savez(tmp_path / "a.npz", reward=np.zeros(9), phase=np.array(phase))
+    with pytest.raises(ValueError, match="phase holds what is no class"):
+        load_episode(tmp_path / "a.npz", layout)
+    np.savez(tmp_path / "b.npz", reward=np.zeros(9), phase=np.arange(9.0), is_first=np.zeros(9, bool))
+    assert load_episode(tmp_path / "b.npz", layout)["is_first"].tolist() == [True] + [False] * 8
 
 
 @pytest.mark.parametrize("width, steps", [(3, 2 * 510 + 12), (2000, 561 + 12)])

@@ -646,6 +646,21 @@ def test_eval_only_plays_the_agent_of_a_checkpoint(vector, tmp_path, file):
     assert not (tmp_path / "latest.pt").exists() and not list((tmp_path / "train_eps").iterdir())
 
 
+def test_eval_only_plays_what_is_asked_for_and_not_what_is_there(vector, tmp_path, capfd):
+    train(tmp_path / "there", "--task dummy_vector --steps 20 --eval_every 0")
+    train(tmp_path / "there", f"--task dummy_vector --script eval_only --from_checkpoint {vector()}")
+    assert f"step {checkpoint(vector())['counters']['agent_steps']}: eval_return" in capfd.readouterr().err
+
+
+def test_a_runs_own_episodes_are_all_learned_from_offline(vector, tmp_path):
+    shutil.copytree(vector() / "train_eps", tmp_path / "train_eps")
+    steps = sum(len(episode["reward"]) for episode in episodes(tmp_path / "train_eps"))
+    train(tmp_path, "--task dummy_vector --steps 2 --script train_offline --eval_every 2")
+    held = [entry["replay_steps"] for entry in lines(tmp_path / "metrics.jsonl") if "replay_steps" in entry]
+    assert held == [steps] * len(held) and held
+    assert [score["step"] for score in scores(tmp_path, "eval")] == [2, 2]  # of one evaluation
+
+
 # ---------------------------------------------------------------------------
 # Mistakes of the user
 
