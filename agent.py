@@ -360,8 +360,8 @@ def check_sizes(spec, config):
             raise UserError(f"image {key} is {shape[0]}x{shape[1]}: --decoder.cnn valid needs 64x64 and 4 mults")
         if shape[0] % factor or shape[1] % factor:
             raise UserError(f"image {key} is {shape[0]}x{shape[1]}: --size must be a multiple of {factor}")
-        if config.encoder.cnn == "valid" and min(shape[:2]) < least_size(config.encoder):
-            least = least_size(config.encoder)
+        least = least_size(config.encoder) if config.encoder.cnn == "valid" else 0
+        if min(shape[:2]) < least:
             raise UserError(f"image {key} is {shape[0]}x{shape[1]}: --encoder.cnn valid needs at least {least}x{least}")
     rssm, decoder = config.rssm, config.decoder
     if rssm.latent != "onehot" and config.replay_context:

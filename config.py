@@ -191,9 +191,7 @@ def _parse(argv, keys):
         several = isinstance(keys[name].default, tuple)
         while words and not equals and not FLAG.match(words[0]) and (several or not texts):
             texts.append(words.pop(0))
-        if not texts:
-            raise UserError(f"--{name}: missing value")
-        if name in OWN_FLAGS and "" in texts:
+        if not texts or (name in OWN_FLAGS and "" in texts):
             raise UserError(f"--{name}: missing value")
         values = texts if name == "config" else keys[name].parse(texts)  # a file's name may have commas
         checked = _checked(keys, {name: values}, "--")

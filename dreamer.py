@@ -32,7 +32,7 @@ from episodes import EpisodeWriter, finite, length_of, step_layout, stored_step
 from exploration import Random
 from logger import Logger, Metrics, NonFiniteLoss, Progress
 from machine import check_compiler, choose_device, choose_dtype, prepare_cpu
-from replay import Replay, longest, resident
+from replay import Replay, resident, room_for_run
 from tools import (
     Every,
     Rates,
@@ -183,7 +183,7 @@ class Run:
     def capacity(self, layout):
         """Steps of the rings: those of the whole run and of offline_traindir if they are fewer than dataset_size."""
         own, offline = ([length_of(path) for path in paths] for paths in (self.own_paths(), self.offline_paths()))
-        needed = max(longest(self.config, layout), sum(own)) + sum(offline)
+        needed = max(room_for_run(self.config, layout), sum(own)) + sum(offline)
         return min(self.config.dataset_size, needed) if all(own + offline) else self.config.dataset_size
 
     def own_paths(self):
@@ -433,8 +433,9 @@ class Run:
         if self.replay.ready():
             batch, _ = self.replay.sample(min(6, self.config.batch_size), fresh=False)
             for key, video in self.agent.open_loop(*self.agent.batch(batch)).items():
-                self.logger.video(f"openloop/{key}", visible(video, stack), self.step, fps=10)
-                write_gif(self.logdir / "openloop" / key / f"{self.step:09d}.gif", visible(video, stack), fps=10)
+                video = visible(video, stack)
+                self.logger.video(f"openloop/{key}", video, self.step, fps=10)
+                write_gif(self.logdir / "openloop" / key / f"{self.step:09d}.gif", video, fps=10)
         self.logger.scalars({"video_seconds": time.monotonic() - start}, self.step)
 
     @keeps_generators

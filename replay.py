@@ -11,7 +11,7 @@ from episodes import load_episode
 from rings import Mirror, Stream
 from tools import UserError
 
-SMALL_STEP = 4096  # bytes
+SMALL_STEP = 4096  # bytes of a step below which memory is cheap; see room_for_run
 
 
 class Replay:
@@ -149,6 +149,7 @@ class Replay:
         self.end_episode(index)
 
     def end_episode(self, index):
+        """Note that the newest step of stream `index` is its episode's last."""
         self.streams[index].end_episode()
         if self.mirror:
             self.mirror.end_episode(index)
@@ -242,7 +243,7 @@ def latents_by_episode(stream):
     return zip(stream["episodes"], *latents, strict=True)
 
 
-def longest(config, layout):
+def room_for_run(config, layout):
     """Steps that the whole run of a configuration may add to a replay.
 
     An episode has a step more than it has actions. Room for a tenth more is enough for all but the shortest, room for

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from episodes import EpisodeWriter, length_of, load_episode, save_episode
-from replay import Replay, longest, resident
+from replay import Replay, resident, room_for_run
 from tools import UserError
 
 LAYOUT = {
@@ -568,7 +568,7 @@ def test_what_is_no_class_is_refused_and_a_file_begins_an_episode(tmp_path, phas
 def test_a_run_has_room_for_the_first_steps_of_its_episodes(width, steps):
     # 500 + 10 actions: as many again where steps are small, a tenth more where they are large; two open windows
     config = SimpleNamespace(steps=1000, action_repeat=2, prefill=10, envs=2, batch_length=4)
-    assert longest(config, {"state": ((width,), np.float32)}) == steps
+    assert room_for_run(config, {"state": ((width,), np.float32)}) == steps
 
 
 def test_a_capacity_below_one_window_is_refused():

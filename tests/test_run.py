@@ -535,6 +535,18 @@ def test_what_an_environment_breaks_costs_no_data(tmp_path, monkeypatch, what):
     train(tmp_path, "--task dummy_vector --steps 64")
 
 
+def test_an_evaluation_that_breaks_costs_no_updates_of_an_offline_run(vector, tmp_path, monkeypatch):
+    def broken(*args):
+        raise ZeroDivisionError
+
+    shutil.copytree(vector() / "train_eps", tmp_path / "train_eps")
+    monkeypatch.setattr(envs.dummy.Vector, "step", broken)
+    words = "--task dummy_vector --steps 40 --script train_offline --eval_every 20 --save_every 0"
+    with pytest.raises(ZeroDivisionError):
+        dreamer.main(command(tmp_path, words))
+    assert checkpoint(tmp_path)["counters"]["updates"] > 0
+
+
 def small_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
 
