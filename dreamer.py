@@ -17,22 +17,11 @@ import time
 import numpy as np
 import torch
 
-from agent import Dreamer
-from checkpoint import (  # noqa: F401 (load_agent is for users)
-    SAME,
-    check_same,
-    checkpoint_file,
-    load_agent,
-    load_checkpoint,
-    load_latents,
-)
-from config import CONFIGS, load_config
+from agents.dreamer import Dreamer
 from envs import make_envs
-from episodes import EpisodeWriter, finite, length_of, step_layout, stored_step
 from exploration import Random
-from logger import Logger, Metrics, NonFiniteLoss, Progress
-from machine import check_compiler, choose_device, choose_dtype, prepare_cpu
-from replay import Replay, resident, room_for_run
+from replay.episodes import EpisodeWriter, finite, length_of, step_layout, stored_step
+from replay.sampling import Replay, resident, room_for_run
 from tools import (
     Every,
     Rates,
@@ -45,7 +34,18 @@ from tools import (
     seed_everything,
     set_rng_state,
 )
-from videos import film, visible, write_gif, write_mp4
+from training.checkpoint import (  # noqa: F401 (load_agent is for users)
+    SAME,
+    check_same,
+    checkpoint_file,
+    load_agent,
+    load_checkpoint,
+    load_latents,
+)
+from training.config import CONFIGS, load_config
+from training.logger import Logger, Metrics, NonFiniteLoss, Progress
+from training.machine import check_compiler, choose_device, choose_dtype, prepare_cpu
+from training.videos import film, visible, write_gif, write_mp4
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # a disk that takes no more
 LEVELS = ("debug", "info", "warning", "error")

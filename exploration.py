@@ -4,7 +4,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from layers import MLP, Linear, Style
+from ops.layers import MLP, Linear, Style
 
 
 class Random:

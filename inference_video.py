@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from agent import Dreamer
-from agent import act_spec as spec_of_actions
-from checkpoint import checkpoint_file, load_checkpoint
-from config import CONFIGS, load_config
+from agents.dreamer import Dreamer
 from envs import make_env
 from exploration import Random
-from machine import choose_device, choose_dtype, prepare_cpu
+from specs import act_spec as spec_of_actions
 from tools import UserError, atomic_write, derive_seed, seed_everything
+from training.checkpoint import checkpoint_file, load_checkpoint
+from training.config import CONFIGS, load_config
+from training.machine import choose_device, choose_dtype, prepare_cpu
 
 FORMATS = {"mp4": ["mp4"], "gif": ["gif"], "both": ["mp4", "gif"]}
 SEEN, IMAGINED = (0, 114, 178), (230, 159, 0)  # borders: a blue and an orange that the colour-blind tell apart

@@ -6,11 +6,64 @@ import copy
 import torch
 import torch.nn as nn
 
-import distributions as dists
-from encoders import MultiDecoder, MultiEncoder
-from layers import Style
+import ops.distributions as dists
+from modalities.image.nets import IMAGE_DISTS, ImageDecoder, ImageEncoder, TransposedDecoder
+from modalities.vector.nets import VECTOR_DISTS, VectorDecoder, VectorEncoder
 from networks import CELLS, LATENTS, RSSM, Actor, Head, State, feature, scalar_head
-from tools import lambda_return
+from ops.layers import DREAMERV3, Style
+from ops.math import lambda_return
+
+
+class MultiEncoder(nn.Module):
+    """Any mix of vectors and images -> embedding [vectors, images] (..., size)."""
+
+    def __init__(self, spec, config, style=DREAMERV3, cnn_style=DREAMERV3):
+        super().__init__()
+        self.parts = nn.ModuleDict()
+        if spec.vectors:
+            self.parts["vector"] = VectorEncoder(spec.vectors, spec.classes, config, style)
+        if spec.images:
+            self.parts["image"] = ImageEncoder(spec.images, config, cnn_style)
+        self.size = sum(part.size for part in self.parts.values())
+
+    def forward(self, obs, dtype):
+        """{key: (B, T, ...)} -> (B, T, size) in the compute dtype."""
+        lead = next(iter(obs.values())).shape[:2]
+        flat = {key: value.flatten(0, 1) for key, value in obs.items()}
+        assert all(value.shape[:2] == lead for value in obs.values()), {k: v.shape for k, v in obs.items()}
+        return torch.cat([part(flat, dtype) for part in self.parts.values()], -1).unflatten(0, lead)
+
+
+class MultiDecoder(nn.Module):
+    """State -> one distribution per observation key."""
+
+    def __init__(self, spec, deter, stoch, config, style=DREAMERV3, cnn_style=DREAMERV3):
+        super().__init__()
+        self.classes = spec.classes
+        self.image_dist, self.vector_dist = IMAGE_DISTS[config.image_dist], VECTOR_DISTS[config.vector_dist]
+        self.parts = nn.ModuleDict()
+        if spec.vectors:
+            self.parts["vector"] = VectorDecoder(spec.vectors, spec.classes, deter + stoch, config, style)
+        if spec.images:
+            kind = ImageDecoder if config.cnn == "pool" else TransposedDecoder
+            self.parts["image"] = kind(spec.images, deter, stoch, config, cnn_style)
+
+    def forward(self, state):
+        """State (B, T, ...) -> {key: distribution over (B, T, ...)}"""
+        lead = state.deter.shape[:2]
+        deter, stoch = state.deter.flatten(0, 1), state.stoch.flatten(2).flatten(0, 1)
+        outs = {}
+        for name, part in self.parts.items():
+            for key, out in part(deter, stoch).items():
+                outs[key] = self.distribution(name, key, out.unflatten(0, lead))
+        return outs
+
+    def distribution(self, part, key, out):
+        if part == "image":
+            return self.image_dist(out)
+        if key in self.classes:
+            return dists.Classes(out, self.classes[key])
+        return self.vector_dist(out)
 
 
 class WorldModel(nn.Module):

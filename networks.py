@@ -9,9 +9,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import distributions as dists
-from layers import DREAMERV3, MLP, BlockLinear, LayerNorm, Linear, Norm
-from scan import Scan, call_step
+import ops.distributions as dists
+from ops.layers import DREAMERV3, MLP, BlockLinear, LayerNorm, Linear, Norm
+from ops.scan import Scan, call_step
 
 # ---------------------------------------------------------------------------
 # Heads
@@ -62,17 +62,6 @@ def scalar_head(inputs, config, style=DREAMERV3):
       config: with dist, bins, layers, units, outscale.
     """
     return SCALARS[config.dist](inputs, config.bins, config.layers, config.units, config.outscale, style)
-
-
-class ActionSpec(NamedTuple):
-    """The action vector: {key: width} in sorted order, and {key: [k...]} for the discrete ones."""
-
-    widths: dict
-    classes: dict
-
-    @property
-    def size(self):
-        return sum(self.widths.values())
 
 
 CONTINUOUS = {

@@ -17,46 +17,6 @@ class UserError(Exception):
 
 
 # ---------------------------------------------------------------------------
-# Mathematics
-
-
-def symlog(x):
-    """sign(x) log(1 + |x|), elementwise (DreamerV3, section "Robust predictions")."""
-    return torch.sign(x) * torch.log1p(torch.abs(x))
-
-
-def symexp(x):
-    """The inverse of `symlog`: sign(x) (exp|x| - 1)."""
-    return torch.sign(x) * torch.expm1(torch.abs(x))
-
-
-def lambda_return(last, term, reward, boot, disc, lam):
-    """TD(lambda) returns of a sequence (DreamerV3, eq. 4, with resets).
-
-        ret[t] = reward[t+1] + live[t+1] * ((1 - cont[t+1]) * boot[t+1] + cont[t+1] * ret[t+1])
-        live = (1 - term) * disc,  cont = (1 - last) * lam,  ret[T-1] = boot[T-1]
-
-    Args:
-      last, term: (..., T) 1 where an episode ends for any reason / in a terminal state; fractions allowed.
-      reward, boot: (..., T) reward on arriving at t, value estimate of t.
-      disc, lam: discount and lambda, floats.
-    Returns: (..., T-1)
-    """
-    if not last.shape == term.shape == reward.shape == boot.shape:
-        raise ValueError(f"shapes differ: {last.shape} {term.shape} {reward.shape} {boot.shape}")
-    live = (1 - term.float())[..., 1:] * disc
-    cont = (1 - last.float())[..., 1:] * lam
-    base = reward[..., 1:] + live * (1 - cont) * boot[..., 1:]
-    decay = live * cont
-    ret = boot[..., -1]
-    rets = []
-    for t in reversed(range(base.shape[-1])):
-        ret = base[..., t] + decay[..., t] * ret
-        rets.append(ret)
-    return torch.stack(rets[::-1], -1)
-
-
-# ---------------------------------------------------------------------------
 # Clocks: each answers "now?" for a counter that only grows, and can be saved
 
 

@@ -26,7 +26,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from gymnasium import spaces
 
-from agent import act_spec
 from benchmarks.pages import Parser, all_cores, digits, machine, markdown, mean_and_error, put_between, write_between
 from benchmarks.races import (
     bare_pong,
@@ -44,6 +43,7 @@ from envs import SUITES, make_envs
 from envs.errors import one_line
 from envs.wrappers import is_image
 from exploration import Random
+from specs import act_spec
 from tools import UserError, atomic_write, derive_seed
 
 TASKS = (  # (presets, an example)

@@ -20,10 +20,10 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from benchmarks.pages import Parser, markdown, mean_and_error, put_between, write_between
-from config import CONFIGS, load_config
 from envs import make_env
 from envs.dummy import Maze
 from tools import UserError
+from training.config import CONFIGS, load_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

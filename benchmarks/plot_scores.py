@@ -38,8 +38,8 @@ from benchmarks.scores import (
     settings,
     warn,
 )
-from config import CONFIGS, yaml12
 from tools import UserError
+from training.config import CONFIGS, yaml12
 
 STEPS = "environment steps (action repeat counted)"
 RETURN, NORMALISED, CRAFTER = "return", "human-normalised return", "Crafter score (%)"

@@ -7,10 +7,10 @@ import time
 
 import numpy as np
 
-from agent import act_spec
-from config import CONFIGS, load_config
 from envs import make_env, make_envs
 from exploration import Random
+from specs import act_spec
+from training.config import CONFIGS, load_config
 
 # ---------------------------------------------------------------------------
 # Steps and their time

@@ -11,7 +11,7 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from replay import Replay
+from replay.sampling import Replay
 
 BATCH, LENGTH = 16, 64  # and one step of context
 EPISODE = 100  # steps

@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from config import yaml12
 from tools import UserError
+from training.config import yaml12
 
 DATA = pathlib.Path(__file__).resolve().parent / "data"
 ACHIEVEMENT = re.compile(r"(log[_/])?achievement_")  # keys of scores.jsonl that count a Crafter achievement

@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import dreamer
-from agent import Dreamer
+from agents.dreamer import Dreamer
 from benchmarks.pages import processor
 
 WARMUP = 3  # updates before those that count

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from gymnasium.spaces import Box, Discrete, MultiDiscrete
 
-import distributions as dists
-from agent import Dreamer
-from config import CONFIGS, load_config
+import ops.distributions as dists
+from agents.dreamer import Dreamer
 from networks import OneHotLatent, State, feature
 from tests.golden_math import compare_math
+from training.config import CONFIGS, load_config
 
 TOLERANCE = 1e-4
 PARTS = ("enc", "dec", "rewhead", "conhead", "policy", "value")  # networks in a file's configuration

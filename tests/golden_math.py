@@ -7,12 +7,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import distributions as dists
-import layers
 import models
 import networks
-from optim import LaProp
-from tools import lambda_return, symexp, symlog
+import ops.distributions as dists
+from ops import layers
+from ops.math import lambda_return, symexp, symlog
+from ops.optim import LaProp
 
 
 def compare_math(path):

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from gymnasium.spaces import Box, Discrete, MultiDiscrete
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from agent import Dreamer, act_spec, obs_spec
-from config import load_config
+from agents.dreamer import Dreamer
 from networks import feature
+from specs import act_spec, obs_spec
 from tools import UserError
+from training.config import load_config
 
 torch.set_num_threads(1)  # these networks are tiny: a second thread only waits for the first
 

@@ -13,10 +13,10 @@ from gymnasium import spaces
 
 from benchmarks import environments, pages, races
 from benchmarks.races import make_config
-from config import CONFIGS
 from envs import SUITES, make_env, make_envs
 from envs.wrappers import is_image
 from tests.test_envs import check_conformance, one_line_error
+from training.config import CONFIGS
 
 ROOT = CONFIGS.parent
 PAGE = "top <!-- speed:begin -->old <!-- speed:end -->\n<!-- random:begin --><!-- random:end -->\nbottom\n"

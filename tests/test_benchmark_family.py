@@ -3,7 +3,7 @@
 import json
 
 from benchmarks import family
-from config import CONFIGS, load_config
+from training.config import CONFIGS, load_config
 
 
 def give_run(logdir, evals=(), scores=()):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from capture import WARMUP, Captured
 from networks import State
+from ops.graphs import WARMUP, Captured
 from tests.test_agent import Watch, make_agent, make_batch, make_obs
 
 VERSIONS = {

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-import machine
 from tests.test_agent import make_batch, make_obs
 from tests.test_family import make_agent
 from tools import UserError
+from training import machine
 
 
 def update(agent, batch):

@@ -5,7 +5,7 @@ import pickle
 import pytest
 
 import tools
-from config import Config, help_text, load_config
+from training.config import Config, help_text, load_config
 
 YAML = """\
 defaults:  # what a run does unless told otherwise

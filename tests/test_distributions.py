@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import distributions as dists
-from distributions import BoundedNormal, Classes, Joint, MultiOneHot, OneHot, TwoHot, symexp_bins
-from tools import symexp
+import ops.distributions as dists
+from ops.distributions import BoundedNormal, Classes, Joint, MultiOneHot, OneHot, TwoHot, symexp_bins
+from ops.math import symexp
 
 
 def log(*probs):

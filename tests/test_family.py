@@ -13,11 +13,11 @@ import torch.nn as nn
 from gymnasium.spaces import Box
 
 import dreamer
-from agent import Dreamer
-from config import load_config
-from optim import Adams
+from agents.dreamer import Dreamer
+from ops.optim import Adams
 from tests.test_agent import CONFIGS, SPACES, make_batch, make_obs, parameters, shake
 from tools import Ratio, UserError
+from training.config import load_config
 
 VERSIONS = {
     "dreamerv3": [],

@@ -10,14 +10,15 @@ import pytest
 import torch
 import torch.nn as nn
 
-import distributions as dists
-from encoders import ImageEncoder, TransposedDecoder
+import ops.distributions as dists
+from behaviors.cem import CEM, search
 from exploration import perturb
-from layers import Conv2d, ConvTranspose2d, Style
+from modalities.image.nets import ImageEncoder, TransposedDecoder
 from models import CLIPS, WEIGHTS, ImagBehavior, kl_losses, quantize
-from networks import GRU, RSSM, ActionSpec, DenseGRU, GaussianLatent, NormGRU, OneHotLatent, State
-from planner import CEM, search
-from replay import Replay
+from networks import GRU, RSSM, DenseGRU, GaussianLatent, NormGRU, OneHotLatent, State
+from ops.layers import Conv2d, ConvTranspose2d, Style
+from replay.sampling import Replay
+from specs import ActionSpec
 from tests.test_agent import shake
 from tests.test_family import make_config
 from tests.test_replay import LAYOUT, make_episode, steps_of

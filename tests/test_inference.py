@@ -14,10 +14,10 @@ import torch
 
 import dreamer
 import inference_video
-from config import load_config
 from envs import make_env
 from inference_video import BORDER, IMAGINED, SEEN
 from tools import UserError
+from training.config import load_config
 
 
 class Blind(gymnasium.Env):

@@ -12,9 +12,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import logger as logger_module
-from logger import Logger, Progress
+import training.logger as logger_module
 from tools import UserError
+from training.logger import Logger, Progress
 
 
 def lines(path):
@@ -128,11 +128,11 @@ def test_scores_are_written_at_once(tmp_path):
 
 def test_scores_survive_a_kill(tmp_path):
     code = (
-        "import os, signal, sys; from logger import Logger; logger = Logger(sys.argv[1])\n"
+        "import os, signal, sys; from training.logger import Logger; logger = Logger(sys.argv[1])\n"
         "for step in range(3): logger.score(step, 'train', 1.0, 10)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
-    root = os.path.dirname(os.path.abspath(logger_module.__file__))
+    root = os.path.dirname(os.path.dirname(os.path.abspath(logger_module.__file__)))
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=root, check=False)
     assert done.returncode == -signal.SIGKILL
     assert [line["step"] for line in lines(tmp_path / "scores.jsonl")] == [0, 1, 2]

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from models import ImagBehavior, ReturnNorm, WorldModel, kl_losses
-from networks import ActionSpec, OneHotLatent, State
+from networks import OneHotLatent, State
+from specs import ActionSpec
 from tests.test_agent import make_agent, make_batch, make_config, shake
 
 H, N, D, S, K = 15, 4, 8, 2, 3

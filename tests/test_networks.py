@@ -2,12 +2,13 @@ import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
 
-from agent import Dreamer
-from config import load_config
-from encoders import MultiDecoder, MultiEncoder, ObsSpec
-from layers import BlockLinear, Conv2d, Linear, Norm
-from networks import RSSM, ActionSpec, Actor, BlockGRU, OneHotLatent, State, feature, scalar_head
+from agents.dreamer import Dreamer
+from models import MultiDecoder, MultiEncoder
+from networks import RSSM, Actor, BlockGRU, OneHotLatent, State, feature, scalar_head
+from ops.layers import BlockLinear, Conv2d, Linear, Norm
+from specs import ActionSpec, ObsSpec
 from tests.test_agent import CONFIGS, IMAGE, WALKER, make_config
+from training.config import load_config
 
 B, T, D, E, A, S, K = 3, 7, 12, 5, 2, 4, 3
 

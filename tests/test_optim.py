@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from optim import LaProp
+from ops.optim import LaProp
 
 
 def make(values, **options):

@@ -12,7 +12,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from benchmarks import plot_scores, scores
-from config import CONFIGS, load_config
+from training.config import CONFIGS, load_config
 
 BALANCE = "--configs dmc_proprio --task dmc_cartpole_balance"
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from episodes import EpisodeWriter, length_of, load_episode, save_episode
-from replay import Replay, resident, room_for_run
+from replay.episodes import EpisodeWriter, length_of, load_episode, save_episode
+from replay.sampling import Replay, resident, room_for_run
 from tools import UserError
 
 LAYOUT = {

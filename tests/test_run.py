@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import dreamer
 import envs.dmc
 import envs.dummy
-from config import load_config
+from training.config import load_config
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = "--size 16 16"  # of images, the least that the networks take

@@ -5,8 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import networks
-from layers import BlockLinear, Linear
-from scan import Scan, call_step, product
+from ops.layers import BlockLinear, Linear
+from ops.scan import Scan, call_step, product
 from tests.test_agent import make_agent, make_batch, shake
 
 VERSIONS = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import throughput, timing
-from layers import BlockLinear, Conv2d, Linear, MaxPool, Norm
+from ops.layers import BlockLinear, Conv2d, Linear, MaxPool, Norm
 
 DEBUG = "--configs debug --task dummy_vector"
 KEYS = {"ms_per_update", "updates_per_s", "compile_s", "flops", "peak_gflops", "mfu", "peak_memory_mb"}

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import tools
-from tools import Every, Ratio, atomic_save, atomic_write, derive_seed, lambda_return, symexp, symlog
+from ops.math import lambda_return, symexp, symlog
+from tools import Every, Ratio, atomic_save, atomic_write, derive_seed
 
 # ---------------------------------------------------------------------------
 # Mathematics

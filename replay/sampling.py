@@ -7,8 +7,8 @@ import os
 import numpy as np
 import torch
 
-from episodes import load_episode
-from rings import Mirror, Stream
+from replay.episodes import load_episode
+from replay.rings import Mirror, Stream
 from tools import UserError
 
 SMALL_STEP = 4096  # bytes of a step below which memory is cheap; see room_for_run

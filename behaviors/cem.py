@@ -3,8 +3,8 @@
 import torch
 import torch.nn as nn
 
-from distributions import one_hot
 from networks import feature
+from ops.distributions import one_hot
 
 
 class CEM(nn.Module):

@@ -4,12 +4,11 @@ import pathlib
 
 import torch
 
-from agent import Dreamer
-from config import CONFIGS, load_config
-from encoders import ObsSpec
-from machine import choose_device, choose_dtype
-from networks import ActionSpec
+from agents.dreamer import Dreamer
+from specs import ActionSpec, ObsSpec
 from tools import UserError
+from training.config import CONFIGS, load_config
+from training.machine import choose_device, choose_dtype
 
 SAME = ("task", "action_repeat")  # in all of a logdir's run
 

@@ -1,19 +1,17 @@
-"""Encoders and decoders: observations to embeddings, latent states to observations.
+"""Encoders and decoders of images.
 
-Letters: B batch, T time, N = B T, D deter, S groups x K classes stoch.
+Letters: N images, D deter, S groups x K classes stoch, H height, W width, C channels.
 """
 
 import itertools
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import distributions as dists
-from layers import DREAMERV3, MLP, BlockLinear, Conv2d, ConvTranspose2d, Linear, MaxPool, norm_act
-from tools import symlog
+import ops.distributions as dists
+from ops.layers import BlockLinear, Conv2d, ConvTranspose2d, Linear, MaxPool, norm_act
 
 
 class ImageEncoder(nn.Module):
@@ -45,55 +43,6 @@ class ImageEncoder(nn.Module):
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = norm(self.pool(conv(x)))
         return x.reshape(len(x), -1)
-
-
-class VectorEncoder(nn.Module):
-    """An MLP on all vectors: floats (through symlog), integers one-hot, joined in sorted order of the keys."""
-
-    def __init__(self, shapes, classes, config, style):
-        super().__init__()
-        self.keys = sorted(shapes)
-        self.classes = classes
-        self.squash = symlog if config.symlog else nn.Identity()
-        width = sum(sum(classes.get(key, [])) or shapes[key][0] for key in self.keys)
-        self.mlp = MLP(width, config.layers, config.units, style)
-        self.size = config.units
-
-    def forward(self, obs, dtype):
-        """{key: (N, n) float or (N, n) integer} -> (N, size)"""
-        parts = [
-            dists.one_hots(value, self.classes[key]) if key in self.classes else self.squash(value)
-            for key, value in ((key, obs[key].reshape(len(obs[key]), -1)) for key in self.keys)
-        ]
-        return self.mlp(torch.cat(parts, -1).to(dtype))
-
-
-class ObsSpec(NamedTuple):
-    """What the model sees, by key: image shapes (H, W, C), vector widths (n,), classes [k...] of integer vectors."""
-
-    images: dict
-    vectors: dict
-    classes: dict
-
-
-class MultiEncoder(nn.Module):
-    """Any mix of vectors and images -> embedding [vectors, images] (..., size)."""
-
-    def __init__(self, spec, config, style=DREAMERV3, cnn_style=DREAMERV3):
-        super().__init__()
-        self.parts = nn.ModuleDict()
-        if spec.vectors:
-            self.parts["vector"] = VectorEncoder(spec.vectors, spec.classes, config, style)
-        if spec.images:
-            self.parts["image"] = ImageEncoder(spec.images, config, cnn_style)
-        self.size = sum(part.size for part in self.parts.values())
-
-    def forward(self, obs, dtype):
-        """{key: (B, T, ...)} -> (B, T, size) in the compute dtype."""
-        lead = next(iter(obs.values())).shape[:2]
-        flat = {key: value.flatten(0, 1) for key, value in obs.items()}
-        assert all(value.shape[:2] == lead for value in obs.values()), {k: v.shape for k, v in obs.items()}
-        return torch.cat([part(flat, dtype) for part in self.parts.values()], -1).unflatten(0, lead)
 
 
 class ImageDecoder(nn.Module):
@@ -171,54 +120,4 @@ def split_channels(x, shapes):
     return dict(zip(shapes, x.split([shape[-1] for shape in shapes.values()], -1), strict=True))
 
 
-class VectorDecoder(nn.Module):
-    """Features -> vectors: one MLP, one linear output per key."""
-
-    def __init__(self, shapes, classes, inputs, config, style):
-        super().__init__()
-        self.classes = classes
-        self.mlp = MLP(inputs, config.layers, config.units, style)
-        self.keys = list(shapes)
-        widths = [sum(classes.get(key, [])) or shapes[key][0] for key in self.keys]
-        self.outs = nn.ModuleList(Linear(config.units, width, init=style.init) for width in widths)
-
-    def forward(self, deter, stoch):
-        """(N, D), (N, S K) -> {key: (N, width)}"""
-        x = self.mlp(torch.cat([stoch, deter], -1))
-        return {key: out(x) for key, out in zip(self.keys, self.outs, strict=True)}
-
-
 IMAGE_DISTS = {"mse": dists.ImageMSE, "normal": dists.ImageNormal}
-VECTOR_DISTS = {"symlog_mse": dists.SymlogMSE, "normal": dists.VectorNormal}
-
-
-class MultiDecoder(nn.Module):
-    """State -> one distribution per observation key."""
-
-    def __init__(self, spec, deter, stoch, config, style=DREAMERV3, cnn_style=DREAMERV3):
-        super().__init__()
-        self.classes = spec.classes
-        self.image_dist, self.vector_dist = IMAGE_DISTS[config.image_dist], VECTOR_DISTS[config.vector_dist]
-        self.parts = nn.ModuleDict()
-        if spec.vectors:
-            self.parts["vector"] = VectorDecoder(spec.vectors, spec.classes, deter + stoch, config, style)
-        if spec.images:
-            kind = ImageDecoder if config.cnn == "pool" else TransposedDecoder
-            self.parts["image"] = kind(spec.images, deter, stoch, config, cnn_style)
-
-    def forward(self, state):
-        """State (B, T, ...) -> {key: distribution over (B, T, ...)}"""
-        lead = state.deter.shape[:2]
-        deter, stoch = state.deter.flatten(0, 1), state.stoch.flatten(2).flatten(0, 1)
-        outs = {}
-        for name, part in self.parts.items():
-            for key, out in part(deter, stoch).items():
-                outs[key] = self.distribution(name, key, out.unflatten(0, lead))
-        return outs
-
-    def distribution(self, part, key, out):
-        if part == "image":
-            return self.image_dist(out)
-        if key in self.classes:
-            return dists.Classes(out, self.classes[key])
-        return self.vector_dist(out)

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from scan import product
+from ops.scan import product
 
 EPS = 1e-4  # added to the mean square in norms
 

@@ -2,49 +2,21 @@
 
 import functools
 
-import gymnasium
 import numpy as np
 import torch
 import torch.nn as nn
 
-from capture import Captured
-from distributions import one_hot
-from encoders import ObsSpec
+from behaviors.cem import CEM
 from exploration import Plan2Explore, perturb
 from models import ImagBehavior, WorldModel, behavior_metrics, frozen
-from networks import ActionSpec, State, feature
-from optim import Adams, LaProp
-from planner import CEM
+from networks import State, feature
+from ops.distributions import one_hot
+from ops.graphs import Captured
+from ops.optim import Adams, LaProp
+from specs import ActionSpec, ObsSpec, act_spec, obs_spec
 from tools import UserError
 
 MODES = ("mode", "sample", "noisy", "explore")  # of acting
-
-
-def obs_spec(space):
-    """{key: Gymnasium space} -> ObsSpec: uint8 boxes of three dimensions are images, all else vectors."""
-    images, vectors, classes = {}, {}, {}
-    for key, box in space.items():
-        if isinstance(box, gymnasium.spaces.Discrete):
-            vectors[key], classes[key] = (1,), [int(box.n)]
-        elif isinstance(box, gymnasium.spaces.MultiDiscrete):
-            vectors[key], classes[key] = (len(box.nvec),), [int(n) for n in box.nvec]
-        elif box.dtype == np.uint8 and len(box.shape) == 3:
-            images[key] = box.shape
-        else:
-            vectors[key] = (int(np.prod(box.shape)),)
-    return ObsSpec(images, vectors, classes)
-
-
-def act_spec(space):
-    """{key: Gymnasium space} -> ActionSpec: one-hots of discrete keys and values of boxes, in sorted order of keys."""
-    widths, classes = {}, {}
-    for key, box in sorted(space.items()):
-        if isinstance(box, gymnasium.spaces.Discrete):
-            classes[key] = [int(box.n)]
-        elif isinstance(box, gymnasium.spaces.MultiDiscrete):
-            classes[key] = [int(n) for n in box.nvec]
-        widths[key] = sum(classes[key]) if key in classes else int(np.prod(box.shape))
-    return ActionSpec(widths, classes)
 
 
 class Dreamer(nn.Module):

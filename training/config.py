@@ -19,7 +19,7 @@ from ruamel.yaml.nodes import MappingNode
 
 from tools import UserError, atomic_write
 
-CONFIGS = pathlib.Path(__file__).parent / "configs.yaml"
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs.yaml"
 USAGE = "usage: python3 dreamer.py [--configs PRESET ...] [--config FILE ...] [--KEY VALUE ...]"
 yaml12 = functools.partial(YAML, typ="safe", pure=True)  # JSON is a part of it
 OWN_FLAGS = ("configs", "config")

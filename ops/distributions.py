@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from tools import symexp, symlog
+from ops.math import symexp, symlog
 
 
 def one_hot(index, classes):

@@ -5,40 +5,41 @@ import pathlib
 
 import pytest
 
-from agent import Dreamer
-from config import Config, load_config
+from agents.dreamer import Dreamer
 from envs import SUITES
 from tests.test_agent import SPACES, make_batch, make_config
+from training.config import Config, load_config
 
 ROOT = pathlib.Path(__file__).parents[1]
-OUTSIDE = {"tests", "benchmarks", "inference_video"}  # they stand above all rooms
-ROOMS = [
-    {"tools", "scan", "capture"},
-    {"config", "logger", "machine", "envs", "episodes", "rings", "videos"},
-    {"distributions", "optim", "replay", "layers"},
-    {"encoders", "networks"},
-    {"models", "exploration", "planner"},
-    {"agent", "agents"},
-    {"checkpoint"},
+OUTSIDE = {"tests", "benchmarks", "docs", "inference_video"}  # they stand above all layers
+LAYERS = [
+    {"tools"},
+    {"specs", "ops"},
+    {"replay", "modalities", "networks"},
+    {"models", "exploration", "envs"},
+    {"behaviors"},
+    {"agents"},
+    {"training"},
     {"dreamer"},
 ]
+PACKAGES = [path.name for path in ROOT.iterdir() if (path / "__init__.py").exists() and path.name not in OUTSIDE]
 
 
-def room(path):
+def layer(path):
     """The first part of a file's name below the root: `envs` for envs/dmc.py."""
     return path.relative_to(ROOT).with_suffix("").parts[0]
 
 
 FILES = {
     str(path.relative_to(ROOT)): ast.parse(path.read_text(encoding="utf-8"))
-    for path in [*ROOT.glob("*.py"), *(ROOT / "envs").rglob("*.py"), *(ROOT / "agents").rglob("*.py")]
-    if room(path) not in OUTSIDE
+    for path in [*ROOT.glob("*.py"), *(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))]
+    if layer(path) not in OUTSIDE
 }
-NAMES = {room(ROOT / file) for file in FILES} | OUTSIDE
+NAMES = {layer(ROOT / file) for file in FILES} | OUTSIDE
 
 
 def imports(tree):
-    """The rooms that a file imports, anywhere in it."""
+    """The layers that a file imports, anywhere in it."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[0] for alias in node.names)
@@ -47,16 +48,16 @@ def imports(tree):
             yield node.module.split(".")[0]
 
 
-def test_every_file_has_a_room():
-    assert {room(ROOT / file) for file in FILES} <= set.union(*ROOMS)
+def test_every_file_has_a_layer():
+    assert {layer(ROOT / file) for file in FILES} <= set.union(*LAYERS)
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_file_imports_only_from_the_rooms_above_its_own(file):
-    own = room(ROOT / file)
-    level = next(i for i, names in enumerate(ROOMS) if own in names)
-    above = set.union(set(), *ROOMS[:level])
-    allowed = above | ({own} if (ROOT / own).is_dir() else set())  # the files of a directory know each other
+def test_a_file_imports_only_from_the_layers_below_its_own(file):
+    own = layer(ROOT / file)
+    level = next(i for i, names in enumerate(LAYERS) if own in names)
+    below = set.union(set(), *LAYERS[:level])
+    allowed = below | ({own} if (ROOT / own).is_dir() else set())  # the files of a directory know each other
     assert set(imports(FILES[file])) & NAMES <= allowed
 
 
@@ -110,7 +111,7 @@ def names_in(tree):
             yield node.arg
 
 
-USED = {name for file, tree in FILES.items() if file != "config.py" for name in names_in(tree)}
+USED = {name for file, tree in FILES.items() if file != "training/config.py" for name in names_in(tree)}
 
 
 def test_every_option_is_read_somewhere():

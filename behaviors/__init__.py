@@ -1,0 +1,1 @@
+"""How to act in a world model, and how that is learned."""

@@ -1,0 +1,1 @@
+"""Experience: episode files, steps in memory, and how batches are sampled."""

@@ -1,0 +1,1 @@
+"""What the loop uses: configuration, logging, checkpoints, the machine."""
