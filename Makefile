@@ -12,6 +12,7 @@ demo: .venv/core
 test: .venv/test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/mypy
 	.venv/bin/python -m pytest -q tests
 
 .venv/core: requirements.txt

@@ -1,68 +1,66 @@
-"""How to collect data other than by the task's own policy: at random, or by a policy that seeks what is new."""
+"""How to collect what is new: noise on actions, and sources of intrinsic reward."""
 
-import numpy as np
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
 import torch
 import torch.nn as nn
 
+from models import Rollout, WorldModel
+from networks import State, feature
 from ops.layers import MLP, Linear, Style
+from ops.random import rand, randn
 
 
-class Random:
-    """Acts uniformly at random, with the interface of an agent's `act`.
+class Explorer(Protocol):
+    """A source of intrinsic reward: a torch module that learns beside the world model. Letters as in models.py."""
 
-    Args:
-      spec: ActionSpec; seed: of the actions.
-    """
+    def losses(self, world: WorldModel, states: State, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the explorer's losses {name: (B, ...)}; no gradient reaches the world model.
 
-    def __init__(self, spec, seed):
-        self.spec = spec
-        self.rng = np.random.default_rng(seed)
+        states: posterior State (B, T, ...); batch: {key: (B, T, ...)} with action, is_first, embed (B, T, E).
+        """
 
-    def act(self, obs, memory=None):
-        """{key: (N, ...)} -> {key: (N, width)} float32: values in [-1, 1], or one-hots of discrete keys; no memory."""
-        count = len(obs["is_first"])
-        return {key: self.draw(key, width, count) for key, width in self.spec.widths.items()}, None
-
-    def draw(self, key, width, count):
-        classes = self.spec.classes.get(key)
-        if not classes:
-            return self.rng.uniform(-1, 1, (count, width)).astype(np.float32)
-        parts = [np.eye(size, dtype=np.float32)[self.rng.integers(size, size=count)] for size in classes]
-        return np.concatenate(parts, 1)
+    def rewards(self) -> dict[str, Callable[[Rollout], torch.Tensor]]:
+        """Return {name: function of a Rollout -> (H + 1, N)}, the reward on arriving in each state."""
 
 
 def perturb(action, spec, amount):
-    """Actions (N, A) with exploration noise: a normal of stddev `amount` on values, cut to [-1, 1] (Dreamer), and
-    every discrete choice replaced by a uniform one with probability `amount`."""
-    parts = []
-    for key, part in zip(spec.widths, action.split(list(spec.widths.values()), -1), strict=True):
-        if key not in spec.classes:
-            parts.append((part + amount * torch.randn_like(part)).clamp(-1, 1))
-            continue
-        for choice in part.split(spec.classes[key], -1):
-            other = torch.zeros_like(choice).scatter_(-1, torch.rand_like(choice).argmax(-1, keepdim=True), 1.0)
-            parts.append(torch.where(torch.rand_like(choice[:, :1]) < amount, other, choice))
-    return torch.cat(parts, -1)
+    """Add exploration noise to actions (N, A): a normal of stddev `amount` on numbers, cut to [-1, 1] (Dreamer);
+    every discrete choice is replaced by a uniform one with probability `amount`."""
+    parts = {}
+    for key, part in spec.split(action).items():
+        if key in spec.classes:
+            parts[key] = torch.cat([redraw(choice, amount) for choice in part.split(spec.classes[key], -1)], -1)
+        else:
+            parts[key] = (part + amount * randn(part.shape, part.device)).clamp(-1, 1)
+    return spec.join(parts)
+
+
+def redraw(choice, chance):
+    """Replace one-hots (N, k) by uniform ones with a given chance."""
+    other = rand(choice.shape, choice.device).argmax(-1, keepdim=True)
+    other = torch.zeros_like(choice).scatter_(-1, other, 1.0)
+    return torch.where(rand((len(choice), 1), choice.device) < chance, other, choice)
 
 
 class Plan2Explore(nn.Module):
-    """Seeks states in which an ensemble of one-step predictors disagrees (arXiv:2005.05960).
+    """Reward states in which an ensemble of one-step predictors disagrees (arXiv:2005.05960).
 
     Args:
-      sizes: {what may be predicted: its width}, of which `config.disag_target` names one.
-      feat_size, act_size: widths of features and actions.
-      config: the whole configuration.
-      behavior: ImagBehavior of its own, which maximises the disagreement.
+      world: WorldModel whose states are predicted; act_spec: ActionSpec.
+      config: the whole configuration, with the keys disag_*.
     """
 
-    def __init__(self, sizes, feat_size, act_size, config, behavior):
+    def __init__(self, world, act_spec, config):
         super().__init__()
-        self.behavior = behavior
         self.target = config.disag_target
-        self.conditioned = config.disag_action_cond
         self.log = config.disag_log
-        self.intr_scale, self.extr_scale = config.expl_intr_scale, config.expl_extr_scale
-        inputs, units = feat_size + act_size * self.conditioned, config.disag_units
+        deter, stoch = world.rssm.deter, world.rssm.latent.size
+        sizes = {"stoch": stoch, "deter": deter, "feat": world.feat_size, "embed": world.encoder.size}
+        inputs, units = world.feat_size + act_spec.size, config.disag_units
         style = Style(config.norm, config.act, config.init)
         self.ensemble = nn.ModuleList(
             nn.Sequential(
@@ -73,31 +71,32 @@ class Plan2Explore(nn.Module):
 
     def predict(self, feat, action):
         """Features (..., F) and the actions taken there (..., A) -> what each model says comes next (M, ..., n)."""
-        inputs = torch.cat([feat, action.to(feat.dtype)], -1) if self.conditioned else feat
+        inputs = torch.cat([feat, action.to(feat.dtype)], -1)
         return torch.stack([model(inputs).float() for model in self.ensemble])
 
-    def ensemble_loss(self, feat, action, target, is_first):
-        """The models' squared errors, averaged; no gradient reaches the world model.
+    def losses(self, world, states, batch):
+        """Return {"disag": (B, T - 1)}: the models' squared errors, averaged; 0 where the next step is of another
+        episode. No gradient reaches the world model."""
+        feat = feature(states)
+        targets = {"stoch": states.stoch.flatten(2), "deter": states.deter, "feat": feat, "embed": batch["embed"]}
+        return {"disag": self.ensemble_loss(feat, batch["action"], targets[self.target], batch["is_first"])}
 
-        Args:
-          feat: (B, T, F); action: (B, T, A), action[t] led to feat[t]; target: (B, T, n); is_first: (B, T).
-        Returns: (B, T - 1), 0 where the next step belongs to another episode.
-        """
+    def ensemble_loss(self, feat, action, target, is_first):
+        """(B, T, F), (B, T, A) with action[t] led to feat[t], (B, T, n), (B, T) -> loss (B, T - 1)"""
         predicted = self.predict(feat[:, :-1].detach(), action[:, 1:])
         error = (predicted - target[:, 1:].detach().float()).square().sum(-1).mean(0)
         return error * ~is_first[:, 1:]
 
-    def intrinsic(self, feat, actions):
-        """The disagreement on arriving in each state: features (H + 1, N, F), actions (H, N, A) -> (H + 1, N)."""
-        variance = self.predict(feat[:-1], actions).var(0).mean(-1)
+    def rewards(self):
+        """Return the one reward of Plan2Explore: the disagreement."""
+        return {"disag": self.disagreement}
+
+    def disagreement(self, rollout):
+        """Return the variance of the predictions on arriving in each state: (H + 1, N), 0 at the start."""
+        variance = self.predict(rollout.feat[:-1], rollout.actions).var(0).mean(-1)
         novelty = variance.clamp(min=1e-12).log() if self.log else variance
         return torch.cat([torch.zeros_like(novelty[:1]), novelty])
 
-    def reward(self, extrinsic):
-        """The reward function of its behaviour, given the task's."""
 
-        def combined(feat, actions):
-            total = self.intr_scale * self.intrinsic(feat, actions)
-            return total + self.extr_scale * extrinsic(feat, actions) if self.extr_scale else total
-
-        return combined
+# `expl_behavior` -> class made from the WorldModel, the ActionSpec and the whole configuration
+EXPLORERS: dict[str, Callable[[Any, Any, Any], Any]] = {"plan2explore": Plan2Explore}

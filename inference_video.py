@@ -17,20 +17,22 @@ import tempfile
 import cv2
 import imageio.v2 as imageio
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from agents.dreamer import Dreamer
-from envs import make_env
-from exploration import Random
-from specs import act_spec as spec_of_actions
-from tools import UserError, atomic_write, derive_seed, seed_everything
+from agents import make_agent
+from agents.random import Random
+from envs import make_envs
+from modalities import obs_spec
+from specs import act_spec, step_layout
+from tools import UserError, atomic_write, derive_seed
+from training import machine
 from training.checkpoint import checkpoint_file, load_checkpoint
 from training.config import CONFIGS, load_config
-from training.machine import choose_device, choose_dtype, prepare_cpu
+from training.driver import Driver
+from training.rng import seed_everything
 
 FORMATS = {"mp4": ["mp4"], "gif": ["gif"], "both": ["mp4", "gif"]}
-SEEN, IMAGINED = (0, 114, 178), (230, 159, 0)  # borders: a blue and an orange that the colour-blind tell apart
+SEEN, IMAGINED = (0, 114, 178), (230, 159, 0)  # borders: a blue and an orange that the color-blind tell apart
 PANEL = 192  # least height of an open-loop panel in pixels
 BORDER = 6  # its width in pixels
 
@@ -124,42 +126,34 @@ class Player:
     def __init__(self, name, path, config, options):
         self.name, self.path, self.config, self.options = name, path, config, options
         self.mode = options.mode or config.eval_mode
-        prepare_cpu(config.threads)
+        machine.prepare(config)
         saved = load_checkpoint(path) if path else None
         self.step = saved["counters"]["agent_steps"] * config.action_repeat if saved else None
-        self.env = make_env(config, "eval", 0)
+        self.envs = make_envs(config.replace(parallel=False), "eval", 1)
         try:
-            self.agent = self.build(saved["agent"]) if saved else None
-            self.random = Random(spec_of_actions(self.env.act_space), derive_seed(config.seed, 3))
-            if options.openloop and self.agent and not self.agent.obs_spec.images:
+            self.specs = obs_spec(self.envs.obs_space), act_spec(self.envs.act_space)
+            self.agent = self.load(saved) if saved else Random(self.specs[1], derive_seed(config.seed, 3))
+            if options.openloop and saved and not self.specs[0].of("image"):
                 raise UserError(f"--openloop shows images, and the agent of {path} sees none")
-            self.env.reset()
+            self.envs.reset()
             self.frame()  # an environment that cannot be filmed says so before anything is written
         except BaseException:
-            self.env.close()
+            self.envs.close()
             raise
 
-    def build(self, saved):
-        device = choose_device(self.config.device)
-        dtype = choose_dtype(self.config.precision, device)
-        agent = Dreamer(self.env.obs_space, self.env.act_space, self.config, device, dtype)
+    def load(self, saved):
+        """Return the agent of a checkpoint."""
+        agent = make_agent(self.config.replace(compile=False), *self.specs)
         try:
-            agent.load(saved)
+            agent.load_state_dict(saved["agent"])
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from None
         return agent
 
-    def act(self, obs, memory):
-        """An action {key: (width,)} for one observation, and what to remember."""
-        if self.agent:
-            return self.agent.act(obs, memory, self.mode)
-        actions, _ = self.random.act({"is_first": obs["is_first"][None]})
-        return {key: value[0] for key, value in actions.items()}, None
-
     def frame(self):
-        """The environment as people see it, uint8 (H, W, 3)."""
+        """Return the environment as people see it, uint8 (H, W, 3)."""
         size = self.options.size
-        image = as_rgb(self.env.render(size))
+        image = as_rgb(self.envs.render(0, size))
         if size and image.shape[:2] != tuple(size):
             shrinks = image.shape[0] > size[0]
             image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
@@ -181,7 +175,7 @@ def open_players(options, rest, stack):
         label = "random" if not path else path.resolve().parent.name if path.stem == "latest" else path.stem
         name = f"{index}_{label}" if len(paths) > 1 else label
         players.append(Player(name, path, config, options))
-        stack.callback(players[-1].env.close)
+        stack.callback(players[-1].envs.close)
     return players
 
 
@@ -228,7 +222,7 @@ def film_player(player, folder, options, bar):
         "step": player.step,
         "task": player.config.task,
         "seed": player.config.seed,
-        "mode": player.mode if player.agent else "random",
+        "mode": player.mode if player.path else "random",
         "episodes": len(scores),
         "mean": float(np.mean(scores)),
         "std": float(np.std(scores)),
@@ -241,25 +235,23 @@ def film_player(player, folder, options, bar):
 
 
 def play(player, films, bar):
-    """One episode on film; returns the sum of its rewards and the number of agent steps."""
-    obs, memory = player.env.reset(), None
-    actions = {key: np.zeros(width, np.float32) for key, width in player.random.spec.widths.items()}
+    """Play an episode on film; return the sum of its rewards and the number of agent steps."""
+    finished = []
+    layout = step_layout(player.envs.obs_space, player.specs[1])
+    driver = Driver(player.envs, player.specs[1], layout, on_episode=[finished.append])
+    driver.on_obs = [lambda obs: films.add("", player.frame())]
     open_loop = OpenLoop(player.agent, player.config.batch_length, films)
-    score, length, filming = 0.0, 0, player.options.openloop and player.agent
-    while True:
-        films.add("", player.frame())
-        if filming:
-            open_loop.add(obs, actions, memory)
-        if obs["is_last"]:
-            break
-        actions, memory = player.act(obs, memory)
-        obs = player.env.step(actions)
-        score, length = score + float(obs["reward"]), length + 1
-        bar.set_postfix(agent=player.name, step=length, score=f"{score:.1f}", refresh=False)
+    if player.options.openloop and player.path:
+        driver.on_obs.append(lambda obs: open_loop.begin(driver.carry))
+        driver.on_step = [lambda index, step, stored: open_loop.add(step)]
+    while not finished:
+        driver.step(player.agent, player.mode)
+        score = f"{driver.returns[0]:.1f}"
+        bar.set_postfix(agent=player.name, step=driver.lengths[0], score=score, refresh=False)
         bar.update(0)  # redraws, if it is time to
-    if filming:
-        open_loop.flush()
-    return score, length
+    driver.rest()
+    open_loop.flush()
+    return finished[0].score, finished[0].length
 
 
 class Films:
@@ -279,7 +271,7 @@ class Films:
             paths = [self.scratch / f"{len(self.files)}.{kind}" for kind in FORMATS[self.options.format]]
             self.files[name] = [(path, self.stack.enter_context(open_video(path, self.options.fps))) for path in paths]
         height, width, _ = frame.shape
-        even = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), "edge")  # H.264 halves the colours' size
+        even = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), "edge")  # H.264 halves the colors' size
         for path, writer in self.files[name]:
             writer.append_data(even if path.suffix == ".mp4" else frame)
 
@@ -310,13 +302,16 @@ class OpenLoop:
 
     def __init__(self, agent, length, films):
         self.agent, self.length, self.films = agent, length, films
-        self.steps, self.state = [], None
+        self.steps, self.carry = [], None
 
-    def add(self, obs, actions, memory):
-        """obs: of one environment; actions: {key: (width,)} that led to it; memory: before it."""
+    def begin(self, carry):
+        """Note what the agent carries before it sees the step that `add` gets next."""
         if not self.steps:
-            self.state = (memory or self.agent.initial(1))[0]
-        self.steps.append({key: obs[key] for key in [*self.agent.world.keys, "reward", "is_first"]} | actions)
+            self.carry = carry
+
+    def add(self, step):
+        """Append one step {key: value}, with the action that led to it."""
+        self.steps.append(step)
         if len(self.steps) == self.length:
             self.flush()
 
@@ -325,13 +320,12 @@ class OpenLoop:
         steps, self.steps = self.steps, []
         if len(steps) < 2:
             return
-        batch = {key: torch.as_tensor(np.stack([step[key] for step in steps]))[None] for key in steps[0]}
-        batch = {key: value.to(self.agent.device) for key, value in batch.items()}
-        for key, video in self.agent.open_loop(batch, self.state).items():
-            for time, rows in enumerate(video):  # (3 H, W, C)
-                color = SEEN if time < len(steps) // 2 else IMAGINED
-                panels = [panel(image, color) for image in np.split(rows, 3)]
-                self.films.add(f"openloop/{key}", np.concatenate(panels, 1))
+        arrays = {key: np.stack([step[key] for step in steps])[None] for key in steps[0]}  # (1, T, ...)
+        seen = len(steps) // 2
+        for key, panels in self.agent.report(arrays, seen, self.carry).items():
+            for time, images in enumerate(zip(*(sequences[0] for sequences in panels), strict=True)):
+                color = SEEN if time < seen else IMAGINED
+                self.films.add(f"openloop/{key}", np.concatenate([panel(image, color) for image in images], 1))
 
 
 def panel(image, color):

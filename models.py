@@ -1,114 +1,123 @@
-"""What is learned: the world model from data, the behaviour in imagination (DreamerV3, arXiv:2301.04104)."""
+"""What is learned: a world model from data, and behavior in imagination (DreamerV3, arXiv:2301.04104).
+
+Letters: B batch, T time, H imagined steps, N = B T start states, D deter, S groups x K classes stoch, E embedding,
+F = D + S K features, A actions.
+"""
 
 import contextlib
 import copy
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 
 import ops.distributions as dists
-from modalities.image.nets import IMAGE_DISTS, ImageDecoder, ImageEncoder, TransposedDecoder
-from modalities.vector.nets import VECTOR_DISTS, VectorDecoder, VectorEncoder
-from networks import CELLS, LATENTS, RSSM, Actor, Head, State, feature, scalar_head
-from ops.layers import DREAMERV3, Style
+from modalities import MODALITIES, nets
+from networks import Actor, Head, State, feature, make_rssm, scalar_head
+from ops.layers import Style
 from ops.math import lambda_return
+from tools import UserError
+
+# ---------------------------------------------------------------------------
+# World model
 
 
 class MultiEncoder(nn.Module):
-    """Any mix of vectors and images -> embedding [vectors, images] (..., size)."""
+    """Observations of all kinds -> embedding (B, T, E): the kinds' embeddings side by side."""
 
-    def __init__(self, spec, config, style=DREAMERV3, cnn_style=DREAMERV3):
+    def __init__(self, spec, config):
         super().__init__()
-        self.parts = nn.ModuleDict()
-        if spec.vectors:
-            self.parts["vector"] = VectorEncoder(spec.vectors, spec.classes, config, style)
-        if spec.images:
-            self.parts["image"] = ImageEncoder(spec.images, config, cnn_style)
+        self.keys = {kind: list(spec.of(kind)) for kind in MODALITIES if spec.of(kind)}
+        self.parts = nn.ModuleDict({kind: nets(kind).make_encoder(spec.of(kind), config) for kind in self.keys})
         self.size = sum(part.size for part in self.parts.values())
 
-    def forward(self, obs, dtype):
-        """{key: (B, T, ...)} -> (B, T, size) in the compute dtype."""
-        lead = next(iter(obs.values())).shape[:2]
-        flat = {key: value.flatten(0, 1) for key, value in obs.items()}
-        assert all(value.shape[:2] == lead for value in obs.values()), {k: v.shape for k, v in obs.items()}
-        return torch.cat([part(flat, dtype) for part in self.parts.values()], -1).unflatten(0, lead)
+    def prepare(self, batch):
+        """{key: (B, T, ...)} as the replay gives it -> as the model predicts it."""
+        for kind, part in self.parts.items():
+            batch = batch | part.prepare({key: batch[key] for key in self.keys[kind]})
+        return batch
+
+    def forward(self, batch, dtype):
+        """{key: (B, T, ...)} -> (B, T, E) in the compute dtype."""
+        embeds = []
+        for kind, part in self.parts.items():
+            lead = batch[self.keys[kind][0]].shape[:2]
+            embeds.append(part({key: batch[key].flatten(0, 1) for key in self.keys[kind]}, dtype))  # (B T, size)
+        return torch.cat(embeds, -1).unflatten(0, lead)  # (B, T, E)
 
 
 class MultiDecoder(nn.Module):
-    """State -> one distribution per observation key."""
+    """State (B, T, ...) -> {key: distribution over (B, T) observations}."""
 
-    def __init__(self, spec, deter, stoch, config, style=DREAMERV3, cnn_style=DREAMERV3):
+    def __init__(self, spec, deter, stoch, config):
         super().__init__()
-        self.classes = spec.classes
-        self.image_dist, self.vector_dist = IMAGE_DISTS[config.image_dist], VECTOR_DISTS[config.vector_dist]
-        self.parts = nn.ModuleDict()
-        if spec.vectors:
-            self.parts["vector"] = VectorDecoder(spec.vectors, spec.classes, deter + stoch, config, style)
-        if spec.images:
-            kind = ImageDecoder if config.cnn == "pool" else TransposedDecoder
-            self.parts["image"] = kind(spec.images, deter, stoch, config, cnn_style)
+        kinds = [kind for kind in MODALITIES if spec.of(kind)]
+        self.parts = nn.ModuleDict(
+            {kind: nets(kind).make_decoder(spec.of(kind), deter, stoch, config) for kind in kinds}
+        )
 
     def forward(self, state):
-        """State (B, T, ...) -> {key: distribution over (B, T, ...)}"""
         lead = state.deter.shape[:2]
-        deter, stoch = state.deter.flatten(0, 1), state.stoch.flatten(2).flatten(0, 1)
+        deter, stoch = state.deter.flatten(0, 1), state.stoch.flatten(2).flatten(0, 1)  # (B T, D), (B T, S K)
         outs = {}
-        for name, part in self.parts.items():
-            for key, out in part(deter, stoch).items():
-                outs[key] = self.distribution(name, key, out.unflatten(0, lead))
+        for part in self.parts.values():
+            outs |= {key: part.dist(key, out.unflatten(0, lead)) for key, out in part(deter, stoch).items()}
         return outs
-
-    def distribution(self, part, key, out):
-        if part == "image":
-            return self.image_dist(out)
-        if key in self.classes:
-            return dists.Classes(out, self.classes[key])
-        return self.vector_dist(out)
 
 
 class WorldModel(nn.Module):
-    """Encodes observations, filters and imagines latent states, predicts observations, rewards and continuation.
+    """Encode observations, filter and imagine latent states, predict observations, rewards and continuation.
 
     Args:
-      obs_spec: ObsSpec; act_spec: ActionSpec.
-      config: the whole configuration.
+      obs_spec: ObsSpec; act_spec: ActionSpec; config: the whole configuration.
       dtype: compute dtype of the activations.
     """
 
     def __init__(self, obs_spec, act_spec, config, dtype=torch.float32):
         super().__init__()
-        c = config.rssm
         self.dtype = dtype
-        self.keys = [*obs_spec.vectors, *obs_spec.images]
-        self.images = list(obs_spec.images)
-        style = Style(config.norm, config.act, config.init)
-        styles = style, style._replace(act=config.cnn_act)
-        self.encoder = MultiEncoder(obs_spec, config.encoder, *styles)
-        latent = LATENTS[c.latent](c)
-        cell = CELLS[c.cell](c.deter, latent.size, act_spec.size, c, style)
-        sizes = (c.deter, c.hidden, self.encoder.size, c.img_layers, c.obs_layers)
-        self.rssm = RSSM(cell, latent, *sizes, style, learned=c.initial == "learned")
-        self.feat_size = c.deter + latent.size
-        self.decoder = MultiDecoder(obs_spec, c.deter, latent.size, config.decoder, *styles)
+        style, cont = Style(config.norm, config.act, config.init), config.cont_head
+        self.encoder = MultiEncoder(obs_spec, config)
+        self.rssm = make_rssm(self.encoder.size, act_spec, config.rssm, style)
+        deter, stoch = self.rssm.deter, self.rssm.latent.size
+        self.feat_size = deter + stoch
+        self.decoder = MultiDecoder(obs_spec, deter, stoch, config)
         self.reward = scalar_head(self.feat_size, config.reward_head, style)
-        h = config.cont_head
-        self.cont = Head(self.feat_size, 1, dists.Bernoulli, h.layers, h.units, style=style) if h.use else None
+        sizes = cont.layers, cont.units
+        self.cont = Head(self.feat_size, 1, dists.Bernoulli, *sizes, style=style) if cont.use else None
         self.discount = 1 - 1 / config.horizon
-        self.cont_target = self.discount if h.discounted else 1.0  # of a state that is not terminal
-        self.image_bits = config.image_bits
+        self.cont_target = self.discount if cont.discounted else 1.0  # of a state that is not terminal
         self.squash_reward = REWARDS[config.clip_rewards]
         self.clip_kl = CLIPS[config.kl_clip]
         self.free_nats = config.free_nats
 
-    def preprocess(self, batch):
+    def prepare(self, batch):
         """{key: (B, T, ...)} as the replay gives it -> as the model predicts it."""
-        images = {key: quantize(batch[key], self.image_bits) for key in self.images if self.image_bits < 8}
-        rewards = {"reward": self.squash_reward(batch["reward"])} if "reward" in batch else {}
-        return {**batch, **images, **rewards}
+        return {**self.encoder.prepare(batch), "reward": self.squash_reward(batch["reward"])}
 
     def encode(self, batch):
         """{key: (B, T, ...)} -> embedding (B, T, E)"""
-        return self.encoder({key: batch[key] for key in self.keys}, self.dtype)
+        return self.encoder(batch, self.dtype)
+
+    def losses(self, states, post, batch):
+        """Return the losses {name: (B, T)} of all predictions from the states of a batch, and {name: (B, T)} metrics.
+
+        Args:
+          states: State (B, T, ...); post: their distribution, batch shape (B, T, S).
+          batch: {key: (B, T, ...)} prepared, with reward and is_terminal.
+        """
+        feat = feature(states)  # (B, T, F)
+        prior = self.rssm.predict(states.deter)
+        losses = {key: -dist.log_prob(batch[key]) for key, dist in self.decoder(states).items()}
+        losses["reward"] = -self.reward(feat).log_prob(batch["reward"])
+        if self.cont is not None:
+            losses["cont"] = -self.cont(feat).log_prob((1 - batch["is_terminal"].float()) * self.cont_target)
+        losses["dyn"], losses["rep"], kl = kl_losses(self.rssm.latent, post, prior, self.free_nats, self.clip_kl)
+        return losses, {"kl": kl, "post_ent": post.entropy().sum(-1), "prior_ent": prior.entropy().sum(-1)}
+
+    def rewards(self, rollout):
+        """Return the predicted reward of arriving in each imagined state: (H + 1, N)."""
+        return self.reward(rollout.feat).mode()
 
     def discounts(self, feat):
         """Features (..., F) -> discount of what follows (...): the predicted continuation times 1 - 1 / horizon."""
@@ -116,50 +125,21 @@ class WorldModel(nn.Module):
             return torch.full(feat.shape[:-1], self.discount, device=feat.device)
         return self.cont(feat).mean() * (self.discount / self.cont_target)
 
-    def loss(self, batch, state, noise=None):
-        """The world model's losses on a batch of sequences.
-
-        Args:
-          batch: {key: (B, T, ...)} preprocessed, with action, reward, is_first, is_terminal.
-          state: State (B, ...) before the first step.
-          noise: (B, T, S) for the posterior draws, or None.
-        Returns: {name: loss (B, T)}, the posterior State (B, T, ...), {name: (B, T, ...)} that metrics and others need.
-        """
-        embed = self.encode(batch)
-        states, post = self.rssm.observe(embed, batch["action"], batch["is_first"], state, noise)
-        prior = self.rssm.predict(states.deter)
-        feat = feature(states)
-        losses = {key: -dist.log_prob(batch[key]) for key, dist in self.decoder(states).items()}
-        losses["reward"] = -self.reward(feat).log_prob(batch["reward"])
-        if self.cont is not None:
-            losses["cont"] = -self.cont(feat).log_prob((1 - batch["is_terminal"].float()) * self.cont_target)
-        losses["dyn"], losses["rep"], kl = kl_losses(self.rssm.latent, post, prior, self.free_nats, self.clip_kl)
-        outs = {"kl": kl, "post_ent": post.entropy().sum(-1), "prior_ent": prior.entropy().sum(-1)}
-        return losses, states, {**outs, "embed": embed}
-
     @torch.no_grad()
-    def open_loop(self, batch, state, context):
-        """Reconstruct the first `context` steps, then predict the rest from the actions alone.
+    def open_loop(self, batch, state, seen):
+        """Reconstruct the first `seen` steps, then predict the rest from the actions alone.
 
         Args:
-          batch: {key: (B, T, ...)}; state: State (B, ...) before the first step; context: number of steps seen.
-        Returns: {image key: (B, T, H, W, C) in [0, 1]}
+          batch: {key: (B, T, ...)} prepared, with action; state: State (B, ...) before the first step.
+        Returns: {key: prediction (B, T, ...)}
         """
-        embed = self.encode(self.preprocess(batch))
-        seen, _ = self.rssm.observe(
-            embed[:, :context], batch["action"][:, :context], batch["is_first"][:, :context], state
-        )
-        actions = batch["action"][:, context:].transpose(0, 1)
-        ahead, _ = self.rssm.imagine(seen.map(lambda x: x[:, -1]), actions, len(actions))
+        embed, action = self.encode(batch), batch["action"]
+        states, _ = self.rssm.observe(embed[:, :seen], action[:, :seen], batch["is_first"][:, :seen], state)
+        actions = action[:, seen:].transpose(0, 1)
+        ahead, _ = self.rssm.imagine(states.map(lambda x: x[:, -1]), actions, len(actions))
         ahead = ahead.map(lambda x: x[1:].transpose(0, 1))
-        parts = [self.decoder(seen), self.decoder(ahead)]
-        return {key: torch.cat([part[key].mode() for part in parts], 1) for key in self.images}
-
-
-def quantize(image, bits):
-    """Images in 0..255 with `bits` bits, and uniform noise in place of the rest (Glow, arXiv:1807.03039; PlaNet)."""
-    levels = torch.div(image, 2 ** (8 - bits), rounding_mode="floor")
-    return (levels + torch.rand(image.shape, device=image.device)) * (255 / 2**bits)
+        parts = self.decoder(states), self.decoder(ahead)
+        return {key: torch.cat([part[key].mode() for part in parts], 1) for key in parts[0]}
 
 
 # What the model makes of rewards.
@@ -186,9 +166,13 @@ def kl_losses(latent, post, prior, free, clip=CLIPS["step"]):
     return clip(dyn, free), clip(rep, free), rep
 
 
+# ---------------------------------------------------------------------------
+# Behavior
+
+
 @contextlib.contextmanager
 def frozen(module):
-    """What is computed within has no gradient towards the parameters of `module`, only through it."""
+    """Freeze the parameters of a module in the body; gradients still flow through it."""
     params = [param for param in module.parameters() if param.requires_grad]
     for param in params:
         param.requires_grad_(False)
@@ -199,229 +183,164 @@ def frozen(module):
             param.requires_grad_(True)
 
 
-class ReturnNorm(nn.Module):
-    """Offset and scale of the returns, averaged over batches (DreamerV3, eq. 7).
+class Rollout(NamedTuple):
+    """Trajectories that a behavior imagined.
 
-    Args:
-      rate: share of the new batch; limit: least scale.
-      low, high: percentiles in percent; the scale is the range between them.
-      debias: divide the averages by the weight that real batches have in them.
+        index        0        1        ...  H
+        state, feat  start    imagined ...  imagined
+        action       a_0      a_1      ...           a_t is taken in state t: 15 actions give 15 returns
+
+    states: State (H + 1, N, ...); actions: (H, N, A); feat: (H + 1, N, F).
     """
 
-    def __init__(self, rate, limit, low, high, debias=False):
-        super().__init__()
-        self.rate, self.limit, self.debias = rate, limit, debias
-        self.register_buffer("percentiles", torch.tensor([low, high]) / 100, persistent=False)
-        self.register_buffer("range", torch.zeros(2))
-        self.register_buffer("weight", torch.zeros(()))
-
-    @torch.no_grad()
-    def forward(self, returns):
-        """Fold in a batch of returns of any shape; returns (offset, scale), 0-d."""
-        self.range.lerp_(torch.quantile(returns.float().flatten(), self.percentiles), self.rate)
-        self.weight.lerp_(torch.ones_like(self.weight), self.rate)
-        low, high = self.range / self.weight if self.debias else self.range
-        return low, (high - low).clamp(min=self.limit)
-
-
-class MomentNorm(nn.Module):
-    """Mean and standard deviation of a signal, averaged over batches without bias.
-
-    Args:
-      rate: share of the new batch; limit: least scale.
-    """
-
-    def __init__(self, rate, limit):
-        super().__init__()
-        self.rate, self.limit = rate, limit
-        self.register_buffer("moments", torch.zeros(2))
-        self.register_buffer("weight", torch.zeros(()))
-
-    @torch.no_grad()
-    def forward(self, x):
-        """Fold in a batch of any shape; returns (offset, scale), 0-d."""
-        self.moments.lerp_(torch.stack([x.mean(), x.square().mean()]), self.rate)
-        self.weight.lerp_(torch.ones_like(self.weight), self.rate)
-        mean, square = self.moments / self.weight
-        return mean, (square - mean.square()).clamp(min=0).sqrt().clamp(min=self.limit)
-
-
-# Weight (H + 1, N) of an imagined state, by name: the discounts (H + 1, N) up to it, its own included or not.
-# `alive` (N,) is 0 where the start is terminal in truth, so that nothing counts beyond it; gamma is the full discount.
-WEIGHTS = {
-    "predicted": lambda cont, alive, gamma: cont.cumprod(0),
-    "true_start": lambda cont, alive, gamma: torch.cat([alive[None], cont[1:]]).cumprod(0),
-    "shifted": lambda cont, alive, gamma: torch.cat(
-        [alive[None], torch.full_like(cont[:1], gamma), cont[1:-1]]
-    ).cumprod(0),
-}
-
-
-def dynamics_share(config, spec):
-    """The share of the actor's gradient that comes through the dynamics; the rest is REINFORCE.
-
-    Args:
-      config: of the actor; its `grad` says `auto` for the dynamics if all actions are continuous, REINFORCE otherwise.
-      spec: ActionSpec.
-    """
-    shares = {"reinforce": 0.0, "dynamics": 1.0, "mixed": config.grad_mix, "auto": 0.0 if spec.classes else 1.0}
-    return shares[config.grad]
+    states: State
+    actions: torch.Tensor
+    feat: torch.Tensor
 
 
 class ImagBehavior(nn.Module):
-    """Actor and critic, learned from trajectories that the world model imagines.
+    """DreamerV3's actor and critic, learned from trajectories that the world model imagines.
 
     Args:
       feat_size: width of the features; act_spec: ActionSpec; config: the whole configuration.
-      replayed: whether the critic also learns from the rewards of the replayed sequence.
     """
 
-    def __init__(self, feat_size, act_spec, config, replayed):
+    def __init__(self, feat_size, act_spec, config):
         super().__init__()
-        style = Style(config.norm, config.act, config.init)
+        style, c, n = Style(config.norm, config.act, config.init), config.critic, config.return_norm
         self.actor = Actor(feat_size, act_spec, config.actor, style)
-        c = config.critic
         self.critic = scalar_head(feat_size, c, style)
         self.slow = copy.deepcopy(self.critic).requires_grad_(False)
         self.slow_rate, self.slow_every, self.slow_reg = c.slow_rate, c.slow_every, c.slow_reg
-        self.slow_target = c.slow_target
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
-        n = config.return_norm
         self.return_norm = ReturnNorm(n.rate, n.limit, n.low, n.high)
         self.horizon = config.imag_horizon
-        self.lam = config.lam
+        self.discount, self.lam = 1 - 1 / config.horizon, config.lam
         self.entropy = config.actor.entropy
-        self.discount = 1 - 1 / config.horizon
-        self.weigh = WEIGHTS[config.imag_weight]
-        self.dynamics_share = dynamics_share(config.actor, act_spec)
-        self.baseline = config.actor.baseline
-        self.replayed = replayed
+        self.replayed = config.loss_scales.repval > 0
 
-    def compile(self):
-        """Compile the policy's step in imagination and the loss."""
+    def optimized(self):
+        """Return {name of an optimizer's group: module}."""
+        return {"actor": self.actor, "critic": self.critic}
+
+    def compile_parts(self):
+        """Compile the policy's step in imagination and the losses."""
         self.policy = torch.compile(self.policy, dynamic=False)
-        self.loss = torch.compile(self.loss, dynamic=False)
+        self.losses = torch.compile(self.losses, dynamic=False)
 
-    def act(self, world, state, mode):
-        """Actions (N, A) in the posterior State (N, ...): the policy's mode where `mode` says so, or a sample."""
+    def initial(self, count):
+        """Nothing is carried from step to step."""
+        return ()
+
+    def act(self, world, state, carry, mode):
+        """Choose actions (N, A) in posterior states (N, ...): the policy's mode if `mode` is "mode", else a sample."""
         policy = self.actor(feature(state))
         if mode == "mode":
-            return policy.mode()
-        return policy.sample(self.actor.noise(state.deter.shape[:1], state.deter.device))
-
-    def imagine(self, world, start):
-        """Trajectories of the policy from start states (N, ...): State (H + 1, N, ...), actions (H, N, A)."""
-        shape = (self.horizon, len(start.deter))
-        noise = iter(self.actor.noise(shape, start.deter.device))
-        with torch.set_grad_enabled(self.dynamics_share > 0):
-            return world.rssm.imagine(start, lambda state: self.policy(*state, next(noise)), self.horizon)
+            return policy.mode(), carry
+        return policy.sample(self.actor.noise(state.deter.shape[:1], state.deter.device)), carry
 
     def policy(self, deter, stoch, noise):
         """Draw actions (N, A) in states (N, D), (N, S, K), by the actor's noise (N, n)."""
         return self.actor(feature(State(deter, stoch)).detach()).sample(noise)
 
-    def losses(self, world, states, batch, reward, imagine=None):
-        """All losses of actor and critic; no gradient reaches the world model but that of the replayed sequence.
+    @torch.no_grad()
+    def rollout(self, world, states):
+        """Imagine with the policy from every state (B, T, ...): a Rollout."""
+        start = states.map(lambda x: x.detach().flatten(0, 1))  # (N, ...)
+        noise = iter(self.actor.noise((self.horizon, len(start.deter)), start.deter.device))  # (H, N, n)
+        states, actions = world.rssm.imagine(start, lambda state: self.policy(*state, next(noise)), self.horizon)
+        return Rollout(states, actions, feature(states))
+
+    def losses(self, world, rollout, batch, rewards):
+        """The actor learns by REINFORCE with normalized returns, the critic to predict the returns (eq. 6 and 7).
 
         Args:
-          world: WorldModel; states: posterior State (B, T, ...); batch: {key: (B, T, ...)}.
-          reward: function of features (H + 1, N, F) and actions (H, N, A) -> (H + 1, N).
-          imagine: function (world, start State (N, ...)) -> imagined states and actions; the policy's own if None.
-        Returns: {name: loss}, {name: tensor} for metrics.
+          world: WorldModel; rollout: Rollout; batch: {key: (B, T, ...)} from whose states it starts.
+          rewards: function of a Rollout -> (H + 1, N), predicted on arriving; the first is not used.
+        Returns: {name: loss (H, N)}, {name: tensor} for metrics and `replay_losses`.
         """
-        lead = batch["reward"].shape
-        start = states.map(lambda x: x.detach().flatten(0, 1))
-        alive = 1 - batch["is_terminal"].flatten().float()
-        with frozen(world):
-            imagined, actions = (imagine or self.imagine)(world, start)
-            losses, outs = self.loss(world, imagined, actions, alive, reward)
-        losses = {name: loss.mean(0).view(lead) for name, loss in losses.items()}
-        if self.replayed:
-            losses["repval"], _ = self.replay_loss(states, batch, outs["ret"][0].view(lead))
-        return losses, outs
-
-    def loss(self, world, states, actions, alive, reward):
-        """Losses of actor and critic along imagined trajectories.
-
-            index        0        1        ...  H
-            state        start    imagined ...  imagined
-            action       a_0      a_1      ...           a_t is taken in state t
-            reward, cont r_0      r_1      ...  r_H      predicted on arriving; r_0 is not used
-            return       R_0      R_1      ...           R_t follows a_t: 15 actions give 15 returns
-
-        Args:
-          world: WorldModel, for the continuation.
-          states: State (H + 1, N, ...), actions: (H, N, A), with the policy's gradient if that is wanted through them.
-          alive: (N,) 0 where the start is a terminal state.
-          reward: function of features (H + 1, N, F) and actions -> (H + 1, N).
-        Returns: {name: loss (H, N)}, {name: tensor} for metrics, returns and advantages among them.
-        """
-        differentiable = self.dynamics_share > 0
-        feat = feature(states)
-        critic = self.critic(feat.detach())
-        with torch.set_grad_enabled(differentiable):
-            rewards, cont = reward(feat, actions), world.discounts(feat)
-            slow = self.slow(feat).mode() if self.slow_target or self.slow_reg else None
-            value = slow if self.slow_target else self.online_value(critic, feat)
-            ret = lambda_return(torch.zeros_like(cont.T), 1 - cont.T, rewards.T, value.T, 1.0, self.lam).T
-        weight = self.weigh(cont.detach(), alive, self.discount)
-        offset, scale = self.return_norm(ret.detach())
-        adv = (ret - value[:-1]) / scale
-        policy = self.actor(feat[:-1].detach())
-        logpi, entropy = policy.log_prob(actions.detach()), policy.entropy()
-        objective = (1 - self.dynamics_share) * logpi * adv.detach()
-        if differentiable:
-            objective = objective + self.dynamics_share * (adv if self.baseline else ret / scale)
+        critic = self.critic(rollout.feat)
+        with torch.no_grad():
+            reward, cont = rewards(rollout), world.discounts(rollout.feat)  # (H + 1, N)
+            value, slow = critic.mode(), self.slow(rollout.feat).mode()  # (H + 1, N)
+        ret = lambda_return(torch.zeros_like(cont.T), 1 - cont.T, reward.T, value.T, 1.0, self.lam).T  # (H, N)
+        weight = cont.cumprod(0)  # (H + 1, N)
+        offset, scale = self.return_norm(ret)
+        adv = (ret - value[:-1]) / scale  # (H, N)
+        policy = self.actor(rollout.feat[:-1])
+        logpi, entropy = policy.log_prob(rollout.actions), policy.entropy()  # (H, N)
+        target = torch.cat([ret, value[-1:]])  # (H + 1, N)
         losses = {
-            "policy": -weight[:-1] * (objective + self.entropy * entropy),
-            "value": weight[:-1] * self.critic_loss(critic, torch.cat([ret, value[-1:]]).detach(), slow)[:-1],
+            "policy": -weight[:-1] * (logpi * adv + self.entropy * entropy),
+            "value": weight[:-1] * self.critic_loss(critic, target, slow)[:-1],
         }
-        outs = {"reward": rewards, "cont": cont, "weight": weight, "value": value, "ret": ret, "adv": adv}
+        outs = {"reward": reward, "cont": cont, "weight": weight, "value": value, "slow": slow, "ret": ret, "adv": adv}
         outs |= {"logpi": logpi, "entropy": entropy, "ret_offset": offset, "ret_scale": scale}
-        outs |= {} if slow is None else {"slow": slow}
         return losses, {name: out.detach() for name, out in outs.items()}
 
-    def online_value(self, critic, feat):
-        """The critic's values (H + 1, N), given its distribution at `feat`, with a gradient towards `feat` alone."""
-        if not feat.requires_grad:
-            return critic.mode()
-        params = {name: param.detach() for name, param in self.critic.named_parameters()}
-        return torch.func.functional_call(self.critic, params, (feat,)).mode()
-
-    def critic_loss(self, critic, target, slow):
-        """Minus the log-probability of the target, and of the slow critic's value, where that is a regulariser."""
-        loss = -critic.log_prob(target)
-        return loss - self.slow_reg * critic.log_prob(slow.detach()) if self.slow_reg else loss
-
-    def replay_loss(self, states, batch, boot):
-        """The critic's loss on the replayed sequence; its gradient reaches the world model.
+    def replay_losses(self, world, states, batch, outs):
+        """The critic also learns from the rewards of the replayed sequence; its gradient reaches the world model.
 
         Args:
           states: posterior State (B, T, ...); batch: with reward, is_last, is_terminal (B, T).
-          boot: (B, T) imagined return of each state.
-        Returns: loss (B, T - 1), replayed returns (B, T - 1).
+          outs: what `losses` returned; the imagined return of each state stands in for what follows the sequence.
+        Returns: {name: loss (B, T - 1)}.
         """
-        critic = self.critic(feature(states))
+        if not self.replayed:
+            return {}
+        boot = outs["ret"][0].view(batch["reward"].shape)  # (B, T)
+        feat = feature(states)  # (B, T, F)
         with torch.no_grad():
-            slow = self.slow(feature(states)).mode()
-        args = batch["is_last"], batch["is_terminal"], batch["reward"], boot
-        ret = lambda_return(*args, self.discount, self.lam)
-        weight = 1 - batch["is_last"].float()
-        loss = weight * self.critic_loss(critic, torch.cat([ret, boot[:, -1:]], 1), slow)
-        return loss[:, :-1], ret
+            slow = self.slow(feat).mode()  # (B, T)
+        target = torch.cat([self.replay_returns(batch, boot), boot[:, -1:]], 1)  # (B, T)
+        loss = (1 - batch["is_last"].float()) * self.critic_loss(self.critic(feat), target, slow)
+        return {"repval": loss[:, :-1]}
+
+    def replay_returns(self, batch, boot):
+        """Return the returns (B, T - 1) of the replayed rewards; boot (B, T): estimates of each state's return."""
+        last, term, reward = batch["is_last"], batch["is_terminal"], batch["reward"]
+        return lambda_return(last, term, reward, boot, self.discount, self.lam)
+
+    def critic_loss(self, critic, target, slow):
+        """Pull the critic's distribution to the target, and to the slow critic's value."""
+        return -critic.log_prob(target) - self.slow_reg * critic.log_prob(slow)
 
     @torch.no_grad()
-    def update_slow(self):
-        """Move the slow critic towards the critic, at every `slow_every`-th call, the first included."""
+    def improve(self, rollout):
+        """After a gradient step: move the slow critic towards the critic, at every `slow_every`-th call."""
         slow, fast = list(self.slow.parameters()), list(self.critic.parameters())
         rate = self.slow_rate * (self.updates % self.slow_every == 0)
         torch._foreach_lerp_(slow, fast, [rate] * len(slow))
         self.updates += 1
 
 
+class ReturnNorm(nn.Module):
+    """Offset and scale of the returns, averaged over batches (DreamerV3, eq. 7).
+
+    Args:
+      rate: share of the new batch; limit: least scale.
+      low, high: percentiles in percent; the scale is the range between them.
+    """
+
+    def __init__(self, rate, limit, low, high):
+        super().__init__()
+        if low > high:
+            raise UserError(f"--return_norm.low {low} is above --return_norm.high {high}")
+        self.rate, self.limit = rate, limit
+        self.register_buffer("percentiles", torch.tensor([low, high]) / 100, persistent=False)
+        self.register_buffer("range", torch.zeros(2))
+
+    @torch.no_grad()
+    def forward(self, returns):
+        """Fold in a batch of returns of any shape; return (offset, scale), 0-d."""
+        self.range.lerp_(torch.quantile(returns.float().flatten(), self.percentiles), self.rate)
+        low, high = self.range
+        return low, (high - low).clamp(min=self.limit)
+
+
 @torch.no_grad()
 def behavior_metrics(outs):
-    """Metrics of what `ImagBehavior.losses` returned: means over the imagined trajectories, 0-d tensors."""
+    """Return metrics of what a behavior's `losses` returned: means over imagined trajectories, 0-d tensors."""
     ret = (outs["ret"] - outs["ret_offset"]) / outs["ret_scale"]
     slow = {"imag_slow_value": outs["slow"].mean()} if "slow" in outs else {}
     return slow | {

@@ -3,15 +3,17 @@
 Letters: B batch, T time, H imagined steps, N sequences or start states, D deter, S groups x K classes stoch, E embed.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import ops.distributions as dists
 from ops.layers import DREAMERV3, MLP, BlockLinear, LayerNorm, Linear, Norm
-from ops.scan import Scan, call_step
+from ops.scan import call_step, scan
+from tools import UserError
 
 # ---------------------------------------------------------------------------
 # Heads
@@ -94,20 +96,20 @@ class Actor(nn.Module):
 
     def __init__(self, inputs, spec, config, style=DREAMERV3):
         super().__init__()
+        self.spec = spec
         self.mlp = MLP(inputs, config.layers, config.units, style)
-        self.widths = list(spec.widths.values())
         self.heads = nn.ModuleList(
             ActionHead(width, spec.classes.get(key), config, style.init) for key, width in spec.widths.items()
         )
-        self.noises = [len(spec.classes.get(key, range(width))) for key, width in spec.widths.items()]
 
     def forward(self, feat):
+        """Features (..., F) -> distribution over actions (..., A)."""
         x = self.mlp(feat)
-        return dists.Joint([head(x) for head in self.heads], self.widths, self.noises)
+        return dists.Joint([head(x) for head in self.heads], self.spec.widths.values(), self.spec.variables.values())
 
     def noise(self, shape, device):
-        """Noise for the distribution's `sample`: (*shape, n)."""
-        pairs = zip(self.heads, self.noises, strict=True)
+        """Draw the noise that the distribution's `sample` takes: (*shape, n)."""
+        pairs = zip(self.heads, self.spec.variables.values(), strict=True)
         return torch.cat([head.kind.noise((*shape, width), device) for head, width in pairs], -1)
 
 
@@ -126,7 +128,7 @@ class State(NamedTuple):
 
 
 def feature(state):
-    """What heads see: [deter, flattened stoch] (..., D + S K)."""
+    """Return the input of all heads: [deter, flattened stoch] (..., D + S K)."""
     return torch.cat([state.deter, state.stoch.flatten(-2)], -1)
 
 
@@ -134,13 +136,15 @@ class BlockGRU(nn.Module):
     """The recurrent cell of DreamerV3: a GRU whose matrices are block-diagonal.
 
     Args:
-      deter, stoch, action: widths of the state and the action; deter is a multiple of blocks.
+      deter, stoch, action: widths of the state and the action. Raises UserError if blocks do not divide deter.
       hidden: width of the three input embeddings.
       layers: hidden block layers before the gates.
     """
 
     def __init__(self, deter, stoch, action, hidden, blocks, layers):
         super().__init__()
+        if deter % blocks:
+            raise UserError(f"--rssm.deter {deter} is no multiple of --rssm.blocks {blocks}")
         self.blocks = blocks
         self.embed_deter = MLP(deter, 1, hidden)
         self.embed_stoch = MLP(stoch, 1, hidden)
@@ -158,7 +162,7 @@ class BlockGRU(nn.Module):
         """(N, D), (N, S K) and a prepared action (N, hidden) -> the next deter (N, D)"""
         slices = deter.view(len(deter), self.blocks, -1)
         inputs = torch.cat([self.embed_deter(deter), self.embed_stoch(stoch), embedded], -1)
-        x = self.hidden[0].head(slices) + self.hidden[0].tail(inputs).view(slices.shape)
+        x = self.hidden[0].first(slices) + self.hidden[0].last(inputs).view(slices.shape)
         x = self.norms[0](x.reshape(deter.shape)).view(slices.shape)
         for linear, norm in zip(self.hidden[1:], self.norms[1:], strict=True):
             x = norm(linear(x).reshape(deter.shape)).view(slices.shape)
@@ -184,12 +188,12 @@ class DenseGRU(nn.Module):
 
     def prepare(self, action):
         """The part that does not depend on the state, for any number of steps: (..., A) -> (..., hidden)."""
-        return self.hidden[0].tail(action / action.detach().abs().clamp(min=1))
+        return self.hidden[0].last(action / action.detach().abs().clamp(min=1))
 
     def forward(self, deter, stoch, prepared):
         """(N, D), (N, S K) and a prepared action (N, hidden) -> the next deter (N, D)"""
-        first, *rest = self.hidden
-        x = first.head(stoch) + prepared
+        layer, *rest = self.hidden
+        x = layer.first(stoch) + prepared
         for layer in rest:
             x = layer(x)
         return self.gru(x, deter)
@@ -231,8 +235,37 @@ CELLS = {
 }
 
 
+class Latent(Protocol):
+    """A kind of stochastic state: S variables of K numbers each.
+
+    shape: (S, K); size: S K; outputs: width of the layer that gives its parameters.
+    """
+
+    shape: tuple[int, int]
+    size: int
+    outputs: int
+
+    def dist(self, params: torch.Tensor):
+        """(..., outputs) -> distribution with batch shape (..., S)"""
+
+    def noise(self, shape: tuple, device) -> torch.Tensor:
+        """Draw the noise that the distribution's `sample` takes, for states of batch shape `shape`."""
+
+    def kl(self, post, prior) -> torch.Tensor:
+        """Return KL(post || prior) in nats, summed over the variables: (...)."""
+
+    def layout(self) -> tuple[tuple[int, ...], np.dtype]:
+        """Return (shape, dtype) in which the replay stores one state."""
+
+    def pack(self, stoch: torch.Tensor) -> torch.Tensor:
+        """(..., S, K) -> what the replay stores."""
+
+    def unpack(self, stored: torch.Tensor) -> torch.Tensor:
+        """Undo `pack`, in float32."""
+
+
 class OneHotLatent:
-    """S independent one-hot variables of K classes with a share of uniform probability.
+    """S independent one-hot variables of K classes with a share of uniform probability (DreamerV2, DreamerV3).
 
     Args:
       groups, classes: S and K.
@@ -242,20 +275,31 @@ class OneHotLatent:
     def __init__(self, groups, classes, unimix):
         self.shape = (groups, classes)
         self.unimix = unimix
-        self.size = groups * classes
-        self.outputs = groups * classes
+        self.size = self.outputs = groups * classes
 
     def dist(self, logits):
         """(..., S K) -> distribution with batch shape (..., S)"""
         return dists.OneHot(logits.unflatten(-1, self.shape), self.unimix)
 
     def noise(self, shape, device):
-        """Noise for a draw of batch shape `shape`: (*shape, S)."""
+        """Draw noise for states of batch shape `shape`: (*shape, S)."""
         return dists.OneHot.noise((*shape, self.shape[0]), device)
 
     def kl(self, post, prior):
-        """KL(post || prior) summed over the groups: (...)"""
+        """Return KL(post || prior) summed over the groups: (...)."""
         return post.kl(prior).sum(-1)
+
+    def layout(self):
+        """Return (shape, dtype) of the S class indices."""
+        return (self.shape[0],), np.dtype(np.uint8 if self.shape[1] <= 256 else np.int16)
+
+    def pack(self, stoch):
+        """(..., S, K) -> class indices (..., S)"""
+        return stoch.argmax(-1)
+
+    def unpack(self, stored):
+        """Class indices (..., S) -> (..., S, K)"""
+        return dists.one_hot(stored, self.shape[1])
 
 
 class GaussianLatent:
@@ -278,12 +322,24 @@ class GaussianLatent:
         return dists.Normal(mean, F.softplus(stddev) + self.min_std)
 
     def noise(self, shape, device):
-        """Noise for a draw of batch shape `shape`: (*shape, S, 1)."""
+        """Draw noise for states of batch shape `shape`: (*shape, S, 1)."""
         return dists.Normal.noise((*shape, *self.shape), device)
 
     def kl(self, post, prior):
-        """KL(post || prior) summed over the variables: (...)"""
+        """Return KL(post || prior) summed over the variables: (...)."""
         return post.kl(prior).sum(-1)
+
+    def layout(self):
+        """Return (shape, dtype) of the S numbers in half precision."""
+        return (self.size,), np.dtype(np.float16)
+
+    def pack(self, stoch):
+        """(..., S, 1) -> (..., S) float16"""
+        return stoch[..., 0].half()
+
+    def unpack(self, stored):
+        """(..., S) -> (..., S, 1)"""
+        return stored[..., None].float()
 
 
 LATENTS = {
@@ -292,30 +348,49 @@ LATENTS = {
 }
 
 
+def make_rssm(embed, act_spec, config, style=DREAMERV3):
+    """Return the RSSM of a configuration's section `rssm`, for embeddings of width `embed` and an ActionSpec."""
+    latent = LATENTS[config.latent](config)
+    cell = CELLS[config.cell](config.deter, latent.size, act_spec.size, config, style)
+    return RSSM(cell, latent, embed, config, style)
+
+
 class RSSM(nn.Module):
-    """A recurrent state-space model (PlaNet, arXiv:1811.04551) made of a recurrent cell and a kind of latent.
+    """A recurrent state-space model (PlaNet, arXiv:1811.04551): a recurrent cell and a kind of latent.
+
+        deter[t] = cell(deter[t-1], stoch[t-1], action[t])      action[t] led to step t
+        prior      p(stoch[t] | deter[t])
+        posterior  q(stoch[t] | deter[t], embed[t])
 
     Args:
       cell: module with prepare(action) and forward(deter, stoch, prepared).
-      latent: object with shape, size, outputs, dist, noise, kl.
-      deter, hidden, embed: widths of the recurrent state, of the hidden layers and of the encoder's output.
-      img_layers, obs_layers: hidden layers of the prior and of the posterior.
-      learned: whether the state before anything was seen is learned (DreamerV3's 2023 form) or zero.
+      latent: `Latent`.
+      embed: width of the encoder's output (E).
+      config: with deter and hidden, widths of the recurrent state and of the hidden layers; img_layers and obs_layers,
+        hidden layers of prior and posterior; initial, `zeros` or `learned` (DreamerV3's 2023 form): the state before
+        anything was seen.
     """
 
-    def __init__(self, cell, latent, deter, hidden, embed, img_layers, obs_layers, style=DREAMERV3, learned=False):
+    def __init__(self, cell, latent, embed, config, style=DREAMERV3):
         super().__init__()
         self.cell = cell
         self.latent = latent
-        self.deter = deter
-        out = (hidden, latent.outputs, 1.0, style.init)
-        self.prior = nn.Sequential(MLP(deter, img_layers, hidden, style), Linear(*out))
-        self.posterior = nn.Sequential(MLP(deter + embed, obs_layers, hidden, style), Linear(*out))
-        self.start = nn.Parameter(torch.zeros(deter)) if learned else None
+        self.deter = deter = config.deter
+        out = (config.hidden, latent.outputs, 1.0, style.init)
+        self.prior = nn.Sequential(MLP(deter, config.img_layers, config.hidden, style), Linear(*out))
+        self.posterior = nn.Sequential(MLP(deter + embed, config.obs_layers, config.hidden, style), Linear(*out))
+        self.start = nn.Parameter(torch.zeros(deter)) if config.initial == "learned" else None
         self.call_step = call_step
 
+    def compile_parts(self):
+        """Compile one step of observing and one of imagining; the loops over time stay as they are written."""
+        self.call_step = torch.compile(self.call_step, dynamic=False)
+        self.imagine_step = torch.compile(self.imagine_step, dynamic=False)
+
+    # -- states
+
     def initial(self, batch, device, dtype=torch.float32):
-        """The state before anything was seen: State (batch, ...), zeros or the prior's mode at a learned deter."""
+        """Return the state before anything was seen, (batch, ...): zeros, or the prior's mode at a learned deter."""
         if self.start is not None:
             deter = torch.tanh(self.start).to(dtype).expand(batch, -1)
             return State(deter, self.predict(deter).mode().to(dtype))
@@ -324,36 +399,42 @@ class RSSM(nn.Module):
             torch.zeros(batch, *self.latent.shape, device=device, dtype=dtype),
         )
 
-    def observe(self, embed, action, is_first, state, noise=None):
-        """Filter a sequence.
+    def layout(self):
+        """Return {key: (shape, dtype)} in which the replay stores one state."""
+        return {"deter": ((self.deter,), np.dtype(np.float16)), "stoch": self.latent.layout()}
 
-        Time alignment: action[t] is the action that led to embed[t]; where is_first[t], the state is set to the
-        initial one and the action to zero.
+    def pack(self, state):
+        """State (..., D), (..., S, K) -> {key: what the replay stores of it (..., ...)}."""
+        return {"deter": state.deter.half(), "stoch": self.latent.pack(state.stoch)}
+
+    def unpack(self, stored, dtype):
+        """Undo `pack`; a step that no agent has seen is stored as zeros and has the state of zeros."""
+        stoch = self.latent.unpack(stored["stoch"])
+        known = stored["deter"].any(-1)[..., None, None]
+        return State(stored["deter"].to(dtype), (stoch * known).to(dtype))
+
+    # -- filtering
+
+    def observe(self, embed, action, is_first, state, noise=None):
+        """Filter a sequence; where is_first, the state is set to the initial one and the action to zero.
 
         Args:
-          embed: (B, T, E); action: (B, T, A); is_first: (B, T) bool.
+          embed: (B, T, E); action: (B, T, A), action[t] led to embed[t]; is_first: (B, T) bool.
           state: State (B, ...) before the first step.
           noise: (B, T, S) for the posterior draws, drawn here if None.
         Returns: State (B, T, ...), posterior distribution with batch shape (B, T, S).
         """
         if noise is None:
             noise = self.latent.noise(is_first.shape, embed.device)
-        keep = (~is_first).to(embed.dtype).transpose(0, 1)[..., None]
-        action = self.cell.prepare(action.to(embed.dtype).transpose(0, 1) * keep)
-        embed = self.posterior[0][0].tail(embed.transpose(0, 1))
+        (layer, *_), _ = self.posterior
+        keep = (~is_first).to(embed.dtype).transpose(0, 1)[..., None]  # (T, B, 1)
+        action = self.cell.prepare(action.to(embed.dtype).transpose(0, 1) * keep)  # (T, B, hidden)
+        embed = layer.last(embed.transpose(0, 1))  # (T, B, hidden)
         deter, stoch = state.deter.to(embed.dtype), state.stoch.to(embed.dtype)
         initial = self.initial(len(deter), deter.device, deter.dtype)
-        deters, stochs, logits = [], [], []
-        steps = list(zip(*(x.unbind() for x in (keep, action, embed, noise.transpose(0, 1))), strict=True))
-        step = self.observe_step
-        if torch.is_grad_enabled():
-            step = Scan(step, len(steps), (deter, stoch, initial, *steps[0]), self.call_step)
-        for inputs in steps:
-            deter, stoch, logit = step(deter, stoch, initial, *inputs)
-            deters.append(deter)
-            stochs.append(stoch)
-            logits.append(logit)
-        return State(torch.stack(deters, 1), torch.stack(stochs, 1)), self.latent.dist(torch.stack(logits, 1))
+        inputs = keep, action, embed, noise.transpose(0, 1)
+        deters, stochs, logits = scan(self.observe_step, (deter, stoch), initial, inputs, self.call_step)
+        return State(deters, stochs), self.latent.dist(logits)  # (B, T, ...)
 
     def observe_step(self, deter, stoch, initial, keep, action, embed, noise):
         """One step of `observe`; what depends on neither deter nor stoch comes prepared.
@@ -366,16 +447,18 @@ class RSSM(nn.Module):
         deter = torch.lerp(initial.deter, deter, keep)
         stoch = torch.lerp(initial.stoch, stoch, keep[..., None])
         deter = self.cell(deter, stoch.flatten(1), action)
-        first, *rest = self.posterior[0]
-        hidden = first.head(deter) + embed
+        (layer, *rest), out = self.posterior
+        hidden = layer.first(deter) + embed
         for layer in rest:
             hidden = layer(hidden)
-        logit = self.posterior[1](hidden)
+        logit = out(hidden)
         return deter, self.latent.dist(logit).sample(noise).to(deter.dtype), logit
 
     def predict(self, deter):
-        """The prior's distribution, batch shape (..., S), given deter (..., D)."""
+        """Return the prior's distribution, batch shape (..., S), given deter (..., D)."""
         return self.latent.dist(self.prior(deter))
+
+    # -- imagining
 
     def imagine(self, start, policy, horizon, noise=None):
         """Roll the prior forward, by a policy or along given actions.

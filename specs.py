@@ -1,52 +1,142 @@
-"""What is observed and what is done."""
+"""What is observed and what is done: sizes that environments, replay and networks agree on.
 
-from typing import NamedTuple
+Made from Gymnasium spaces once and used everywhere. Worker processes import this file, so PyTorch is imported only
+where tensors are at hand.
+"""
 
-import gymnasium
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
 import numpy as np
+from gymnasium import spaces
+
+if TYPE_CHECKING:
+    import torch
+
+FLAGS = ("is_first", "is_last", "is_terminal")  # bool, beside `reward`, in every observation
 
 
-class ObsSpec(NamedTuple):
-    """What the model sees, by key: image shapes (H, W, C), vector widths (n,), classes [k...] of integer vectors."""
+class Observed(NamedTuple):
+    """One observation key as networks see it.
 
-    images: dict
-    vectors: dict
-    classes: dict
+    kind: a name in `modalities.MODALITIES`.
+    shape: of one observation, such as (H, W, C) of an image or (n,) of a vector.
+    classes: [k...] of integers, the i-th below classes[i]; empty for anything else.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    classes: tuple[int, ...] = ()
+
+
+class ObsSpec(dict[str, Observed]):
+    """{key: Observed} of all that the model sees, in the order of the environment's keys."""
+
+    def of(self, kind: str) -> dict[str, Observed]:
+        """Return the keys of one kind."""
+        return {key: observed for key, observed in self.items() if observed.kind == kind}
+
+    def plain(self) -> dict:
+        """Return nested dicts and lists, from which `read` makes an equal spec."""
+        return {
+            key: {**seen._asdict(), "shape": list(seen.shape), "classes": list(seen.classes)}
+            for key, seen in self.items()
+        }
+
+    @classmethod
+    def read(cls, plain: Mapping) -> ObsSpec:
+        """Undo `plain`, also as checkpoints had it at first: {images: {key: shape}, vectors: ..., classes: ...}."""
+        if plain.keys() == {"images", "vectors", "classes"}:
+            kinds = {"vector": plain["vectors"], "image": plain["images"]}
+            plain = {
+                key: {"kind": kind, "shape": shape, "classes": plain["classes"].get(key, ())}
+                for kind, shapes in kinds.items()
+                for key, shape in shapes.items()
+            }
+        return cls(
+            {key: Observed(seen["kind"], tuple(seen["shape"]), tuple(seen["classes"])) for key, seen in plain.items()}
+        )
 
 
 class ActionSpec(NamedTuple):
-    """The action vector: {key: width} in sorted order, and {key: [k...]} for the discrete ones."""
+    """The action vector: the keys' parts side by side, in sorted order of the keys.
 
-    widths: dict
-    classes: dict
+    widths: {key: width of its part}.
+    classes: {key: [k...]} of (multi-)discrete keys, whose parts are one-hots of k classes side by side. The parts of
+      all other keys are numbers in [-1, 1].
+    """
+
+    widths: dict[str, int]
+    classes: dict[str, list[int]]
 
     @property
-    def size(self):
+    def size(self) -> int:
+        """The width of the vector (A)."""
         return sum(self.widths.values())
 
+    @property
+    def variables(self) -> dict[str, int]:
+        """{key: how many independent variables it has}: choices if it is discrete, else numbers."""
+        return {key: len(self.classes[key]) if key in self.classes else width for key, width in self.widths.items()}
 
-def obs_spec(space):
-    """{key: Gymnasium space} -> ObsSpec: uint8 boxes of three dimensions are images, all else vectors."""
-    images, vectors, classes = {}, {}, {}
-    for key, box in space.items():
-        if isinstance(box, gymnasium.spaces.Discrete):
-            vectors[key], classes[key] = (1,), [int(box.n)]
-        elif isinstance(box, gymnasium.spaces.MultiDiscrete):
-            vectors[key], classes[key] = (len(box.nvec),), [int(n) for n in box.nvec]
-        elif box.dtype == np.uint8 and len(box.shape) == 3:
-            images[key] = box.shape
-        else:
-            vectors[key] = (int(np.prod(box.shape)),)
-    return ObsSpec(images, vectors, classes)
+    def split(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
+        """(..., A) -> {key: (..., width)}"""
+        return dict(zip(self.widths, vector.split(list(self.widths.values()), -1), strict=True))
+
+    def join(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """{key: (..., width)} -> (..., A); other keys are ignored."""
+        import torch
+
+        return torch.cat([parts[key] for key in self.widths], -1)
+
+    def zeros(self, count: int) -> dict[str, np.ndarray]:
+        """Return {key: (count, width)} zeros: what led to the first observation of an episode."""
+        return {key: np.zeros((count, width), np.float32) for key, width in self.widths.items()}
+
+    def uniform(self, rng: np.random.Generator, count: int) -> dict[str, np.ndarray]:
+        """Draw {key: (count, width)} float32: numbers in [-1, 1] and one-hots, all with equal chances."""
+        return {key: self._draw(key, rng, count) for key in self.widths}
+
+    def _draw(self, key, rng, count):
+        if key not in self.classes:
+            return rng.uniform(-1, 1, (count, self.widths[key])).astype(np.float32)
+        choices = [rng.integers(size, size=count) for size in self.classes[key]]
+        return self.one_hot(key, np.stack(choices, -1))
+
+    def one_hot(self, key: str, index: np.ndarray) -> np.ndarray:
+        """Class indices (..., n) of a discrete key -> one-hots side by side (..., width) float32."""
+        pairs = zip(self.classes[key], np.moveaxis(index, -1, 0), strict=True)
+        return np.concatenate([np.eye(size, dtype=np.float32)[choice] for size, choice in pairs], -1)
 
 
-def act_spec(space):
-    """{key: Gymnasium space} -> ActionSpec: one-hots of discrete keys and values of boxes, in sorted order of keys."""
+def classes_of(space: spaces.Space) -> tuple[int, ...]:
+    """Return the classes of each integer that a discrete or multi-discrete space holds; () for any other space."""
+    if isinstance(space, spaces.Discrete):
+        return (int(space.n),)
+    if isinstance(space, spaces.MultiDiscrete):
+        return tuple(int(n) for n in space.nvec)
+    return ()
+
+
+def act_spec(act_space: Mapping[str, spaces.Space]) -> ActionSpec:
+    """{key: Box, Discrete or MultiDiscrete} -> ActionSpec."""
     widths, classes = {}, {}
-    for key, box in sorted(space.items()):
-        if isinstance(box, gymnasium.spaces.Discrete):
-            classes[key] = [int(box.n)]
-        elif isinstance(box, gymnasium.spaces.MultiDiscrete):
-            classes[key] = [int(n) for n in box.nvec]
-        widths[key] = sum(classes[key]) if key in classes else int(np.prod(box.shape))
+    for key, space in sorted(act_space.items()):
+        if found := classes_of(space):
+            classes[key] = list(found)
+        widths[key] = sum(found) if found else int(np.prod(space.shape or ()))
     return ActionSpec(widths, classes)
+
+
+def step_layout(
+    obs_space: Mapping[str, spaces.Space], actions: ActionSpec
+) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Return {key: (shape, dtype)} of a stored step: observation, action, reward and flags."""
+    layout = {key: (tuple(space.shape or ()), np.dtype(space.dtype)) for key, space in obs_space.items()}
+    layout = {
+        key: (shape, np.dtype(np.int32) if dtype.kind == "i" else dtype) for key, (shape, dtype) in layout.items()
+    }
+    layout |= {key: ((width,), np.dtype(np.float32)) for key, width in actions.widths.items()}
+    return layout | {"reward": ((), np.dtype(np.float32))} | {flag: ((), np.dtype(bool)) for flag in FLAGS}

@@ -1,52 +1,74 @@
-"""Pure functions and small clocks that every other room uses."""
+"""What every other file may use, without PyTorch: errors of the user, seeds, clocks, atomic files."""
 
+from __future__ import annotations
+
+import contextlib
 import fcntl
-import functools
 import math
 import os
-import random
 import time
 import uuid
-
-import numpy as np
-import torch
+from collections.abc import Callable
+from typing import IO, Any
 
 
 class UserError(Exception):
     """A mistake that the user can mend: printed as one line on stderr, exit status 2."""
 
 
+def derive_seed(seed: int, *path: int) -> int:
+    """Return a 31-bit seed that is a function of `seed` and a path of small integers, distinct for distinct paths."""
+    import numpy as np  # a tenth of a second that a misspelt flag need not wait for
+
+    return int(np.random.SeedSequence(seed, spawn_key=path).generate_state(1)[0] >> 1)
+
+
 # ---------------------------------------------------------------------------
 # Clocks: each answers "now?" for a counter that only grows, and can be saved
 
+SECONDS = {"s": 1, "m": 60, "h": 3600}
+
 
 class Every:
-    """True when `step` has passed a multiple of `period` since the last True; 0 or less means never."""
+    """True when `step` has passed a multiple of `period` since the last True; 0 or less means never.
 
-    def __init__(self, period, first=True):
-        self.period = period
-        self.next = -math.inf if first else period
-        self.step = 0
+    Args:
+      period: in steps, or a time such as 90s, 10m or 1.5h.
+      first: True at the very first call as well.
+    """
 
-    def __call__(self, step):
+    def __init__(self, period: float | str, first: bool = True):
+        self.by_time = isinstance(period, str)
+        self.period = float(period[:-1]) * SECONDS[period[-1]] if isinstance(period, str) else period
+        self.next = -math.inf if first and not self.by_time else self.now(0) + self.period
+        self.step = 0.0
+
+    def now(self, step: float) -> float:
+        """Return where the clock's hand stands: at the step, or at the time."""
+        return time.monotonic() if self.by_time else step
+
+    def __call__(self, step: float) -> bool:
         self.step = step
-        if self.period <= 0 or step < self.next:
+        now = self.now(step)
+        if self.period <= 0 or now < self.next:
             return False
-        self.next = (step // self.period + 1) * self.period
+        self.next = now + self.period if self.by_time else (now // self.period + 1) * self.period
         return True
 
-    def state_dict(self):
-        return {"next": self.next, "step": self.step}
+    def state_dict(self) -> dict[str, float]:
+        return {"next": -math.inf if self.by_time else self.next, "step": self.step}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, float]) -> None:
         """Go on from a state; one that was saved with a longer period waits no longer than this one's."""
-        self.next, self.step = state["next"], state.get("step", 0)  # older states do not tell
+        if self.by_time:
+            return
+        self.next, self.step = state["next"], state.get("step", 0)  # older states lack the step
         if self.period > 0:
             self.next = min(self.next, (self.step // self.period + 1) * self.period)
 
 
 class Ratio:
-    """How many times to act so that the total is floor(ratio * steps), exactly, however the calls fall.
+    """Says how often to act so that the total is floor(ratio * steps), exactly, however the calls fall.
 
     Args:
       ratio: times for a step.
@@ -54,39 +76,45 @@ class Ratio:
       first: times at the first call, beyond the ratio.
     """
 
-    def __init__(self, ratio, burst=1, first=0):
+    def __init__(self, ratio: float, burst: int = 1, first: int = 0):
         self.ratio, self.burst, self.first = ratio, burst, first
-        self.start = None
-        self.done = self.step = 0
+        self.start: int | None = None
+        self.done = self.pending = self.step = 0
 
-    def __call__(self, step):
+    def due(self, step: int) -> int:
+        """Return how many times to act now; each is to be told to `tick`."""
         self.step = step
         if self.start is None:
-            self.start = step
-            return self.first
-        due = math.floor((step - self.start) * self.ratio + 1e-9) - self.done
-        due -= due % self.burst
-        self.done += due
-        return due
+            self.start, self.pending, self.done = step, self.first, -self.first
+        elif not self.pending:
+            due = math.floor((step - self.start) * self.ratio + 1e-9) - self.done
+            self.pending = due - due % self.burst
+        return self.pending
 
-    def state_dict(self):
-        return {"start": self.start, "done": self.done, "step": self.step, "ratio": self.ratio}
+    def tick(self) -> None:
+        """Count one time as done."""
+        self.pending -= 1
+        self.done += 1
 
-    def load_state_dict(self, state):
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("start", "done", "pending", "step", "ratio")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state; one that was saved with another ratio leaves nothing to make up for."""
         self.start, self.done, self.step = state["start"], state["done"], state.get("step", 0)
+        self.pending = state.get("pending", 0)
         if state.get("ratio", self.ratio) != self.ratio and self.start is not None:
-            self.start, self.done = self.step, 0
+            self.start, self.done, self.pending = self.step, 0, 0
 
 
 class Rates:
     """Growth per second of counters since the last call."""
 
-    def __init__(self, **counters):
+    def __init__(self, **counters: float):
         self.time, self.counters = time.monotonic(), counters
 
-    def __call__(self, **counters):
-        """counters: the same names as at construction, now. Returns {name: growth per second}."""
+    def __call__(self, **counters: float) -> dict[str, float]:
+        """Return {name: growth per second} of counters of the same names as at construction."""
         now = time.monotonic()
         seconds = max(now - self.time, 1e-9)
         rates = {name: (value - self.counters[name]) / seconds for name, value in counters.items()}
@@ -95,55 +123,11 @@ class Rates:
 
 
 # ---------------------------------------------------------------------------
-# Randomness
-
-
-def seed_everything(seed):
-    """Seed Python, NumPy and PyTorch (all devices)."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed % 2**64)
-
-
-def derive_seed(seed, *path):
-    """A 31-bit seed that is a function of `seed` and a path of small integers, distinct for distinct paths."""
-    return int(np.random.SeedSequence(seed, spawn_key=path).generate_state(1)[0] >> 1)
-
-
-def get_rng_state():
-    """The state of every global generator, in types that `torch.load(weights_only=True)` accepts."""
-    version, internal, gauss = random.getstate()
-    name, keys, *rest = np.random.get_state()
-    return {
-        "python": [version, list(internal), gauss],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_rng_state(state):
-    """Undo `get_rng_state`."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"].cpu())
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
-
-
-# ---------------------------------------------------------------------------
 # Files
 
 
-def atomic_write(path, write):
-    """Call `write(file)` on a temporary file beside `path` and rename it: the path holds all of it or what it held.
-
-    Args:
-      path: where the content shall stand.
-      write: function of a binary file open for writing.
-    """
+def atomic_write(path: str | os.PathLike, write: Callable[[IO[bytes]], Any]) -> None:
+    """Call `write(file)` on a temporary file beside `path` and rename it: the path holds all of it or what it held."""
     path = os.fspath(path)
     temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
     try:
@@ -157,18 +141,11 @@ def atomic_write(path, write):
             os.remove(temporary)
 
 
-def atomic_save(path, state):
-    """`torch.save(state, path)`, atomically. Raises OSError where the path cannot take it."""
-    try:
-        atomic_write(path, lambda file: torch.save(state, file))
-    except RuntimeError as error:  # torch finds its archive incomplete after a write that failed
-        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+@contextlib.contextmanager
+def locked(directory: str | os.PathLike):
+    """Lock a directory against other processes. Raises UserError if another holds it.
 
-
-def hold(directory):
-    """Lock a directory until the process ends, or until the function that is returned is called.
-
-    Raises UserError if it is held already. Where the file system knows no locks, nothing is held.
+    Where the file system knows no locks, there is none.
     """
     handle = os.open(directory, os.O_RDONLY)
     try:
@@ -178,4 +155,7 @@ def hold(directory):
         raise UserError(f"{directory}: another run is writing there") from None
     except OSError:
         pass
-    return functools.partial(os.close, handle)
+    try:
+        yield
+    finally:
+        os.close(handle)

@@ -1,1 +1,82 @@
-"""How to act in a world model, and how that is learned."""
+"""How to act in a world model, and how that is learned: one file for each behavior but the default, in models.py."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+
+from models import Rollout, WorldModel
+from networks import State
+
+# name -> (module, class in it, made from the width of the features, the ActionSpec and the whole configuration)
+BEHAVIORS = {
+    "actor_critic": ("models", "ImagBehavior"),
+    "dynamics": ("behaviors.dynamics", "DynamicsBehavior"),
+    "dreamerv3_2023": ("behaviors.dreamerv3_2023", "DreamerV3of2023"),
+    "dreamerv2": ("behaviors.dreamerv2", "DreamerV2"),
+    "dreamerv1": ("behaviors.dreamerv1", "DreamerV1"),
+    "cem": ("behaviors.cem", "CEM"),
+}
+
+
+class Behavior(Protocol):
+    """A way to act in a world model, and to learn that: a torch module, perhaps without parameters.
+
+    Letters as in models.py. The agent freezes the world model around `rollout` and `losses`.
+    """
+
+    def optimized(self) -> dict[str, torch.nn.Module]:
+        """Return {name of an optimizer's group, such as actor: module}."""
+
+    def compile_parts(self) -> None:
+        """Compile what learning spends its time in."""
+
+    def initial(self, count: int) -> Any:
+        """Return the behavior's own carry before the first step: a tree of tensors (count, ...), () for none."""
+
+    def act(self, world: WorldModel, state: State, carry: Any, mode: str) -> tuple[torch.Tensor, Any]:
+        """Choose actions (N, A) in posterior states (N, ...); return them and the next carry.
+
+        mode: "mode" for the best action, anything else for one to learn from.
+        """
+
+    def rollout(self, world: WorldModel, states: State) -> Rollout | None:
+        """Imagine from every state (B, T, ...), without gradient towards it and with a fresh carry."""
+
+    def losses(
+        self,
+        world: WorldModel,
+        rollout: Rollout | None,
+        batch: Mapping[str, torch.Tensor],
+        rewards: Callable[[Rollout], torch.Tensor],
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Return losses {name: (H, N)} of the imagined trajectories, and {name: tensor} for metrics.
+
+        They are joined with the world model's in one backward pass. `rewards` gives (H + 1, N), on arriving.
+        """
+
+    def replay_losses(
+        self, world: WorldModel, states: State, batch: Mapping[str, torch.Tensor], outs: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Return losses {name: (B, ...)} of the replayed states (B, T, ...), which carry gradient.
+
+        outs: the second of what `losses` returned.
+        """
+
+    def improve(self, rollout: Rollout | None) -> None:
+        """Do what follows the gradient step: slow critics, or epochs of an optimizer of the behavior's own."""
+
+
+def make_behavior(name: str, feat_size: int, act_spec: Any, config: Any) -> Any:
+    """Return the `Behavior` of a name; an actor_critic whose `actor.grad` asks for the dynamics is DynamicsBehavior.
+
+    Args:
+      feat_size: width of the features; act_spec: ActionSpec; config: the whole configuration.
+    """
+    if name == "actor_critic" and config.actor.grad != "reinforce":
+        name = "dynamics"
+    module, kind = BEHAVIORS[name]
+    return getattr(importlib.import_module(module), kind)(feat_size, act_spec, config)

@@ -5,37 +5,40 @@ import torch.nn as nn
 
 from networks import feature
 from ops.distributions import one_hot
+from ops.random import randn
+from tools import UserError
 
 
 class CEM(nn.Module):
     """The cross-entropy method: refit a normal over action sequences to the candidates with the most predicted reward.
 
-    It stands where a learned behaviour does, and learns nothing. A discrete action is the largest of the numbers that
-    stand for its classes.
+    A behavior without parameters. A discrete action is the largest of the numbers that stand for its classes.
 
     Args:
-      act_spec: ActionSpec.
-      config: with horizon H, iterations, candidates J, elites.
+      feat_size: width of the features; act_spec: ActionSpec.
+      config: the whole configuration, with cem.horizon H, iterations, candidates J, elites.
     """
 
-    def __init__(self, act_spec, config):
+    def __init__(self, feat_size, act_spec, config):
         super().__init__()
-        self.spec = act_spec
-        self.horizon, self.iterations = config.horizon, config.iterations
-        self.candidates, self.elites = config.candidates, config.elites
+        self.spec, c = act_spec, config.cem
+        if c.elites > c.candidates:
+            raise UserError(f"--cem.elites {c.elites} are more than --cem.candidates {c.candidates}")
+        self.horizon, self.iterations, self.candidates, self.elites = c.horizon, c.iterations, c.candidates, c.elites
 
-    def compile(self):
+    def optimized(self):
+        """There is nothing to optimize."""
+        return {}
+
+    def compile_parts(self):
         """There is nothing to compile: acting stays as it is written."""
 
-    def losses(self, world, states, batch, reward, imagine=None):
-        """Nothing is learned: no losses, no metrics."""
-        return {}, {}
+    def initial(self, count):
+        """Nothing is carried from step to step: each step plans anew."""
+        return ()
 
-    def update_slow(self):
-        """There is no critic."""
-
-    def act(self, world, state, mode):
-        """The first actions (N, A) of the plans from the posterior State (N, ...); `mode` makes no difference."""
+    def act(self, world, state, carry, mode):
+        """Choose the first actions (N, A) of the plans from posterior states (N, ...), whatever the mode."""
         start = state.map(lambda x: x.repeat_interleave(self.candidates, 0))
         shape = (self.horizon, len(state.deter), self.candidates, self.spec.size)
 
@@ -44,24 +47,39 @@ class CEM(nn.Module):
             states, _ = world.rssm.imagine(start, self.native(plans).flatten(1, 2), self.horizon)
             return world.reward(feature(states.map(lambda x: x[1:]))).mode().sum(0).view(shape[1:3])
 
-        return self.native(search(score, shape, self.iterations, self.elites, state.deter.device)[0])
+        plan = search(score, shape, self.iterations, self.elites, state.deter.device)
+        return self.native(plan[0]), carry
 
     def native(self, plans):
         """Numbers (..., A) -> the action vectors that they stand for (..., A)."""
-        parts = plans.split(list(self.spec.widths.values()), -1)
-        return torch.cat(
-            [
-                torch.cat([one_hot(x.argmax(-1), x.shape[-1]) for x in part.split(self.spec.classes[key], -1)], -1)
-                if key in self.spec.classes
-                else part
-                for key, part in zip(self.spec.widths, parts, strict=True)
-            ],
-            -1,
-        )
+        parts = self.spec.split(plans)
+        return self.spec.join({key: self.choose(key, part) for key, part in parts.items()})
+
+    def choose(self, key, numbers):
+        """Numbers (..., width) of an action key -> numbers, or one-hots of the largest if it is discrete."""
+        if key not in self.spec.classes:
+            return numbers
+        choices = numbers.split(self.spec.classes[key], -1)
+        return torch.cat([one_hot(choice.argmax(-1), choice.shape[-1]) for choice in choices], -1)
+
+    def rollout(self, world, states):
+        """Nothing is imagined for learning."""
+        return None
+
+    def losses(self, world, rollout, batch, rewards):
+        """Nothing is learned."""
+        return {}, {}
+
+    def replay_losses(self, world, states, batch, outs):
+        """Nothing is learned."""
+        return {}
+
+    def improve(self, rollout):
+        """There is no critic."""
 
 
 def search(score, shape, iterations, elites, device="cpu"):
-    """Maximise a score over sequences in [-1, 1] by the cross-entropy method, for N problems at once.
+    """Maximize a score over sequences in [-1, 1] by the cross-entropy method, for N problems at once.
 
     Args:
       score: function of candidates (H, N, J, A) -> (N, J).
@@ -72,7 +90,7 @@ def search(score, shape, iterations, elites, device="cpu"):
     mean = torch.zeros(horizon, count, 1, size, device=device)
     stddev = torch.ones_like(mean)
     for _ in range(iterations):
-        plans = (mean + stddev * torch.randn(shape, device=device)).clamp(-1, 1)
+        plans = (mean + stddev * randn(shape, device)).clamp(-1, 1)
         best = score(plans).topk(elites, -1).indices[None, :, :, None].expand(horizon, -1, -1, size)
         chosen = plans.gather(2, best)
         mean, stddev = chosen.mean(2, keepdim=True), chosen.std(2, correction=0, keepdim=True)

@@ -1,12 +1,12 @@
-"""How fast the environments are, what wrappers and workers cost, and how well a random agent does.
+"""Measure the speed of environments, the overhead of wrappers and workers, and returns of a random agent.
 
 python3 benchmarks/environments.py speed --write docs/environments.md
 python3 benchmarks/environments.py overhead --write docs/environments.md
 python3 benchmarks/environments.py random --write docs/environments.md
 
 Each prints a table, and --write puts it between its markers in a page. Environments are made from the presets of
-configs.yaml. Every measurement has a process of its own; what cannot be made becomes a row that says why. Timings
-need cores with nothing else to do: the line below each table tells the load at the start.
+configs.yaml. Every measurement runs in its own process; an environment that cannot be made becomes a row with
+the reason. Timings need idle cores: the line below each table gives the load at the start.
 """
 
 import concurrent.futures
@@ -26,6 +26,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from gymnasium import spaces
 
+from agents.random import Random
 from benchmarks.pages import Parser, all_cores, digits, machine, markdown, mean_and_error, put_between, write_between
 from benchmarks.races import (
     bare_pong,
@@ -41,10 +42,10 @@ from benchmarks.races import (
 from benchmarks.scores import ACHIEVEMENT, atari_scores, crafter_score, published_curves
 from envs import SUITES, make_envs
 from envs.errors import one_line
-from envs.wrappers import is_image
-from exploration import Random
-from specs import act_spec
+from modalities import kind_of
+from specs import act_spec, step_layout
 from tools import UserError, atomic_write, derive_seed
+from training.evaluation import Evaluation
 
 TASKS = (  # (presets, an example)
     ("atari", "atari_pong"),
@@ -69,7 +70,7 @@ TASKS = (  # (presets, an example)
 PACKAGES = {"gym_LunarLander-v3": "-r requirements/box2d.txt", "gym_HalfCheetah-v5": "mujoco==3.17.0"}
 GAMES = "pong", "breakout", "boxing", "freeway", "seaquest", "ms_pacman"
 CONTROL = "cartpole_balance", "cartpole_swingup", "walker_walk", "cheetah_run", "ball_in_cup_catch"
-RANDOM = (  # (presets, a task, how many times as many episodes as asked for: success rates need more than returns)
+RANDOM = (  # (presets, a task, factor on the number of episodes: success rates need more than returns)
     *(("atari100k", f"atari100k_{game}", 1) for game in GAMES),
     ("crafter", "crafter_reward", 10),
     *(("dmc_proprio", f"dmc_{task}", 1) for task in CONTROL),
@@ -79,13 +80,13 @@ ACHIEVEMENTS = 22
 
 
 def main(argv=None):
-    """Run the command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     try:
         args = parse(argv)
         measure, table = COMMANDS[args.command]
         if getattr(args, "seconds", 1) <= 0 or getattr(args, "episodes", 2) < 2 or getattr(args, "processes", 1) < 1:
             raise UserError("--seconds must be above 0, --episodes at least 2 and --processes at least 1")
-        if args.write:  # a missing marker is found now, not after the measurements
+        if args.write:  # so that a missing marker is reported before the measurements
             put_between(pathlib.Path(args.write).read_text(encoding="utf-8"), args.command, "")
         about = machine() + (f", {args.seconds:g} s a measurement" if "seconds" in args else "")
         results = measure(args)
@@ -103,6 +104,7 @@ def main(argv=None):
 
 
 def parse(argv):
+    """Return the parsed command line."""
     parser = Parser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (measure, _) in COMMANDS.items():
@@ -123,7 +125,7 @@ def parse(argv):
 
 
 def rows_of(table, tasks):
-    """The rows of TASKS or RANDOM; for `tasks` that are named, those rows, or others like them of the same suite."""
+    """Return the rows of TASKS or RANDOM; given `tasks`, only theirs, or rows like those of the same suite."""
     if not tasks:
         return list(table)
     found = {}
@@ -136,9 +138,9 @@ def rows_of(table, tasks):
 
 
 def attempt(function, *args, cores=()):
-    """What `function(*args)` returns in a process of its own, or {"failed": why} if anything goes wrong there.
+    """Return `function(*args)`, called in a separate process, or {"failed": why} if that fails.
 
-    cores: where the process starts, for packages may start threads as soon as they are imported.
+    cores: of the process from its start, as packages may start threads when they are imported.
     """
     before = all_cores()
     pin(cores)
@@ -147,7 +149,7 @@ def attempt(function, *args, cores=()):
             return pool.submit(function, *args).result()
     except UserError as error:
         return {"failed": one_line(error)}
-    except Exception as error:  # the other rows are worth having
+    except Exception as error:  # the other rows are still useful
         traceback.print_exception(error)
         return {"failed": f"{type(error).__name__}: {one_line(error)}"}
     finally:
@@ -159,7 +161,7 @@ def attempt(function, *args, cores=()):
 
 
 def speed(args):
-    """Spaces, protocol and agent steps per second of a task of every suite."""
+    """Measure the agent steps per second of a task of every suite, and describe its spaces and protocol."""
     results = []
     for presets, task in rows_of(TASKS, args.tasks):
         print(f"{task} {presets}", file=sys.stderr, flush=True)
@@ -171,7 +173,7 @@ def speed(args):
 
 
 def time_task(presets, task, seconds, cores):
-    """The measured part of a row: in this process on the first of `cores`, with two workers on the first two."""
+    """Measure a row: in this process on the first of `cores`, with two workers on the first two."""
     with tempfile.TemporaryDirectory() as logdir:  # bsuite records its episodes there
         pin(cores[:1])
         config = make_config(presets, task, "--parallel", "false", "--envs", "1", "--logdir", logdir)
@@ -189,20 +191,21 @@ def time_task(presets, task, seconds, cores):
 
 
 def steps_per_second(envs, seconds):
-    """Agent steps per second of all of `envs` together under random actions; resets take time but are no steps."""
+    """Return the agent steps per second of all `envs`, with random actions; resets take time but are not counted."""
     step = together(envs, draw_actions(envs.act_space, len(envs)))
     seconds_per_step(step, seconds / 5)
     return 1 / seconds_per_step(step, seconds)
 
 
 def clock(function):
+    """Return the seconds that a call takes."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
 def describe(group):
-    """{key: space} in words: `image 64x64x3, position 8`, `action discrete 18`."""
+    """Describe {key: space} in words: `image 64x64x3, position 8`, `action discrete 18`."""
 
     def size(space):
         if isinstance(space, spaces.Box):
@@ -213,9 +216,9 @@ def describe(group):
 
 
 def protocol(config, obs_space):
-    """What the presets make of the task, in words: general keys, then those of the suite's own section."""
+    """Describe the protocol that presets set for the task: general keys, then those of the suite's own section."""
     words = {"repeat": config.action_repeat, "limit": config.time_limit or "the task's own"}
-    if any(map(is_image, obs_space.values())):
+    if any(kind_of(space) == "image" for space in obs_space.values()):
         words["size"] = "x".join(map(str, config.size))
     suite = config.task.partition("_")[0]
     for name, section in config.to_dict().items():
@@ -225,6 +228,7 @@ def protocol(config, obs_space):
 
 
 def speed_table(results):
+    """Return the table of `speed`."""
     words = ("observations", "actions", "protocol")
     numbers = ("steps_per_second", "steps_per_second_2_workers", "reset_ms")
     rows = []
@@ -241,7 +245,7 @@ def speed_table(results):
 
 
 def overhead(args):
-    """What make_env and a worker cost over the bare environment, and what four workers give."""
+    """Measure the overhead of make_env and a worker over the bare environment, and the speedup of four workers."""
     cores = all_cores()
     walker = ["dmc_proprio", "dmc_walker_walk", "--action_repeat", "2"]
     races = {
@@ -257,6 +261,7 @@ def overhead(args):
 
 
 def overhead_table(results):
+    """Return the table of `overhead`."""
     rows = []
     for row in results:
         if "failed" in row:
@@ -273,7 +278,7 @@ def overhead_table(results):
 
 
 def random(args):
-    """Returns of the random agent beside the published ones."""
+    """Measure the returns of the random agent, to compare with published ones."""
 
     def run(row):
         presets, task, times = row
@@ -285,31 +290,23 @@ def random(args):
 
 
 def play(presets, task, episodes, seed=0):
-    """The random agent's episodes, summed up, beside what is published: a row of the table."""
+    """Play episodes with the random agent; return a row of the table, with the published values."""
     config = make_config(presets, task, "--seed", str(seed), "--envs", "1", "--parallel", "false")
-    returns, lengths, unlocked = [], [], []
     with contextlib.closing(make_envs(config, "eval", 1)) as envs:
-        agent = Random(act_spec(envs.act_space), derive_seed(seed, 3))
-        obs, total, steps = envs.reset(), 0.0, 0
-        while len(returns) < episodes:
-            obs = envs.step(agent.act(obs)[0])
-            total += float(obs["reward"][0])
-            steps += not obs["is_first"][0]
-            if obs["is_last"][0]:
-                names = [key for key in obs if ACHIEVEMENT.match(key)]
-                unlocked.append({name: bool(obs[name][0] > 0) for name in names})
-                returns.append(total)
-                lengths.append(steps * config.action_repeat)
-                total, steps = 0.0, 0
-        words = protocol(config, envs.obs_space)
-    mean, error = mean_and_error(returns)
+        spec, words = act_spec(envs.act_space), protocol(config, envs.obs_space)
+        evaluation = Evaluation(envs, spec, step_layout(envs.obs_space, spec), episodes, "sample")
+        played = evaluation.play(Random(spec, derive_seed(seed, 3)))
+    mean, error = mean_and_error([episode.score for episode in played])
+    lengths = [episode.length * config.action_repeat for episode in played]
     found = {"protocol": words, "episodes": episodes, "mean": mean, "error": error}
     found |= {"frames": float(np.mean(lengths)), "longest": max(lengths), **published(task)}
-    return found | (crafter(unlocked) if task.startswith("crafter") else {})
+    if not task.startswith("crafter"):
+        return found
+    return found | crafter([{key: n > 0 for key, n in e.logs.items() if ACHIEVEMENT.match(key)} for e in played])
 
 
 def crafter(unlocked):
-    """The Crafter score in percent, and its standard error by the bootstrap over episodes [{achievement: bool}]."""
+    """Return the Crafter score of episodes [{achievement: bool}] in percent, and its standard error by a bootstrap."""
     names = sorted(set().union(*unlocked))
     if len(names) != ACHIEVEMENTS:
         raise UserError(f"Crafter has {ACHIEVEMENTS} achievements, but episodes log {len(names)}")
@@ -326,7 +323,7 @@ def crafter(unlocked):
 
 
 def published(task):
-    """What is published for a task, where anything is: {"published": return, "by": whom}, in Crafter also the score.
+    """Return published values for a task, if any: {"published": return, "by": whom}, in Crafter also the score.
 
     In DMC that is the first point of PPO, which has hardly learned by then.
     """
@@ -342,6 +339,7 @@ def published(task):
 
 
 def random_table(results):
+    """Return the table of `random`."""
     head = ("task", "presets", "protocol", "episodes", "frames (longest)", "return", "published", "apart")
     rows = []
     for row in results:
@@ -358,7 +356,7 @@ def random_table(results):
 
 
 def beside(row, value, error, known):
-    """Cells of a value and its standard error, of the published one, and of how many standard errors lie between."""
+    """Return cells of a value and its standard error, of the published one, and of the standard errors between them."""
     cells = [f"{row[value]:.2f} ± {row[error]:.2f}"]
     if known not in row:
         return [*cells, "-", "-"]

@@ -1,9 +1,9 @@
-"""The versions of Dreamer side by side on one small task, and how far curiosity gets in a maze.
+"""Compare the versions of Dreamer on one small task, and Plan2Explore with random acting in a maze.
 
 python3 benchmarks/family.py learn --out logdir/family --write docs/family.md
 python3 benchmarks/family.py explore --out logdir/explore --write docs/family.md
 
-Runs dreamer.py for every version and seed (those that are there already are not run again), prints a table, puts it
+Runs dreamer.py for every version and seed (existing ones are not run again), prints a table, puts it
 between its markers in a page, and draws OUT.png.
 """
 
@@ -19,38 +19,50 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
+from agents.random import Random
 from benchmarks.pages import Parser, markdown, mean_and_error, put_between, write_between
-from envs import make_env
+from envs import make_envs
 from envs.dummy import Maze
-from tools import UserError
+from specs import act_spec, step_layout
+from tools import UserError, derive_seed
 from training.config import CONFIGS, load_config
+from training.evaluation import Evaluation
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 VERSIONS = {"planet": "PlaNet", "dreamerv1": "Dreamer", "dreamerv2": "DreamerV2"}
 VERSIONS |= {"dreamerv3_2023": "DreamerV3, 2023", "": "DreamerV3"}
 # All at the size of quickstart, so that a run takes minutes, with rates as much faster as there. Four numbers that are
-# easily predicted, of which hundredths matter, are next to nothing in the loss beside unit variance and the KL: so they
-# weigh as with a deviation of 0.1, and the reward ten times as much as one of unit variance.
+# easily predicted, of which hundredths matter, hardly contribute to the loss at unit variance, beside the KL: so they
+# are weighted as with a deviation of 0.1, and the reward ten times as much as one of unit variance.
 LEARN = """--task dmc_cartpole_balance --encoder.cnn_keys $^ --action_repeat 8 --steps 24000 --train_ratio 256
 --compile true --eval_every 4000 --log_every 2000 --video_pred_log false --horizon 33 --free_nats 1
 --loss_scales.rec 100 --loss_scales.reward 10 --actor.max_std 1 --model_opt.lr 1e-3 --actor_opt.lr 2e-4
 --critic_opt.lr 5e-4 --cem.candidates 100 --cem.elites 10 --cem.iterations 5"""
-# Dreamer climbs through its model's gradient with a policy that saturates: it needs more data, longer windows, for it
-# keeps no latents, its own wide start, and smaller steps. Its preset's batch of 50 would leave a third of the updates.
+# Dreamer climbs through its model's gradient with a policy that saturates: it needs more data, longer windows, as it
+# stores no latents, its own wide start, and smaller steps. Its preset's batch of 50 would leave a third of the updates.
 OWN = {
     "dreamerv1": """--steps 48000 --batch_size 16 --batch_length 32 --prefill 1000 --actor.max_std 5
     --actor_opt.lr 1e-4 --critic_opt.lr 2e-4"""
 }
-BASELINES = {"random": lambda space: space.sample(), "no action": lambda space: np.zeros(space.shape, np.float32)}
-EPISODES = 40  # of each baseline
+EPISODES = 40  # of each of BASELINES
 EXPLORERS = {"random": "--expl_behavior random --train_ratio 0", "Plan2Explore": "--expl_behavior plan2explore"}
 EXPLORE = """--task dummy_maze --steps 4000 --eval_every 0 --video_pred_log false --compile true --disag_target embed
 --disag_layers 2 --disag_units 64 --disag_models 5 --loss_scales.rec 10 --horizon 33 --actor.entropy 1e-2"""
 
 
+class Still(Random):
+    """An agent whose actions are all zeros."""
+
+    def act(self, obs, carry=(), mode="sample"):
+        return self.act_spec.zeros(len(obs["is_first"])), (), None
+
+
+BASELINES = {"random": Random, "no action": Still}
+
+
 def main(argv=None):
-    """Run the command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--out", type=pathlib.Path, required=True, help="where the runs go; the plot is OUT.png")
@@ -59,7 +71,7 @@ def main(argv=None):
     parser.add_argument("--write", metavar="PAGE", help="put the table between its markers in this file")
     try:
         args = parser.parse_args(argv)
-        if args.write:  # a missing marker is found now, not after the runs
+        if args.write:  # so that a missing marker is reported before the runs
             put_between(pathlib.Path(args.write).read_text(encoding="utf-8"), args.command, "")
         text = COMMANDS[args.command](args)
         print(text)
@@ -72,7 +84,7 @@ def main(argv=None):
 
 
 def run_all(jobs, processes):
-    """Run dreamer.py for each {logdir: flags}, unless it has been."""
+    """Run dreamer.py for each {logdir: flags} that has not run yet."""
 
     def run(job):
         logdir, flags = job
@@ -92,6 +104,7 @@ def run_all(jobs, processes):
 
 
 def lines(path):
+    """Read a file of JSON lines."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -100,7 +113,7 @@ def lines(path):
 
 
 def learn(args):
-    """Returns of every version against those of a random agent and of one that does nothing."""
+    """Compare the returns of every version with those of a random agent and of one that does nothing."""
     logdirs = {
         version: [args.out / f"{version or 'dreamerv3'}_{seed}" for seed in range(args.seeds)] for version in VERSIONS
     }
@@ -110,7 +123,7 @@ def learn(args):
         for seed, logdir in enumerate(found)
     }
     run_all(jobs, args.processes)
-    levels = {name: mean_and_error(play(act)) for name, act in BASELINES.items()}
+    levels = {name: mean_and_error(play(agent)) for name, agent in BASELINES.items()}
     chance, chance_error = levels["random"]
     rows, curves = [], {}
     for version, name in VERSIONS.items():
@@ -129,28 +142,21 @@ def learn(args):
 
 
 def settings(version):
-    """The flags of a version's runs behind its presets."""
+    """Return the flags of a version's runs, to append to its presets."""
     return [*LEARN.split(), *OWN.get(version, "").split()]
 
 
-def play(act):
-    """Returns of EPISODES episodes of the task in which `act(space)` gives every action."""
+def play(agent):
+    """Return the returns of EPISODES episodes of the task, with one of BASELINES as the agent."""
     config = load_config(["--configs", "quickstart", *LEARN.split()], CONFIGS)
-    returns = []
-    with contextlib.closing(make_env(config, "eval", 0)) as env:
-        space = env.act_space["action"]
-        space.seed(config.seed)
-        for _ in range(EPISODES):
-            obs, total = env.reset(), 0.0
-            while not obs["is_last"]:
-                obs = env.step({"action": act(space)})
-                total += float(obs["reward"])
-            returns.append(total)
-    return returns
+    with contextlib.closing(make_envs(config, "eval", 1)) as envs:
+        spec = act_spec(envs.act_space)
+        evaluation = Evaluation(envs, spec, step_layout(envs.obs_space, spec), EPISODES, "sample")
+        return [episode.score for episode in evaluation.play(agent(spec, derive_seed(config.seed, 3)))]
 
 
 def eval_curve(logdir):
-    """Frames of the evaluations and their mean returns."""
+    """Return the frames of the evaluations and their mean returns."""
     rows = [row for row in lines(logdir / "metrics.jsonl") if "eval_return" in row]
     return [row["step"] for row in rows], [row["eval_return"] for row in rows]
 
@@ -160,7 +166,7 @@ def eval_curve(logdir):
 
 
 def explore(args):
-    """Distinct cells that are visited in the maze, by curiosity and at random."""
+    """Compare how many cells of the maze are visited by curiosity and at random."""
     logdirs = {name: [args.out / f"{name.lower()}_{seed}" for seed in range(args.seeds)] for name in EXPLORERS}
     jobs = {
         logdir: ["--configs", "quickstart", *EXPLORE.split(), *EXPLORERS[name].split(), "--seed", str(seed)]
@@ -181,6 +187,7 @@ def explore(args):
 
 
 def cell_curve(logdir):
+    """Return the frames at the ends of episodes and how many cells had been visited by then."""
     rows = [row for row in lines(logdir / "scores.jsonl") if row["mode"] == "train"]
     return [row["step"] for row in rows], [row["log_cells"] for row in rows]
 
@@ -190,7 +197,7 @@ def cell_curve(logdir):
 
 
 def draw(out, curves, levels, xlabel, ylabel):
-    """Means over seeds with the range between the seeds; levels: {name: height} of dotted lines."""
+    """Draw means over seeds with the range between the seeds; levels: {name: height} of dotted lines."""
     import matplotlib
 
     matplotlib.use("Agg")

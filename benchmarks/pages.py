@@ -1,4 +1,4 @@
-"""What benchmarks have in common: command lines, tables, and pages that hold them between markers."""
+"""Shared parts of benchmarks: command lines, tables, and pages with tables between markers."""
 
 import argparse
 import contextlib
@@ -14,19 +14,19 @@ from tools import UserError, atomic_write
 
 
 class Parser(argparse.ArgumentParser):
-    """Its errors are a UserError of one line."""
+    """Report a mistake as a UserError of one line."""
 
     def error(self, message):
         raise UserError(message)
 
 
 def mean_and_error(values):
-    """Mean and its standard error."""
+    """Return the mean and its standard error."""
     return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
 
 
 def digits(value):
-    """A number to three significant digits: 4,710 and 0.273; a dash for nan."""
+    """Write a number to three significant digits: 4,710 and 0.273; a dash for nan."""
     if math.isnan(value):
         return "-"
     rounded = float(f"{value:.3g}")
@@ -34,13 +34,16 @@ def digits(value):
 
 
 def markdown(head, rows):
-    """A table; bars within cells are escaped."""
+    """Return a table; bars within cells are escaped."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def put_between(page, name, text):
-    """The page with `text` between its markers `<!-- name:begin -->` and `<!-- name:end -->`, on lines of their own."""
+    """Return the page with `text` between its markers `<!-- name:begin -->` and `<!-- name:end -->`, on its own lines.
+
+    Raises UserError unless each marker is there once.
+    """
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     before, middle, rest = page.partition(begin)
     _, found, after = rest.partition(end)
@@ -56,12 +59,12 @@ def write_between(path, name, text):
 
 
 def all_cores():
-    """The cores that this process may use, or [] where the system does not say."""
+    """Return the cores that this process may use, or [] if the system does not tell."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
 def processor():
-    """The processor's name."""
+    """Return the processor's name."""
     with contextlib.suppress(OSError, StopIteration):  # no Linux
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -69,7 +72,7 @@ def processor():
 
 
 def machine():
-    """The machine and its load, in words."""
+    """Describe the machine and its load in words."""
     load = f", load {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else ""
     today = datetime.date.today().isoformat()
     return (

@@ -1,4 +1,4 @@
-"""Learning curves of runs beside the published ones, as a picture and a table.
+"""Plot learning curves of runs beside the published ones; write them as a table.
 
 python3 benchmarks/plot_scores.py 'logdir/walker_*' 'mine=logdir/cheetah_*' --out scores
 
@@ -28,7 +28,7 @@ from benchmarks.scores import (
     bin_means,
     crafter_score,
     group_of,
-    human_normalised,
+    human_normalized,
     interval,
     mean_and_std,
     name_runs,
@@ -39,13 +39,13 @@ from benchmarks.scores import (
     warn,
 )
 from tools import UserError
-from training.config import CONFIGS, yaml12
+from training.config import CONFIGS, load_presets
 
 STEPS = "environment steps (action repeat counted)"
-RETURN, NORMALISED, CRAFTER = "return", "human-normalised return", "Crafter score (%)"
-# Colours of Okabe and Ito, without the yellow that is too faint for lines. Ours also differ in dashes and markers.
+RETURN, NORMALIZED, CRAFTER = "return", "human-normalized return", "Crafter score (%)"
+# Colors of Okabe and Ito, without the yellow that is too faint for lines. Ours also differ in dashes and markers.
 OURS = (("#0072B2", "#D55E00", "#009E73"), ("-", "--", "-.", ":"), ("o", "s", "^", "D", "v"))
-PUBLISHED = {  # {method: (colour, dashes)}
+PUBLISHED = {  # {method: (color, dashes)}
     "dreamerv3": ("#000000", (0, (4, 1.5))),
     "ppo_fixhp": ("#E69F00", (0, (1, 1))),
     "d4pg": ("#56B4E9", (0, (4, 1, 1, 1))),
@@ -54,7 +54,7 @@ PUBLISHED = {  # {method: (colour, dashes)}
 
 
 def main(argv=None):
-    """Run the command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("logdirs", nargs="+", metavar="[NAME=]GLOB", help="logdirs, as patterns; NAME labels the curve")
     parser.add_argument("--out", default="scores", help="writes OUT.png and OUT.csv (default: scores)")
@@ -78,7 +78,7 @@ def main(argv=None):
 
 
 def import_extras():
-    """Raise UserError unless what draws and resamples is installed."""
+    """Raise UserError unless matplotlib and SciPy are installed."""
     try:
         import matplotlib
         import scipy.stats  # noqa: F401
@@ -92,7 +92,7 @@ def import_extras():
 
 
 def make_panels(runs, width=0):
-    """{(title, unit): [Curve]} for each task, and for each group with several tasks; and notes for the caption.
+    """Return {(title, unit): [Curve]} of each task and of each group of several tasks, and notes for the caption.
 
     width: environment steps of a bin; 0 takes the published bins, or else what `bin_width` finds.
     """
@@ -123,18 +123,18 @@ def make_panels(runs, width=0):
 
 
 def title(group, task):
-    """Heading of a task's panel: with what the agent sees where that makes a difference."""
+    """Return the heading of a task's panel, with the kind of observations if that matters."""
     return f"{task} ({group[4:]})" if group.startswith("dmc_") else task
 
 
 def seed_curve(name, steps, rows):
-    """The Curve of (seeds, bins): their mean, and one standard deviation to either side."""
+    """Return the Curve of (seeds, bins): their mean, and one standard deviation to either side."""
     mean, std = mean_and_std(rows)
     return Curve(name, steps, mean, mean - std, mean + std, (~np.isnan(rows)).sum(0))
 
 
 def bin_width(group, runs):
-    """Environment steps of a bin: the published, or a 25th of the longest run, or what leaves no bin empty."""
+    """Return the environment steps of a bin: as published, or a 25th of the longest run, or what leaves none empty."""
     methods = published().get(group, {}).values()
     if methods:
         return next(iter(methods))["env_steps"][0]
@@ -143,7 +143,7 @@ def bin_width(group, runs):
 
 
 def group_panels(group, ends, rows, others):
-    """The aggregates of a group over the tasks that all its curves have: {(title, unit): [Curve]}.
+    """Return the aggregates of a group over the tasks that all its curves have: {(title, unit): [Curve]}.
 
     ends: (bins) environment steps; rows: {name: {task: (seeds, bins)}}; others: {task: [published Curve]}.
     """
@@ -162,8 +162,8 @@ def group_panels(group, ends, rows, others):
         return {}
     if left := sorted(known - set(tasks)):
         warn(f"aggregate of {group}: left out, for not every curve has them: {', '.join(left)}")
-    scale = human_normalised if suite == "atari" else lambda task, scores: scores
-    unit = NORMALISED if suite == "atari" else RETURN
+    scale = human_normalized if suite == "atari" else lambda task, scores: scores
+    unit = NORMALIZED if suite == "atari" else RETURN
     common = set.intersection(*({curve.name for curve in others[task]} for task in tasks))
     panels = {}
     for what, statistic in STATISTICS.items():
@@ -174,7 +174,7 @@ def group_panels(group, ends, rows, others):
             points = [aggregate(statistic, column) for column in columns]
             runs = np.array([sum(map(len, column)) for column in columns])
             lines.append(Curve(name, ends, *np.array(points).T, runs))
-        # Means of tasks are all that is published, from which no IQM over runs and no interval can be had.
+        # Only means per task are published, from which neither IQM over runs nor intervals can be computed.
         for name in sorted(common) if what != "IQM" else ():
             found = [(task, next(curve for curve in others[task] if curve.name == name)) for task in tasks]
             value = statistic(*(scale(task, curve.value)[:, None] for task, curve in found))
@@ -185,12 +185,12 @@ def group_panels(group, ends, rows, others):
 
 
 def aggregate(statistic, tasks):
-    """Value, low and high of a statistic of [(seeds)]; nan where a task has no data."""
+    """Return value, low and high of a statistic of [(seeds)]; nan where a task has no data."""
     return (statistic(*tasks), *interval(statistic, tasks)) if all(map(len, tasks)) else (np.nan,) * 3
 
 
 def group_notes(group, size, runs, compared):
-    """What the caption says about a group."""
+    """Yield the caption's notes about a group."""
     yield f"{group}: bins of {size:,.0f} environment steps."
     if group.startswith("dmc") and compared:
         ours = sorted({describe(run.config) for run in runs})
@@ -201,6 +201,7 @@ def group_notes(group, size, runs, compared):
 
 
 def aggregate_notes():
+    """Yield the caption's notes about aggregates."""
     yield (
         "Aggregates: bands are 95% intervals of a bootstrap over seeds, within each task (none with one seed). "
         "IQM: interquartile mean over all runs; none of published curves, of which only the means are at hand."
@@ -208,23 +209,22 @@ def aggregate_notes():
 
 
 def describe(config):
-    """Action repeat, train ratio and size of a configuration, in words."""
+    """Describe action repeat, train ratio and size of a configuration in words."""
     repeat, ratio = config.get("action_repeat", "?"), config.get("train_ratio", math.nan)
     return f"action repeat {repeat}, train ratio {ratio:g}, {size_name(config)}"
 
 
 def size_name(config):
-    """The preset of configs.yaml, size1m to size400m, that a configuration has, or how it is else known."""
-    presets = yaml12().load(pathlib.Path(CONFIGS).read_text())
+    """Return the preset of configs.yaml, size1m to size400m, that a configuration has, or another description."""
     ours = settings(config)
-    for name, preset in presets.items():
-        if name.startswith("size") and all(ours.get(key) == value for key, value in settings(preset).items()):
+    for name, preset in load_presets(CONFIGS).items():
+        if name.startswith("size") and all(ours.get(key) == value for key, value in preset.items()):
             return name
     return f"deter {ours.get('rssm.deter')}"
 
 
 def last_point(curve):
-    """The end of a curve in words."""
+    """Describe the end of a curve in words."""
     known = np.flatnonzero(~np.isnan(curve.value))
     if not len(known):
         return "no data"
@@ -240,7 +240,7 @@ def last_point(curve):
 
 
 def write(panels, notes, out):
-    """Write OUT.png and OUT.csv; returns their paths."""
+    """Write OUT.png and OUT.csv; return their paths."""
     paths = [f"{out}.png", f"{out}.csv"]
     figure = draw(panels, notes)
     try:
@@ -253,7 +253,7 @@ def write(panels, notes, out):
 
 
 def write_table(panels, file):
-    """One line per point. low, high: one standard deviation over seeds, or the 95% interval of an aggregate."""
+    """Write one line per point. low, high: one standard deviation over seeds, or the 95% interval of an aggregate."""
     table = csv.writer(file)
     table.writerow(["panel", "unit", "curve", "published", "env_steps", "runs", "value", "low", "high"])
     for (panel, unit), curves in panels.items():
@@ -265,7 +265,7 @@ def write_table(panels, file):
 
 
 def draw(panels, notes):
-    """A figure with a panel for each entry of `panels`, one legend, and a caption."""
+    """Return a figure with a panel for each entry of `panels`, one legend, and a caption."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
@@ -301,19 +301,19 @@ def draw(panels, notes):
 
 
 def make_styles(curves):
-    """{name: keywords of `Axes.plot`}, in the order of the legend: ours, then the published."""
+    """Return {name: keywords of `Axes.plot`}, in the order of the legend: ours, then the published."""
     ours = dict.fromkeys(curve.name for curve in curves if not curve.published)
     styles = {
-        name: {"color": colour, "linestyle": dashes, "marker": marker, "markersize": 3.5, "linewidth": 1.8}
-        for name, colour, dashes, marker in zip(ours, *map(itertools.cycle, OURS), strict=False)
+        name: {"color": color, "linestyle": dashes, "marker": marker, "markersize": 3.5, "linewidth": 1.8}
+        for name, color, dashes, marker in zip(ours, *map(itertools.cycle, OURS), strict=False)
     }
-    for method, (colour, dashes) in PUBLISHED.items():
-        styles[METHODS[method]] = {"color": colour, "linestyle": dashes, "linewidth": 1.4}
+    for method, (color, dashes) in PUBLISHED.items():
+        styles[METHODS[method]] = {"color": color, "linestyle": dashes, "linewidth": 1.4}
     return styles
 
 
 def draw_curve(axes, curve, style):
-    """Draw line and band, across bins without data; returns the line."""
+    """Draw line and band, across bins without data; return the line."""
     known = ~np.isnan(curve.value)
     steps = curve.steps[known]
     axes.fill_between(steps, curve.low[known], curve.high[known], color=style["color"], alpha=0.15, linewidth=0)

@@ -1,4 +1,4 @@
-"""Environments against each other: the same steps taken bare, through `make_env` and in workers, in turns."""
+"""Race environments against each other: the same steps bare, through `make_env` and in workers, in turns."""
 
 import contextlib
 import itertools
@@ -8,7 +8,6 @@ import time
 import numpy as np
 
 from envs import make_env, make_envs
-from exploration import Random
 from specs import act_spec
 from training.config import CONFIGS, load_config
 
@@ -17,19 +16,19 @@ from training.config import CONFIGS, load_config
 
 
 def make_config(presets, task, *flags):
-    """The Config of a task with presets, given as words."""
+    """Return the Config of a task with presets, given as words."""
     names = ["--configs", *presets.split()] if presets else []
     return load_config([*names, "--task", task, *flags], CONFIGS)
 
 
 def draw_actions(act_space, count, number=1000):
-    """`number` random actions {key: (count, width)} for `count` environments, drawn before any clock runs."""
-    random = Random(act_spec(act_space), seed=0)
-    return [random.act({"is_first": np.zeros(count)})[0] for _ in range(number)]
+    """Draw `number` random actions {key: (count, width)} for `count` environments, before any clock runs."""
+    spec, rng = act_spec(act_space), np.random.default_rng(0)
+    return [spec.uniform(rng, count) for _ in range(number)]
 
 
 def alone(env, actions):
-    """A function that takes a step of an environment, or a reset where it is due, and returns how many steps."""
+    """Return a function that takes a step of an environment, or a reset if due, and returns the number of steps."""
     actions = itertools.cycle([{key: value[0] for key, value in action.items()} for action in actions])
     obs = env.reset()
 
@@ -42,14 +41,14 @@ def alone(env, actions):
 
 
 def together(envs, actions):
-    """The same of environments that step together."""
+    """Return a function like that of `alone`, for environments that step together."""
     actions = itertools.cycle(actions)
     envs.reset()
     return lambda: int((~envs.step(next(actions))["is_first"]).sum())
 
 
 def seconds_per_step(step, seconds):
-    """Time of `step()`, which returns how many agent steps it took, over `seconds` or until there is one."""
+    """Time `step()`, which returns its number of agent steps, for `seconds` or until there is one step."""
     steps, start = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - start) < seconds or not steps:
         steps += step()
@@ -57,7 +56,7 @@ def seconds_per_step(step, seconds):
 
 
 def pin(cores):
-    """Keep this thread, and the processes and threads that it starts from now on, on these cores."""
+    """Pin this thread, and the processes and threads that it starts from now on, to these cores."""
     if cores:
         os.sched_setaffinity(0, cores)
 
@@ -67,7 +66,7 @@ def pin(cores):
 
 
 def race_bare(bare, flags, seconds, cores):
-    """The bare environment, make_env and a worker, all on the first of `cores`: what `standings` returns."""
+    """Race the bare environment, make_env and a worker on the first of `cores`; return `standings`."""
     config = make_config(*flags, "--envs", "1")
     with contextlib.ExitStack() as stack:
         pin(cores[:1])
@@ -79,7 +78,7 @@ def race_bare(bare, flags, seconds, cores):
 
 
 def race_workers(count, flags, seconds, cores):
-    """One environment in this process, on one core and on two, and `count` workers on two."""
+    """Race one environment in this process, on one core and on two, and `count` workers on two; return `standings`."""
     config = make_config(*flags, "--envs", str(count))
     with contextlib.ExitStack() as stack:
         contestants = {}
@@ -93,10 +92,10 @@ def race_workers(count, flags, seconds, cores):
 
 
 def interleave(contestants, seconds, turn=0.1):
-    """Seconds per agent step {name: (rounds)}: contestants take turns, so that noise hits all of them.
+    """Return seconds per agent step {name: (rounds)}; contestants take turns, so that noise affects all of them.
 
     contestants: {name: (cores, function that takes steps and returns how many)}.
-    seconds: that each runs in all, after a round that does not count; turn: that each runs in a round.
+    seconds: total time of each, after a warm-up round; turn: time of each in a round.
     """
     times = {name: [] for name in contestants}
     for _ in range(1 + max(1, round(seconds / turn))):
@@ -107,14 +106,14 @@ def interleave(contestants, seconds, turn=0.1):
 
 
 def standings(times):
-    """{"us": {name: median microseconds per step}, "ratio": {name: quartiles of time over the first's, by round}}"""
+    """Return {"us": {name: median µs per step}, "ratio": {name: quartiles of the time over the first's, by round}}."""
     first = next(iter(times.values()))
     ratio = {name: np.percentile(found / first, [25, 50, 75]).tolist() for name, found in times.items()}
     return {"us": {name: 1e6 * np.median(found) for name, found in times.items()}, "ratio": ratio}
 
 
 def bare_pong(env, actions):
-    """ALE by itself, with the least that gives observations like those of `env`."""
+    """Return a step of bare ALE, with the least work that gives observations like those of `env`."""
     import ale_py
     import cv2
     from ale_py import roms
@@ -143,7 +142,7 @@ def bare_pong(env, actions):
 
 
 def bare_walker(env, actions):
-    """dm_control by itself."""
+    """Return a step of bare dm_control."""
     from dm_control import suite
 
     walker = suite.load("walker", "walk", task_kwargs={"random": 0})

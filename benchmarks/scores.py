@@ -1,4 +1,4 @@
-"""Scores of runs, and those that are published: read, named and averaged.
+"""Read, name and average the scores of runs and published ones.
 
 Runs whose configurations differ in nothing but seed and logdir are the seeds of one curve. Scores are those of
 training episodes, in bins of environment steps, action repeat counted.
@@ -50,7 +50,7 @@ class Run(NamedTuple):
 class Curve(NamedTuple):
     """A line of a panel: (N) each; low and high bound its band; nan where there is no data.
 
-    runs: how many stand behind each point.
+    runs: number of runs behind each point.
     """
 
     name: str
@@ -63,6 +63,7 @@ class Curve(NamedTuple):
 
 
 def warn(text):
+    """Print a warning to stderr."""
     print(f"plot_scores.py: warning: {text}", file=sys.stderr)
 
 
@@ -71,7 +72,10 @@ def warn(text):
 
 
 def read_runs(patterns):
-    """The runs that match any of `patterns`, each "glob" or "name=glob", with at least one training episode."""
+    """Return the runs that match any of `patterns`, each "glob" or "name=glob", with at least one training episode.
+
+    Raises UserError if there is none.
+    """
     runs = {}
     for text in patterns:
         label, equals, pattern = ("", "", text) if os.path.exists(text) else text.rpartition("=")
@@ -90,7 +94,7 @@ def read_runs(patterns):
 
 
 def read_run(logdir, label=""):
-    """The Run in a logdir, or None, with a warning, if there is none."""
+    """Return the Run in a logdir, or None, with a warning, if there is none."""
     try:
         config = yaml12().load(pathlib.Path(logdir, "config.yaml").read_text())
         task = config["task"]
@@ -98,7 +102,7 @@ def read_run(logdir, label=""):
     except OSError as error:
         warn(f"{logdir} is skipped: {os.path.basename(error.filename)}: {error.strerror}")
         return None
-    except Exception:  # whatever the parser makes of it
+    except Exception:  # a parser may raise anything
         raise UserError(f"{logdir}/config.yaml is no configuration of a run") from None
     rows, torn = read_scores(text)
     if torn:
@@ -113,7 +117,7 @@ def read_run(logdir, label=""):
 
 
 def read_scores(text):
-    """Training episodes in the lines of scores.jsonl, and how many lines could not be read."""
+    """Return the training episodes in the lines of scores.jsonl, and how many lines could not be read."""
     rows, torn = [], 0
     for line in text.splitlines():
         try:
@@ -125,7 +129,7 @@ def read_scores(text):
         if not whole:
             torn += 1
         elif training:
-            # A run that was killed and resumed goes back to its checkpoint: what it does again replaces what was.
+            # A run that was killed and resumed repeats what followed its checkpoint; the repetition replaces it.
             while rows and rows[-1]["step"] > row["step"]:
                 rows.pop()
             rows.append(row)
@@ -133,7 +137,7 @@ def read_scores(text):
 
 
 def settings(config, *but):
-    """{dotted key: value} of a configuration, without what may differ between seeds and without `but`."""
+    """Return {dotted key: value} of a configuration, without what may differ between seeds and without `but`."""
 
     def walk(tree, prefix=""):
         for key, value in tree.items():
@@ -143,7 +147,7 @@ def settings(config, *but):
 
 
 def name_runs(runs):
-    """{name: {(group, task): [Run]}}: runs with the user's label, or else the same settings, have a name in common."""
+    """Return {name: {(group, task): [Run]}}; runs of the same label, or else of the same settings, share a name."""
     groups = {}
     for run in runs:
         key = run.label or json.dumps(settings(run.config, "task"), sort_keys=True)
@@ -176,7 +180,7 @@ def check_same(name, task, configs):
 
 
 def group_of(config):
-    """What a run is compared within: a set of published curves where there is one for its kind, or else its suite.
+    """Return the group in which a run is compared: the set of published curves of its kind if any, or else its suite.
 
     "dmc_proprio" and "dmc_vision" are for agents that see vectors or images alone; "atari100k" is for short runs.
     """
@@ -192,7 +196,7 @@ def group_of(config):
 
 
 def published_curves(group, task):
-    """The Curves of a set, such as "dmc_proprio", that are published for a task."""
+    """Return the Curves of a set, such as "dmc_proprio", that are published for a task."""
     curves = []
     for method, data in published().get(group, {}).items():
         if task in data["tasks"]:
@@ -206,19 +210,19 @@ def published_curves(group, task):
 
 @functools.cache
 def published():
-    """{set: {method: {"env_steps": [bin ends], "tasks": {task: {"seeds", "mean", "std"}}}}}"""
+    """Return {set: {method: {"env_steps": [bin ends], "tasks": {task: {"seeds", "mean", "std"}}}}}."""
     return json.loads((DATA / "published_curves.json").read_text())
 
 
 @functools.cache
 def atari_scores():
-    """{game: (score of a random player, of the human player)}, as DQN's and later papers publish them."""
+    """Return {game: (score of a random player, of the human player)}, as DQN's and later papers publish them."""
     with open(DATA / "atari_scores.csv", newline="") as file:
         return {row["game"]: (float(row["random"]), float(row["human"])) for row in csv.DictReader(file)}
 
 
-def human_normalised(task, scores):
-    """Scores of an Atari task on the scale where a random player has 0 and the published human player 1."""
+def human_normalized(task, scores):
+    """Normalize scores of an Atari task, so that a random player has 0 and the published human player 1."""
     low, high = atari_scores()[task.removeprefix("atari_")]
     return (np.asarray(scores) - low) / (high - low)
 
@@ -228,7 +232,7 @@ def human_normalised(task, scores):
 
 
 def bin_means(steps, values, width, count):
-    """Means of values (N) in bins (0, width], (width, 2 width], ... of steps (N): (count), nan where there are none."""
+    """Return the means (count) of values (N) in bins (0, width], (width, 2 width], ... of steps (N); nan if empty."""
     index = np.clip(np.ceil(np.asarray(steps) / width).astype(int) - 1, 0, None)
     total = np.bincount(index, values, minlength=count)[:count]
     number = np.bincount(index, minlength=count)[:count]
@@ -236,13 +240,13 @@ def bin_means(steps, values, width, count):
 
 
 def mean_and_std(rows):
-    """Mean and standard deviation (population) over the seeds that have data, of (seeds, bins): 2 x (bins)."""
+    """Return mean (bins) and population standard deviation (bins) of (seeds, bins), over the seeds that have data."""
     known = np.ma.masked_invalid(rows)
     return known.mean(0).filled(np.nan), known.std(0).filled(np.nan)
 
 
 def crafter_score(unlocked, steps, ends):
-    """Crafter score in percent over all episodes up to each of `ends` (Hafner 2021, eq. 1): (len(ends)).
+    """Return the Crafter score in percent over all episodes up to each of `ends` (Hafner 2021, eq. 1): (len(ends)).
 
     The geometric mean over achievements of their success rates: exp(mean(log(1 + s))) - 1 with s in percent.
     """
@@ -257,17 +261,17 @@ def crafter_score(unlocked, steps, ends):
 
 
 def task_mean(*tasks, axis=-1):
-    """Mean over tasks of their means."""
+    """Return the mean over tasks of their means."""
     return np.mean([np.mean(scores, axis) for scores in tasks], 0)
 
 
 def task_median(*tasks, axis=-1):
-    """Median over tasks of their means."""
+    """Return the median over tasks of their means."""
     return np.median([np.mean(scores, axis) for scores in tasks], 0)
 
 
 def task_iqm(*tasks, axis=-1):
-    """Interquartile mean: of all runs of all tasks together, without the lowest and the highest quarter."""
+    """Return the interquartile mean: of all runs of all tasks together, without the lowest and the highest quarter."""
     from scipy.stats import trim_mean
 
     return trim_mean(np.concatenate(tasks, axis), 0.25, axis)
@@ -277,7 +281,7 @@ STATISTICS = {"mean": task_mean, "median": task_median, "IQM": task_iqm}
 
 
 def interval(statistic, tasks):
-    """95% interval of a statistic of [(seeds)] by the bootstrap that resamples seeds within each task: (low, high).
+    """Return the 95% interval (low, high) of a statistic of [(seeds)]: the bootstrap resamples seeds within each task.
 
     A task of one seed has nothing to resample: nan.
     """

@@ -1,14 +1,14 @@
-"""How fast an agent learns and acts on this machine, and how much of the hardware that is.
+"""Measure how fast an agent learns and acts on this machine, and its share of the hardware's peak.
 
 python3 benchmarks/throughput.py --configs dmc_proprio size1m --device cpu --precision 32 --updates 20 --json out.json
 
-Every flag that is not listed below is one of dreamer.py. The task's environment is made to learn its spaces; the
+All flags other than those below are dreamer.py's. The task's environment is made to learn its spaces; the
 updates then run on random steps of these spaces, several batches in turn, out of a replay that is filled with them.
 
 - An update is `Dreamer.update` on a batch that lies on the device already. `sample` is a batch from the replay to the
   device, `refresh` its new latents from the device back into the replay, `act` one action in each of 1, 8 and 16
-  environments together with the latents that go to the replay.
-- The first updates count apart: what they take beyond as many median ones is `compile_s`, whatever causes it.
+  environments together with what is stored of it in the replay.
+- The first updates are separate: their time beyond that of as many median ones is `compile_s`, whatever causes it.
 - FLOPs are those of matrix products and convolutions, forward and backward, two for a multiply and an add, counted in
   an update that is not compiled. The peak is the best rate of one large square matrix product in the same dtype, right
   before and right after the updates: MFU = FLOPs / (median time x peak).
@@ -16,9 +16,9 @@ updates then run on random steps of these spaces, several batches in turn, out o
   allocated at most during the updates on CUDA.
 - `--loop` runs dreamer.py's own loop on the real task, with prefill and first updates before the clock starts, and
   without evaluations and checkpoints. Its shares are of wall time: `step` is what the loop waits for environments,
-  `sample` holds `refresh` too, `rest` is whatever happens in none of the others. On CUDA every border waits for the
+  `sample` includes `refresh`, `rest` is everything else. On CUDA every border waits for the
   device, which the real loop does not: frames per second are a lower bound there.
-- `--compare` times both settings in this process in turns, so that both meet the same weather.
+- `--compare` times both settings in this process in turns, so that other load on the machine affects both.
 """
 
 import itertools
@@ -42,7 +42,7 @@ QUIET = {"logger": (), "log_level": "error", "script": "train", "eval_envs": 1}
 
 
 def main(argv=None):
-    """Run the command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = Parser(
         description=__doc__.split("\n")[0],
         epilog="All other flags are those of dreamer.py, such as --compile false or --batch_size 8.",
@@ -80,7 +80,7 @@ def main(argv=None):
 
 
 def check(args):
-    """Raise UserError for flags that cannot be."""
+    """Raise UserError for contradictory flags."""
     for name, least in {"updates": 1, "loop": 0}.items():
         if getattr(args, name) < least:
             raise UserError(f"--{name}: expected at least {least}, got {getattr(args, name)}")
@@ -96,7 +96,7 @@ def check(args):
 
 
 def choose(args, words):
-    """Do what the flags ask for; returns what goes to the JSON file. words: flags of dreamer.py."""
+    """Run the command; return the result for the JSON file. words: flags of dreamer.py."""
     if args.sweep:
         return sweep(args, words)
     if args.compare and all(name.endswith(".json") for name in args.compare):
@@ -119,11 +119,12 @@ def choose(args, words):
 
 
 def flags(configs, *words):
-    """A command line of dreamer.py from presets and further words."""
+    """Return a command line of dreamer.py from presets and further words."""
     return [*(["--configs", *configs] if configs else []), *words]
 
 
 def write(path, result):
+    """Write a result as JSON, atomically."""
     try:
         atomic_write(path, lambda file: file.write(json.dumps(result, indent=2).encode()))
     except OSError as error:
@@ -131,7 +132,7 @@ def write(path, result):
 
 
 # ---------------------------------------------------------------------------
-# Telling
+# Reports
 
 
 def report(result):
@@ -156,7 +157,7 @@ def report(result):
 
 
 def flat(tree, prefix=""):
-    """{dotted name: number} of a result."""
+    """Return {dotted name: number} of a result."""
     numbers = {}
     for name, value in tree.items():
         if isinstance(value, dict):
@@ -185,7 +186,7 @@ def compare(results, times):
 
 
 def compare_files(*paths):
-    """Print the ratios of two files of --json; returns both."""
+    """Print the ratios of two files of --json; return both."""
     results = []
     for path in paths:
         try:
@@ -215,7 +216,7 @@ def sweep(args, words):
             point = [*args.configs, value] if key == "size" else args.configs
             more = [] if key == "size" else [f"--{key}", value]
             points.append((key, value, flags(point, *words, *more)))
-            load_config(points[-1][-1], CONFIGS)  # mistakes show before anything is measured
+            load_config(points[-1][-1], CONFIGS)  # so that mistakes are reported before anything is measured
     print(f"{'':24}{'parameters':>12}{'ms':>10}{'GFLOP':>10}{'peak':>8}{'MFU':>7}{'MB':>8}{'frames/s':>10}")
     results = []
     for key, value, command in points:
@@ -233,7 +234,7 @@ def sweep(args, words):
 
 
 def measure_alone(words):
-    """The result of a command line of this script in a process of its own: memory and compiler start afresh."""
+    """Return the result of a command line of this script, run in a new process with fresh memory and compiler."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         command = [sys.executable, __file__, *words, "--json", file.name]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -244,7 +245,7 @@ def measure_alone(words):
 
 
 def plot(results, path):
-    """Draw the time of an update, and what it would take at the peak, over the values of each sweep."""
+    """Plot the time of an update, and its ideal time at the peak, over the values of each sweep."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
@@ -264,7 +265,7 @@ def plot(results, path):
     figure.suptitle(f"{results[0]['task']}, {results[0]['precision']}, {results[0]['device']}", fontsize="medium")
     try:
         figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:  # no such format
+    except (OSError, ValueError) as error:  # unknown format
         raise UserError(f"--plot {path}: {error}") from None
 
 

@@ -1,5 +1,6 @@
-"""What throughput.py measures: updates, sampling and acting of a configuration, and the shares of dreamer.py's loop."""
+"""Measurements of throughput.py: updates, sampling and acting of a configuration, and shares of dreamer.py's loop."""
 
+import contextlib
 import functools
 import itertools
 import math
@@ -12,10 +13,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import dreamer
-from agents.dreamer import Dreamer
+from agents import make_agent
 from benchmarks.pages import processor
+from envs import make_envs
+from modalities import obs_spec
+from ops.random import drawing_from
+from replay.sampling import make_replay
+from specs import act_spec, step_layout
+from tools import UserError
+from training import machine
 
-WARMUP = 3  # updates before those that count
+WARMUP = 3  # updates before the measured ones
 ROTATION = 4  # batches
 HELD = 10_000  # steps in the replay
 EPISODE = 100  # steps
@@ -24,10 +32,10 @@ REPEATS = 20  # of sampling and acting
 PEAK = {"cpu": 2048, "cuda": 8192}  # rows of the square matrices
 PEAK_SECONDS = 0.5
 THREADS = torch.get_num_threads()  # what `threads: 0` means
-LOOP = {  # {share: where dreamer.py spends it: (attribute of the run, methods)}
-    "act": [("agent", "act"), ("agent", "latents"), ("random", "act")],
-    "step": [("envs", "step"), ("envs", "send"), ("envs", "receive")],
-    "sample": [("replay", "sample"), ("agent", "batch"), ("agent", "compress"), ("replay", "refresh")],
+LOOP = {  # {share: where dreamer.py's loop spends it: (part, method)}
+    "act": [("agent", "act"), ("random", "act")],
+    "step": [("envs", "send"), ("envs", "receive")],
+    "sample": [("replay", "sample"), ("agent", "batch"), ("rssm", "pack"), ("replay", "refresh")],
     "update": [("agent", "update")],
 }
 
@@ -37,10 +45,11 @@ LOOP = {  # {share: where dreamer.py spends it: (attribute of the run, methods)}
 
 
 class Subject:
-    """The agent and the replay of a configuration, and what can be timed of them.
+    """The agent and the replay of a configuration, with methods to time.
 
     Args:
-      config: the whole configuration; folder: where a run may write.
+      config: the whole configuration; folder: that its environment may write to.
+    Raises UserError for an agent that is not trained by updates on batches.
     """
 
     def __init__(self, config, folder):
@@ -53,48 +62,53 @@ class Subject:
             dataset_size=held,
             steps=held * config.action_repeat,
         )
-        self.run = dreamer.Run(self.config)
-        try:
-            self.steps = random_steps(self.run, 10 * EPISODE)
-        finally:
-            self.run.close()  # only the spaces were wanted
-        self.agent, self.replay, self.device = self.run.agent, self.run.replay, self.run.device
+        self.device = machine.prepare(self.config)
+        with contextlib.closing(make_envs(self.config, "train", 1)) as envs:  # for its spaces alone
+            obs_space, act_space = envs.obs_space, envs.act_space
+        self.specs = obs_spec(obs_space), act_spec(act_space)
+        self.agent = make_agent(self.config, *self.specs)
+        if not hasattr(self.agent, "update"):
+            raise UserError(f"--agent {config.agent}: there is no update to time")
+        self.replay = make_replay(self.config, step_layout(obs_space, self.specs[1]), self.agent, ([], []), self.device)
+        self.steps = random_steps(obs_space, self.specs[1], 10 * EPISODE)
         length = len(self.steps["reward"])
-        latents = random_latents(self.agent.latent_size, length)
+        stored = random_stored(self.agent.stored, length)
         for number in range(math.ceil(held / length)):
-            self.replay.extend(0, str(number), self.steps, latents)
+            self.replay.extend(0, str(number), self.steps, stored)
         self.batches = itertools.cycle([self.sample() for _ in range(ROTATION)])
-        self.memories = {}
+        self.carries = {count: self.agent.initial(count) for count in CROWDS}
 
     def select(self):
-        """Give this subject's settings of the whole process back to it."""
+        """Set the process-wide settings to this subject's."""
         torch.set_num_threads(self.config.threads)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.config.precision != "32"
 
     def sample(self):
+        """Move a batch from the replay to the device; return it with the state before it."""
         arrays, self.places = self.replay.sample(self.config.batch_size, fresh=False)
         return self.agent.batch(arrays)
 
     def update(self):
-        self.states, _ = self.agent.update(*next(self.batches))
+        """Take a gradient step on the next batch."""
+        self.states, _ = update(self.agent, next(self.batches))
 
     def refresh(self):
-        if self.replay.context:
-            self.replay.refresh(self.places, *self.agent.compress(self.states))
+        """Write the states of the last update back into the replay, as `Dreamer.learn` does."""
+        if self.agent.stored:
+            self.replay.refresh(self.places, self.agent.world.rssm.pack(self.states))
 
     def act(self, count):
+        """Act once in `count` environments to collect data, including what the replay stores."""
         obs = {key: value[:count] for key, value in self.steps.items()}
-        _, self.memories[count] = self.agent.act(obs, self.memories.get(count))
-        self.agent.latents(self.memories[count])
+        _, self.carries[count], _ = self.agent.act(obs, self.carries[count], "noisy")
 
     def flops(self):
-        """FLOPs of an update; of an agent of its own, as this one may be compiled."""
-        config = self.config.replace(compile=False)
-        agent = Dreamer(self.agent.obs_spec, self.agent.act_spec, config, self.device, self.agent.dtype)
-        return count_flops(lambda: agent.update(*next(self.batches)))
+        """Return the FLOPs of an update, counted on a separate agent, as this one may be compiled."""
+        agent = make_agent(self.config.replace(compile=False), *self.specs)
+        return count_flops(lambda: update(agent, next(self.batches)))
 
     def peak(self):
-        """Best FLOP/s of a large square matrix product in the compute dtype."""
+        """Return the best FLOP/s of a large square matrix product in the compute dtype."""
         size = PEAK[self.device.type]
         a, b = torch.randn(2, size, size, device=self.device, dtype=self.agent.dtype)
         out, best, end = torch.empty_like(a), math.inf, time.perf_counter() + PEAK_SECONDS
@@ -103,10 +117,10 @@ class Subject:
         return 2 * size**3 / best
 
     def describe(self):
-        """What identifies a result."""
+        """Return the settings that identify a result."""
         return {
             "task": self.config.task,
-            "parameters": sum(param.numel() for param in self.agent.parameters() if param.requires_grad),
+            "parameters": sum(param.numel() for param in self.agent.nets.parameters() if param.requires_grad),
             "batch_size": self.config.batch_size,
             "batch_length": self.config.batch_length,
             "device": device_name(self.device),
@@ -117,46 +131,55 @@ class Subject:
         }
 
 
-def random_steps(run, length):
-    """{key: (length, ...)} steps of a run's spaces; of the episodes, every other one ends in a terminal state."""
-    for space in run.envs.obs_space.values():
+def update(agent, batch):
+    """Take a gradient step on a batch and the state before it, with the random draws of `Dreamer.learn`."""
+    with drawing_from(agent.generators["learn"]):
+        return agent.update(*batch)
+
+
+def random_steps(obs_space, act_spec, length):
+    """Return random steps {key: (length, ...)} of these spaces; every other episode ends in a terminal state."""
+    for space in obs_space.values():
         space.seed(0)
-    steps = {key: np.stack([space.sample() for _ in range(length)]) for key, space in run.envs.obs_space.items()}
-    t = np.arange(length)
+    steps = {key: np.stack([space.sample() for _ in range(length)]) for key, space in obs_space.items()}
+    t, rng = np.arange(length), np.random.default_rng(0)
     steps |= {"is_first": t % EPISODE == 0, "is_last": t % EPISODE == EPISODE - 1}
     steps |= {"is_terminal": t % (2 * EPISODE) == EPISODE - 1}
-    steps["reward"] = np.random.default_rng(0).standard_normal(length, np.float32)
-    return steps | run.random.act(steps)[0]
+    steps["reward"] = rng.standard_normal(length, np.float32)
+    return steps | act_spec.uniform(rng, length)
 
 
-def random_latents(sizes, length):
-    """What the replay stores beside so many steps of latent widths (D, (S, K)); nothing for None."""
-    if not sizes:
-        return None
-    rng, (deter, (groups, classes)) = np.random.default_rng(0), sizes
-    return rng.standard_normal((length, deter)), rng.integers(classes, size=(length, groups))
+def random_stored(stored, length):
+    """Return {key: (length, ...)} to store with random steps: numbers in [0, 1), and class 0 of integers.
+
+    stored: {key: (shape, dtype)} of one step.
+    """
+    rng = np.random.default_rng(0)
+    return {key: rng.random((length, *shape)).astype(dtype) for key, (shape, dtype) in stored.items()}
 
 
 def count_flops(function):
-    """FLOPs of the matrix products and convolutions of a call, those of its backward passes included."""
+    """Return the FLOPs of the matrix products and convolutions of a call, its backward passes included."""
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()
 
 
 def device_name(device):
+    """Return the name of the GPU, or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return processor()
 
 
 def synchronize(device):
+    """Wait until the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def seconds(device, function, *args, **kwargs):
-    """How long a call takes until the device has done it too."""
+    """Return the seconds that a call takes, until the device has finished."""
     synchronize(device)
     start = time.perf_counter()
     function(*args, **kwargs)
@@ -169,7 +192,7 @@ def seconds(device, function, *args, **kwargs):
 
 
 def measure(subjects, updates):
-    """Results of subjects that take turns at everything that is timed: [result], seconds (subjects, updates)."""
+    """Measure subjects, which take turns at everything that is timed; return [result], seconds (subjects, updates)."""
 
     def alternate(count, method, *args):
         times = np.empty((len(subjects), count))
@@ -219,7 +242,7 @@ def measure(subjects, updates):
 
 
 def peak_memory(device):
-    """MB: most that was allocated on the device, or held by the process if the device is the CPU."""
+    """Return the peak of memory allocated on the device, or of the process if that is the CPU, in MB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     unit = 1 if sys.platform == "darwin" else 1024
@@ -227,7 +250,7 @@ def peak_memory(device):
 
 
 class Timers:
-    """Seconds spent in methods that are watched; one that another calls counts for the outer one alone."""
+    """Measure seconds in watched methods; a call within another watched one counts for the outer one only."""
 
     def __init__(self, device):
         self.device = device
@@ -235,6 +258,7 @@ class Timers:
         self.inside = False
 
     def watch(self, name, owner, method):
+        """Time a method of an object as part of the share `name` from now on."""
         function = getattr(owner, method)
 
         @functools.wraps(function)
@@ -255,32 +279,32 @@ class Timers:
 
 
 def run_loop(config, frames, folder):
-    """Frames per second of dreamer.py's loop once it learns, and the share of its time that each part takes."""
-    run = dreamer.Run(config.replace(logdir=folder, eval_every=0, save_every=0, steps=2 * frames))
-    run.finish = lambda: None  # evaluations and films at the end
+    """Return the frames per second of dreamer.py's loop once it learns, and the share of its time of each part."""
+    with contextlib.ExitStack() as stack:
+        config = config.replace(logdir=folder, eval_every=0, save_every=0, steps=2 * frames)
+        parts = dreamer.wire(config.replace(eval_episode_num=0), stack)
+        parts.random, parts.rssm, device = parts.run.random, parts.agent.world.rssm, parts.agent.device
+        parts.run.saved_at = math.inf  # so that no checkpoint is due
+        run = parts.run
 
-    def advance(frames):
-        run.config = run.config.replace(steps=run.step + frames)
-        run.train()
+        def advance(frames):
+            run.config = run.config.replace(steps=run.step + frames)
+            dreamer.loop(run, parts.agent, parts.replay, parts.collect, lambda: None)
 
-    try:
         while not run.filled() or run.updates < WARMUP * (config.train_ratio > 0):
             advance(1)
-        timers = Timers(run.device)
+        timers = Timers(device)
         for name, places in LOOP.items():
-            for owner, method in places:
-                if hasattr(getattr(run, owner), method):
-                    timers.watch(name, getattr(run, owner), method)
+            for part, method in places:
+                timers.watch(name, getattr(parts, part), method)
         start = run.step
-        total = seconds(run.device, advance, frames)
+        total = seconds(device, advance, frames)
         shares = {name: spent / total for name, spent in timers.totals.items()}
         return {"fps": (run.step - start) / total, **shares, "rest": 1 - sum(shares.values())}
-    finally:
-        run.close()
 
 
 def profile(subject):
-    """Print the operators of one update by the time that they take themselves; returns the table."""
+    """Print the operators of one update, sorted by self time; return the table."""
     for _ in range(WARMUP):
         subject.update()
     with torch.profiler.profile() as profiler:

@@ -3,14 +3,14 @@
 A task is `suite_name`: `dmc_walker_walk`, `gym_CartPole-v1`, `custom_package.module:Class`, `dummy_multi`.
 """
 
+from __future__ import annotations
+
 import functools
 import importlib
-from typing import Protocol
-
-import numpy as np
-from gymnasium import spaces
+from typing import Any
 
 from envs import wrappers
+from envs.env import Env, Place
 from envs.errors import one_line, unknown
 from envs.parallel import Envs, Local, Worker
 from tools import UserError, derive_seed
@@ -37,52 +37,18 @@ SUITES = {
 MODES = {"train": 1, "eval": 2}
 
 
-class Env(Protocol):
-    """What the rest of the project may expect of an environment.
-
-    Observations are dicts with the keys of `obs_space` and `reward` (float32), `is_first`, `is_last` (the
-    episode ended, for whatever reason), `is_terminal` (it ended in a state without a future: never by a
-    time-out), and perhaps scalars named `log_*` that are for the logger alone. After a last observation only
-    `reset` makes sense. The dict and its arrays are the caller's: nothing that is done later changes them.
-
-    Attributes:
-      obs_space: images `Box(0, 255, (H, W, C), uint8)`, vectors `Box((n,), float32)`, `Discrete(n)` (an int32
-        scalar in 0..n-1) and `MultiDiscrete(nvec)` (int32 (n,)).
-      act_space: `Box(-1, 1, (n,), float32)`, `Discrete(n)` or `MultiDiscrete(nvec)`; key `action` unless the
-        environment has a dict of actions.
-    """
-
-    obs_space: dict[str, spaces.Space]
-    act_space: dict[str, spaces.Space]
-
-    def reset(self) -> dict:
-        """Start an episode: its first observation, reward 0."""
-
-    def step(self, action: dict[str, np.ndarray]) -> dict:
-        """Act. Each action is float32: (n,) clipped to [-1, 1], or one-hots of width n or sum(nvec)."""
-
-    def render(self, size: tuple[int, int] | None = None) -> np.ndarray:
-        """A picture (H, W, 3) uint8 for people. Raises UserError where there is none.
-
-        size: the (H, W) wished for; an environment that cannot choose draws at its own, as all do without it.
-        """
-
-    def close(self) -> None:
-        """Free what is held; may be called twice."""
-
-
-def make_env(config, mode: str, index: int, behind: int = 0, restart: int = 0) -> Env:
-    """One environment.
+def make_env(config: Any, mode: str, index: int, behind: int = 0, restart: int = 0) -> Env:
+    """Make one environment.
 
     Args:
       config: `task`, `seed`, `size` [H, W] of images, `action_repeat`, `time_limit` (environment frames, 0
         for the environment's own limit alone), `frame_stack` (images in one; 1 for each alone),
-        `encoder.cnn_keys` and `encoder.mlp_keys`; for dmc also
-        `camera` (-1 for the task's usual one).
+        `encoder.cnn_keys` and `encoder.mlp_keys`; for dmc also `camera` (-1 for the task's usual one), for bsuite
+        `logdir`; other suites have a section of their own.
       mode: "train" or "eval": their environments never share a seed.
-      index: its place among the environments of its mode.
+      index: which of the environments of its mode, from 0.
       behind: agent steps that the run has behind it, so that it goes on in other episodes than it began with.
-      restart: how many went before it at this place: each has another seed.
+      restart: how many environments this one follows that failed: each has another seed.
     Raises: UserError for an unknown suite or task, a missing package, an unsupported space, or when no
       observation is left.
     """
@@ -92,24 +58,22 @@ def make_env(config, mode: str, index: int, behind: int = 0, restart: int = 0) -
             f"{unknown('suite', suite, SUITES)} (a task is suite_name, with suite one of {', '.join(SUITES)})"
         )
     module, make, packages = SUITES[suite]
+    later = [behind, restart] if behind or restart else []
+    place = Place(mode, index, derive_seed(config.seed, MODES[mode], index, *later))
     try:
-        seed = derive_seed(config.seed, MODES[mode], index, *([behind, restart] if behind or restart else []))
-        env = getattr(importlib.import_module(module), make)(task, config, seed)
+        env = getattr(importlib.import_module(module), make)(task, config, place)
     except ImportError as error:
         raise UserError(f"task '{config.task}' cannot be made ({one_line(error)}): pip install {packages}") from error
     env = wrappers.SelectKeys(env, config.encoder)
-    env = wrappers.Resize(env, config.size)  # before images are copied
-    env = wrappers.PlainObs(env)
-    if config.frame_stack > 1:
-        env = wrappers.FrameStack(env, config.frame_stack)
+    env = wrappers.PlainObs(env, config)
     env = wrappers.PlainActions(env)
     if config.time_limit > 0:
         env = wrappers.TimeLimit(env, max(1, config.time_limit // config.action_repeat))
     return env
 
 
-def make_envs(config, mode: str, count: int, behind: int = 0) -> Envs:
-    """`count` environments of a mode that step together, each in its own process if `config.parallel`.
+def make_envs(config: Any, mode: str, count: int, behind: int = 0) -> Envs:
+    """Make `count` environments of a mode that step together, each in its own process if `config.parallel`.
 
     A process that does not answer a step within `config.env_timeout` seconds is restarted. `behind`: see `make_env`.
     """

@@ -4,19 +4,24 @@ Protocol: Machado et al. 2018, "Revisiting the Arcade Learning Environment" (arX
 26 games at 100k steps do differently (Kaiser et al. 2020, arXiv:1903.00374) left to the options.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 import ale_py
 import numpy as np
 from ale_py import roms
 from gymnasium import spaces
 
+from envs.env import Env, Place
 from envs.errors import unknown
 from envs.wrappers import flags
 
 NOOP = ale_py.Action.NOOP
 
 
-def make(task: str, config, seed: int):
-    """A game by the name of its ROM; underscores do not count: `pong`, `ms_pacman`, `jamesbond`, `james_bond`.
+def make(task: str, config: Any, place: Place) -> Env:
+    """Make a game by the name of its ROM; underscores do not count: `pong`, `ms_pacman`, `jamesbond`, `james_bond`.
 
     Raises: UserError for an unknown game.
     """
@@ -24,7 +29,7 @@ def make(task: str, config, seed: int):
     game = games.get(task.replace("_", ""))
     if game is None:
         raise unknown("atari game", task, games.values())
-    return Atari(game, config.atari, config.action_repeat, seed)
+    return Atari(game, config.atari, config.action_repeat, place.seed)
 
 
 class Atari:
@@ -38,13 +43,13 @@ class Atari:
         sticky: probability that a frame runs under the action of the frame before instead of its own.
         noops: most frames without action at the start of a game; their number is drawn from 0 to this.
         actions: "all" 18 of the console or those "needed" by the game.
-        gray: ALE's luminance (H, W), else its colours (H, W, 3); mostly 210 by 160.
+        gray: ALE's luminance (H, W), else its colors (H, W, 3); mostly 210 by 160.
         lives: what losing one of several lives is: nothing ("unused"), a terminal state in the middle of the
           episode ("discount"), or a terminal end of the episode ("reset"), after which the game goes on.
         limit: frames of a game, not counting no-ops, after which time is out.
     """
 
-    def __init__(self, game: str, protocol, repeat: int, seed: int):
+    def __init__(self, game: str, protocol: Any, repeat: int, seed: int):
         self._repeat = repeat
         self._noops = protocol.noops
         self._lives_count = protocol.lives != "unused"

@@ -1,6 +1,9 @@
 """The Behaviour Suite for reinforcement learning (Osband et al. 2020)."""
 
+from __future__ import annotations
+
 import pathlib
+from typing import Any
 
 import bsuite
 import numpy as np
@@ -8,17 +11,17 @@ from bsuite import sweep
 from bsuite.logging import csv_logging
 from gymnasium import spaces
 
-from envs import MODES
+from envs.env import Env, Place
 from envs.errors import one_line, unknown
 from envs.wrappers import ActionRepeat, flags
-from tools import UserError, derive_seed
+from tools import UserError
 
 
-def make(task: str, config, seed: int):
-    """The suite's `name/number`, such as `catch/0`: experiments of 20 or so settings or seeds each.
+def make(task: str, config: Any, place: Place) -> Env:
+    """Make the suite's `name/number`, such as `catch/0`: experiments of 20 or so settings or seeds each.
 
     The first training environment is recorded as the suite does, for its own analysis to read:
-    `logdir/bsuite/0/bsuite_id_-_catch-0.csv`, and from a resumed run, counted anew, under `logdir/bsuite/1/`.
+    `logdir/bsuite/0/bsuite_id_-_catch-0.csv`, and after a resume or a restart, counted anew, `logdir/bsuite/1/`.
     The suite wants `sweep.EPISODES[task]` episodes. Raises UserError for an unknown task, or where the data
     that the mnist tasks download cannot be had.
     """
@@ -29,16 +32,16 @@ def make(task: str, config, seed: int):
         env = bsuite.load(name, sweep.SETTINGS[task])
     except OSError as error:
         raise UserError(f"bsuite_{task} downloads its data, which failed: {one_line(error)}") from error
-    _seed(env, np.random.RandomState([seed, int(number)]))
-    first = seed == derive_seed(config.seed, MODES["train"], 0)
-    folder = pathlib.Path(config.logdir).expanduser() / "bsuite" if first else None
+    _seed(env, np.random.RandomState([place.seed, int(number)]))
+    recorded = place.mode == "train" and place.number == 0
+    folder = pathlib.Path(config.logdir).expanduser() / "bsuite" if recorded else None
     return ActionRepeat(BSuite(env, task, folder), config.action_repeat)
 
 
 class BSuite:
     """One of the suite's environments, its array of numbers called `state`; recorded below `folder` if there is one."""
 
-    def __init__(self, env, task, folder=None):
+    def __init__(self, env: Any, task: str, folder: pathlib.Path | None = None):
         self._env, self._task, self._folder = env, task, folder
         self.obs_space = {"state": spaces.Box(-np.inf, np.inf, env.observation_spec().shape)}
         self.act_space = {"action": spaces.Discrete(env.action_spec().num_values)}
@@ -75,7 +78,7 @@ def _seed(env, rng):
 
 
 def _new_folder(parent):
-    """The first of parent/0, parent/1, ... that is not there yet."""
+    """Return the first of parent/0, parent/1, ... that is not there yet."""
     number = 0
     while (parent / str(number)).exists():
         number += 1

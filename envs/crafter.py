@@ -1,9 +1,14 @@
 """Crafter (Hafner 2022): survive, gather and build in a world made anew for every episode, seen from above."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import crafter
 import numpy as np
 from gymnasium import spaces
 
+from envs.env import Env, Place
 from envs.errors import unknown
 from envs.wrappers import ActionRepeat, flags
 
@@ -11,12 +16,12 @@ RENDER_SIZE = (256, 256)
 REWARDS = {"reward": True, "noreward": False}
 
 
-def make(task: str, config, seed: int):
-    """`reward`, or `noreward`, where what would have been the return is only logged. UserError for others."""
+def make(task: str, config: Any, place: Place) -> Env:
+    """Make `reward`, or `noreward`, where what would have been the return is only logged. UserError for others."""
     if task not in REWARDS:
         raise unknown("crafter task", task, REWARDS)
     height, width = config.size
-    env = Reproducible(size=(width, height), reward=REWARDS[task], seed=seed)
+    env = Reproducible(size=(width, height), reward=REWARDS[task], seed=place.seed)
     return ActionRepeat(Crafter(env, REWARDS[task]), config.action_repeat)
 
 
@@ -28,7 +33,7 @@ class Crafter:
     share of episodes that did. Without rewards `log_reward` is the sum so far of those that were withheld.
     """
 
-    def __init__(self, env, rewards: bool):
+    def __init__(self, env: crafter.Env, rewards: bool):
         self._env = env
         self._rewards = rewards
         width, height = env.observation_space.shape[:2]

@@ -1,10 +1,14 @@
 """The DeepMind Control Suite, from proprioception or from pixels."""
 
+from __future__ import annotations
+
 import os
+from typing import Any
 
 import numpy as np
 from gymnasium import spaces
 
+from envs.env import Env, Place
 from envs.errors import one_line, unknown
 from envs.opengl import NO_RENDERER, choose_renderer, close_before_exit, import_suite
 from envs.wrappers import flags, is_kept
@@ -16,12 +20,12 @@ RENDER_SIZE = (256, 256)
 SHADOW_SIZE = 512  # instead of 2048: frames take six tenths of the time
 
 
-def make(task: str, config, seed: int):
-    """The suite's `domain_task`, such as `walker_walk`. Its `image` is drawn only if the encoder reads it.
+def make(task: str, config: Any, place: Place) -> Env:
+    """Make the suite's `domain_task`, such as `walker_walk`. Its `image` is drawn only if the encoder reads it.
 
     Raises: UserError for an unknown task or camera, or if pictures are wanted and OpenGL is missing.
     """
-    image = is_kept(config.encoder, "image", image=True)
+    image = is_kept(config.encoder, "image", "image")
     if not choose_renderer() and image:
         raise UserError(NO_RENDERER)
     suite = import_suite()
@@ -30,7 +34,7 @@ def make(task: str, config, seed: int):
     if task not in tasks:
         raise unknown("dmc task", task, tasks)
     domain, name = tasks[task]
-    env = suite.load(domain, name, task_kwargs={"random": seed})
+    env = suite.load(domain, name, task_kwargs={"random": place.seed})
     camera = CAMERAS.get(domain, 0) if config.camera == -1 else config.camera
     if not 0 <= camera < env.physics.model.ncam:
         raise UserError(f"dmc_{task} has cameras 0 to {env.physics.model.ncam - 1}, not {camera}")
@@ -40,7 +44,7 @@ def make(task: str, config, seed: int):
 class DMC:
     """A dm_control environment. Its `image` is always offered, but there only if its `size` is given."""
 
-    def __init__(self, env, repeat: int, camera: int, size=None):
+    def __init__(self, env: Any, repeat: int, camera: int, size: tuple[int, int] | None = None):
         self._env = env
         self._repeat = repeat
         self._camera = camera

@@ -1,8 +1,13 @@
 """DeepMind Lab: the 30 levels of DMLab-30 and the 12 that came with the first release (arXiv:1612.03801)."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import numpy as np
 from gymnasium import spaces
 
+from envs.env import Env, Place
 from envs.errors import unknown
 from envs.wrappers import flags
 
@@ -81,7 +86,7 @@ ACTIONS = np.array(
 
 
 def levels() -> dict[str, tuple[str, dict]]:
-    """The level script and the settings of every task.
+    """Return {task: (its level script, its settings)}.
 
     With `_test` at its end (in the place of `_train` where there is one) a level of DMLab-30 plays the episodes
     that it holds out of training; two levels have a script of their own for that.
@@ -95,8 +100,8 @@ def levels() -> dict[str, tuple[str, dict]]:
     return tasks
 
 
-def make(task: str, config, seed: int):
-    """The level `task`, such as `explore_goal_locations_small`. Raises UserError for an unknown one."""
+def make(task: str, config: Any, place: Place) -> Env:
+    """Make the level `task`, such as `explore_goal_locations_small`. Raises UserError for an unknown one."""
     tasks = levels()
     if task not in tasks:
         raise unknown("dmlab level", task, tasks)
@@ -106,7 +111,7 @@ def make(task: str, config, seed: int):
     height, width = config.size
     settings = {"height": str(height), "width": str(width), "logLevel": "WARN", **settings}
     lab = deepmind_lab.Lab(script, ["RGB_INTERLEAVED"], config=settings)
-    return DMLab(lab, (height, width), config.action_repeat, np.random.default_rng(seed))
+    return DMLab(lab, (height, width), config.action_repeat, np.random.default_rng(place.seed))
 
 
 class DMLab:
@@ -116,7 +121,7 @@ class DMLab:
     calls it terminal, its option `episodic`.)
     """
 
-    def __init__(self, lab, size, repeat: int, rng):
+    def __init__(self, lab: Any, size: tuple[int, int], repeat: int, rng: np.random.Generator):
         self._lab = lab
         self._repeat = repeat
         self._rng = rng

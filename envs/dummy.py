@@ -1,18 +1,23 @@
 """Environments small enough to check by hand, for tests and for a first run."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import numpy as np
 from gymnasium import spaces
 
+from envs.env import Env, Place
 from envs.errors import unknown
 from envs.wrappers import ActionRepeat, flags
 
 
-def make(task: str, config, seed: int):
-    """`vector`, `discrete`, `pixels`, `multi` or `maze`. Raises UserError for any other."""
+def make(task: str, config: Any, place: Place) -> Env:
+    """Make `vector`, `discrete`, `pixels`, `multi` or `maze`. Raises UserError for any other."""
     tasks = {"vector": Vector, "discrete": Corridor, "pixels": Pixels, "multi": Multi, "maze": Maze}
     if task not in tasks:
         raise unknown("dummy task", task, tasks)
-    return ActionRepeat(tasks[task](np.random.default_rng(seed), tuple(config.size)), config.action_repeat)
+    return ActionRepeat(tasks[task](np.random.default_rng(place.seed), tuple(config.size)), config.action_repeat)
 
 
 class Dummy:
@@ -24,7 +29,7 @@ class Dummy:
 
     length: int
 
-    def __init__(self, rng, size):
+    def __init__(self, rng: np.random.Generator, size: tuple[int, int]):
         self._rng = rng
         self._size = size  # (H, W) of images
 
@@ -46,7 +51,7 @@ class Dummy:
         pass
 
     def _square(self, size, x, y):
-        """A white square, an eighth of the picture wide, on black; (x, y) in [0, 1] is where it stands."""
+        """Draw a white square, an eighth of the picture wide, on black; (x, y) in [0, 1] is where it stands."""
         height, width = size
         high, wide = max(1, height // 8), max(1, width // 8)
         top, left = round(y * (height - high)), round(x * (width - wide))
@@ -60,7 +65,7 @@ class Vector(Dummy):
 
     length = 20
 
-    def __init__(self, rng, size):
+    def __init__(self, rng: np.random.Generator, size: tuple[int, int]):
         super().__init__(rng, size)
         self.obs_space = {"state": spaces.Box(-1, 1, (3,))}
         self.act_space = {"action": spaces.Box(-1, 1, (2,))}
@@ -85,7 +90,7 @@ class Corridor(Dummy):
 
     length = 20
 
-    def __init__(self, rng, size):
+    def __init__(self, rng: np.random.Generator, size: tuple[int, int]):
         super().__init__(rng, size)
         self.obs_space = {"position": spaces.Discrete(5)}
         self.act_space = {"action": spaces.Discrete(2)}
@@ -110,7 +115,7 @@ class Pixels(Dummy):
 
     length = 16
 
-    def __init__(self, rng, size):
+    def __init__(self, rng: np.random.Generator, size: tuple[int, int]):
         super().__init__(rng, size)
         self.obs_space = {"image": spaces.Box(0, 255, (*size, 3), np.uint8)}
         self.act_space = {"action": spaces.Discrete(3)}
@@ -139,7 +144,7 @@ class Multi(Dummy):
 
     length = 12
 
-    def __init__(self, rng, size):
+    def __init__(self, rng: np.random.Generator, size: tuple[int, int]):
         super().__init__(rng, size)
         self.obs_space = {
             "image": spaces.Box(0, 255, (*size, 3), np.uint8),
@@ -181,7 +186,7 @@ class Maze(Dummy):
     size = 19
     cells = 9 * 9 * 4 + 4
 
-    def __init__(self, rng, size):
+    def __init__(self, rng: np.random.Generator, size: tuple[int, int]):
         super().__init__(rng, size)
         self.obs_space = {"position": spaces.Box(-1, 1, (2,))}
         self.act_space = {"action": spaces.Discrete(4)}

@@ -1,18 +1,23 @@
 """Anything that speaks the Gymnasium API: registered ids, and classes of the user's own."""
 
+from __future__ import annotations
+
 import importlib
 import inspect
 import os
 import sys
+from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import load_env_creator
 
+from envs.env import Env, Place
 from envs.errors import one_line, unknown
 from envs.opengl import choose_renderer, close_before_exit
-from envs.wrappers import ActionRepeat, flags, is_image
+from envs.wrappers import ActionRepeat, flags
+from modalities import kind_of
 from tools import UserError
 
 # Pictures are drawn into memory: without this, pygame looks for a display and complains.
@@ -30,8 +35,8 @@ PLAIN = spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary
 TAKEN = {*flags(), "deter", "stoch", "file"}  # keys beside those of the environment
 
 
-def make(task: str, config, seed: int):
-    """The environment that Gymnasium registers as `task`. Raises UserError if it cannot be made."""
+def make(task: str, config: Any, place: Place) -> Env:
+    """Make the environment that Gymnasium registers as `task`. Raises UserError if it cannot be made."""
     for prefix, (module, packages) in REGISTERED_BY.items():
         if task.startswith(prefix):
             try:
@@ -53,14 +58,14 @@ def make(task: str, config, seed: int):
         if isinstance(error, gymnasium.error.Error) and name not in gymnasium.registry:
             raise unknown("gym task", name, gymnasium.registry) from error
         raise UserError(f"gym_{task} cannot be made: {one_line(error)}") from error
-    env = FromGym(env, seed)
+    env = FromGym(env, place.seed)
     if mujoco:
         close_before_exit(env)
     return ActionRepeat(env, config.action_repeat)
 
 
-def make_custom(task: str, config, seed: int):
-    """An instance of the class that `task`, a `package.module:Class`, names. UserError if there is none."""
+def make_custom(task: str, config: Any, place: Place) -> Env:
+    """Make an instance of the class that `task`, a `package.module:Class`, names. UserError if there is none."""
     module_name, colon, class_name = task.partition(":")
     if not (module_name and colon and class_name):
         raise UserError(f"custom_{task} must look like custom_package.module:Class")
@@ -78,7 +83,7 @@ def make_custom(task: str, config, seed: int):
         inspect.signature(make_instance).bind()
     except TypeError as error:
         raise UserError(f"custom_{task} must be made without arguments: {one_line(error)}") from error
-    return ActionRepeat(FromGym(make_instance(), seed), config.action_repeat)
+    return ActionRepeat(FromGym(make_instance(), place.seed), config.action_repeat)
 
 
 class FromGym:
@@ -89,7 +94,7 @@ class FromGym:
     Raises UserError where the environment does not follow the Gymnasium API.
     """
 
-    def __init__(self, env, seed: int):
+    def __init__(self, env: Any, seed: int):
         for name in ("observation_space", "action_space", "reset", "step"):
             if not hasattr(env, name):
                 raise UserError(f"{type(env).__name__} is no Gymnasium environment: it has no '{name}'")
@@ -98,7 +103,7 @@ class FromGym:
             raise UserError(f"{type(env).__name__}.reset must take a seed: reset(*, seed=None, options=None)")
         self._env = env
         self._seed = seed
-        self._bare = "image" if is_image(env.observation_space) else "state"
+        self._bare = "image" if kind_of(env.observation_space) == "image" else "state"
         self.obs_space = _flatten(env.observation_space, env.observation_space, self._bare)
         self.act_space = _flatten(env.action_space, env.action_space, "action")
         clash = {key for key in self.obs_space if is_taken(key) or key in (*self.act_space, "action")}
@@ -151,7 +156,7 @@ class FromGym:
         return _flatten(self._env.observation_space, obs, self._bare)
 
     def _check(self, obs):
-        """Raises UserError if the first observation is not what its space promises."""
+        """Raise UserError if the first observation is not what its space promises."""
         self._checked = True
         for key, space in self.obs_space.items():
             if isinstance(space, PLAIN) and np.shape(obs[key]) != space.shape:
@@ -159,13 +164,13 @@ class FromGym:
                 raise UserError(f"{self._name}.reset gave the observation '{key}' in {found}")
 
 
-def is_taken(key):
-    """Whether a key means something else in a stored step or its file, or can name no folder."""
+def is_taken(key: str) -> bool:
+    """True if a key means something else in a stored step or its file, or can name no folder."""
     return key in TAKEN or key.startswith(("log_", "/")) or ".." in key.split("/")
 
 
 def _flatten(space, tree, bare, path=""):
-    """The leaves of a tree shaped like `space` (or of the space itself) as one dict. Raises UserError if one lacks."""
+    """Return the leaves of a tree shaped like `space` (or of it) as one dict. Raises UserError if one is missing."""
     if not isinstance(space, (spaces.Dict, spaces.Tuple)):
         return {path or bare: tree}
     leaves = {}
@@ -188,7 +193,7 @@ def _nest(space, leaves, bare, path=""):
 
 
 def _children(space, bare, path):
-    """(name or index, path, space) of each member of a dict or tuple at `path`."""
+    """Return (name or index, path, space) of each member of a dict or tuple at `path`."""
     if isinstance(space, spaces.Dict):
         return [(name, f"{path}/{name}" if path else str(name), child) for name, child in space.items()]
     return [(index, f"{path or bare}/{index}", child) for index, child in enumerate(space)]

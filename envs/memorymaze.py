@@ -1,24 +1,28 @@
 """Memory Maze (Pasukonis et al. 2023): find the objects of a maze again and again, in the order that is asked for."""
 
+from __future__ import annotations
+
 import logging
 import sys
+from typing import Any
 
 import numpy as np
 from gymnasium import spaces
 
 from envs.dmc import RENDER_SIZE
+from envs.env import Env, Place
 from envs.errors import one_line, unknown
 from envs.opengl import NO_RENDERER, choose_renderer, close_before_exit, import_suite
 from envs.wrappers import ActionRepeat, flags
 from tools import UserError
 
 TASKS = ("9x9", "11x11", "13x13", "15x15")
-PIXELS = 64  # of the published task; smaller ones have no room for the border that shows the colour asked for
+PIXELS = 64  # of the published task; smaller ones have no room for the border that shows the color asked for
 CAMERA = "walker/egocentric"
 
 
-def make(task: str, config, seed: int):
-    """`9x9`, `11x11`, `13x13` or `15x15`: mazes of 1000, 2000, 3000 and 4000 steps, whose end is a time-out.
+def make(task: str, config: Any, place: Place) -> Env:
+    """Make `9x9`, `11x11`, `13x13` or `15x15`: mazes of 1000, 2000, 3000 and 4000 steps, whose end is a time-out.
 
     Raises UserError for another name, or if OpenGL is missing.
     """
@@ -29,14 +33,14 @@ def make(task: str, config, seed: int):
     import_suite()  # says in one line where MUJOCO_GL names what does not work
     load = getattr(_import_tasks(), f"memory_maze_{task}")
     pixels = max(PIXELS, *config.size)
-    env = load(seed=seed, image_only_obs=True, camera_resolution=pixels)
+    env = load(seed=place.seed, image_only_obs=True, camera_resolution=pixels)
     return ActionRepeat(MemoryMaze(env, pixels), config.action_repeat)
 
 
 class MemoryMaze:
     """Memory Maze as published: `image` through the agent's eyes, 6 actions, reward 1 for each object found."""
 
-    def __init__(self, env, pixels: int):
+    def __init__(self, env: Any, pixels: int):
         self._env = env
         # Every frame is resolved from the whole offscreen buffer, as in envs.dmc.
         view = getattr(env.task.root_entity.mjcf_model.visual, "global")
@@ -58,7 +62,7 @@ class MemoryMaze:
 
     def render(self, size=None):  # drawn at one size
         image = self._env.physics.render(*RENDER_SIZE, camera_id=CAMERA)
-        framed = np.full_like(image, self._colour)
+        framed = np.full_like(image, self._color)
         border = 2 * RENDER_SIZE[0] // PIXELS
         framed[border:-border, border:-border] = image[border:-border, border:-border]
         return framed
@@ -70,14 +74,14 @@ class MemoryMaze:
 
     def _observe(self, timestep):
         image = timestep.observation
-        self._colour = image[0, 0].copy()  # the border's: of the object to find
+        self._color = image[0, 0].copy()  # the border's: of the object to find
         terminal = timestep.last() and timestep.discount == 0
         ends = flags(timestep.reward or 0, timestep.first(), timestep.last(), terminal)
         return {"image": image, **ends}
 
 
 def _import_tasks():
-    """The package's module of tasks. It imports `gym`, of which only names that gymnasium has as well are used."""
+    """Import the package's tasks. They import `gym`, of which they use only names that gymnasium has as well."""
     names = [] if "gym" in sys.modules else ["gym", "gym.envs", "gym.envs.registration"]
     for name in names:
         sys.modules[name] = sys.modules[name.replace("gym", "gymnasium", 1)]
@@ -91,5 +95,5 @@ def _import_tasks():
 
 
 def _worth_saying(record):
-    """Not that the walker, a ball on joints, has no velocity to set, which dm_control says at every reset."""
+    """False for what dm_control says at every reset: the walker, a ball on joints, has no velocity to set."""
     return "no free joint" not in record.getMessage()

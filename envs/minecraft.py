@@ -4,13 +4,16 @@ Actions, observations, rewards and constants are those of the environment that i
 (diamond_env 1.0.3), unless a comment says otherwise.
 """
 
+from __future__ import annotations
+
 import contextlib
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from gymnasium import spaces
 
+from envs.env import Env, Place
 from envs.errors import one_line, unknown
 from envs.wrappers import TimeLimit, flags
 from tools import UserError
@@ -21,8 +24,8 @@ MAX_LIFE, MAX_FOOD, MAX_AIR = 20, 20, 300
 HEALTH_SCALE = 0.01
 
 
-def make(task: str, config, seed: int):
-    """`diamond`, `wood` or `climb`; the game itself starts with the first episode.
+def make(task: str, config: Any, place: Place) -> Env:
+    """Make `diamond`, `wood` or `climb`; the game itself starts with the first episode.
 
     Args:
       config: beside what every suite reads, `minecraft` with `break_speed` (how many times faster blocks break),
@@ -38,7 +41,7 @@ def make(task: str, config, seed: int):
     sticky_attack = options.sticky_attack if options.break_speed == 1 else 0
     controls = Controls(sticky_attack, options.sticky_jump, options.pitch_limit)
     actions, rewards = TASKS[task]
-    env = Minecraft(spec, actions, rewards, controls, config.action_repeat, np.random.default_rng(seed))
+    env = Minecraft(spec, actions, rewards, controls, config.action_repeat, np.random.default_rng(place.seed))
     return TimeLimit(env, max(1, options.length // config.action_repeat))
 
 
@@ -46,8 +49,8 @@ def make(task: str, config, seed: int):
 # The game: what MineRL is asked to build
 
 
-def make_spec(size, break_speed):
-    """MineRL's description of a fresh world that hands out images of `size` (H, W); its `make()` gives the game."""
+def make_spec(size: tuple[int, int], break_speed: float) -> Any:
+    """Describe to MineRL a fresh world that hands out images of `size` (H, W); `make()` of it gives the game."""
     _restore_numpy_names()
     from minerl.herobraine.env_spec import EnvSpec
     from minerl.herobraine.hero import handlers, mc
@@ -108,7 +111,7 @@ def make_spec(size, break_speed):
 
 
 def _restore_numpy_names():
-    """MineRL 0.4.4 calls Python's types by names that NumPy 1.24 took away."""
+    """Let MineRL 0.4.4 call Python's types by names that NumPy 1.24 took away."""
     for name, kind in {"bool": bool, "int": int, "float": float}.items():
         if not hasattr(np, name):
             setattr(np, name, kind)
@@ -163,7 +166,7 @@ class Controls:
     count anew. No jump starts during an attack.
     """
 
-    def __init__(self, sticky_attack: int, sticky_jump: int, pitch_limit):
+    def __init__(self, sticky_attack: int, sticky_jump: int, pitch_limit: tuple[int, int]):
         self._sticky_attack = sticky_attack
         self._sticky_jump = sticky_jump
         self._pitch_limit = pitch_limit
@@ -199,7 +202,7 @@ class Controls:
 
 
 class Sight(NamedTuple):
-    """What the game shows after a frame, in the game's own units.
+    """The state that the game shows after a frame, in the game's own units.
 
     Attributes:
       image: (H, W, 3) uint8
@@ -207,7 +210,7 @@ class Sight(NamedTuple):
       most: the largest of these counts in the episode
       held: name of the item in the main hand
       life, food, air: up to 20, 20 and 300
-      height: metres
+      height: meters
     """
 
     image: np.ndarray
@@ -220,8 +223,8 @@ class Sight(NamedTuple):
     height: float
 
 
-def see(obs, before: Sight | None) -> Sight:
-    """The sight of an observation of MineRL's. `before` is the previous one of the episode, if there is one."""
+def see(obs: dict, before: Sight | None) -> Sight:
+    """Return the sight of an observation of MineRL's. `before` is the previous one of the episode, if there is one."""
     counts = {item: int(count) for item, count in obs["inventory"].items()}
     counts["log"] += counts.pop("log2")  # the wood of two more trees
     most = {item: max(count, before.most[item]) for item, count in counts.items()} if before else counts
@@ -248,22 +251,22 @@ MILESTONES = (
 
 
 def reach_milestones(before: Sight, now: Sight) -> float:
-    """1 for each milestone that the episode has not seen before, in whatever order."""
+    """Return 1 for each milestone that the episode has not seen before, in whatever order."""
     return sum(now.most[item] > 0 and before.most[item] == 0 for item in MILESTONES)
 
 
 def stay_healthy(before: Sight, now: Sight) -> float:
-    """0.01 for a whole life regained, as in the released code; the paper says 0.01 for each of its ten hearts."""
+    """Return 0.01 for a whole life regained, as in the released code; the paper has 0.01 for each of ten hearts."""
     return HEALTH_SCALE * (now.life - before.life) / MAX_LIFE
 
 
 def gather_wood(before: Sight, now: Sight) -> float:
-    """1 for each log more."""
+    """Return 1 for each log more."""
     return max(0, now.counts["log"] - before.counts["log"])
 
 
 def climb(before: Sight, now: Sight) -> float:
-    """1 for each metre up, -1 for each down."""
+    """Return 1 for each meter up, -1 for each down."""
     return now.height - before.height
 
 
@@ -350,7 +353,7 @@ class Minecraft:
         self._restarts += 1
 
     def _start(self):
-        """MineRL's first observation of a new world. Raises UserError after a few failures in a row."""
+        """Return MineRL's first observation of a new world. Raises UserError after a few failures in a row."""
         for attempt in range(ATTEMPTS):
             if attempt:
                 time.sleep(RETRY_WAIT)

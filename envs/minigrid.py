@@ -5,11 +5,16 @@ from one episode to the next (Fetch, GoToDoor, GoToObject, PutNear and nearly al
 told what to do.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 import gymnasium
 import minigrid  # noqa: F401, registers the tasks
 from gymnasium.wrappers import FilterObservation
 from minigrid.wrappers import RGBImgPartialObsWrapper
 
+from envs.env import Env, Place
 from envs.errors import unknown
 from envs.from_gym import FromGym
 from envs.wrappers import ActionRepeat
@@ -18,8 +23,8 @@ from tools import UserError
 FAMILIES = ("MiniGrid-", "BabyAI-")
 
 
-def make(task: str, config, seed: int):
-    """The environment of a Gymnasium id such as `MiniGrid-DoorKey-5x5-v0`, or `DoorKey-5x5-v0` for short.
+def make(task: str, config: Any, place: Place) -> Env:
+    """Make the environment of a Gymnasium id such as `MiniGrid-DoorKey-5x5-v0`, or `DoorKey-5x5-v0` for short.
 
     Observations: `image`, what lies ahead of the agent (7 x 7 tiles, walls hide what is behind them), and
     `direction` (0 east, 1 south, 2 west, 3 north). An episode that runs out of steps is truncated.
@@ -34,4 +39,4 @@ def make(task: str, config, seed: int):
     env = gymnasium.make(name, disable_env_checker=True, render_mode="rgb_array")
     tile = -(-max(config.size) // env.unwrapped.agent_view_size)  # pixels: tiles are shrunk, never blown up
     env = FilterObservation(RGBImgPartialObsWrapper(env, tile), ("image", "direction"))
-    return ActionRepeat(FromGym(env, seed), config.action_repeat)
+    return ActionRepeat(FromGym(env, place.seed), config.action_repeat)

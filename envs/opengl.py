@@ -1,19 +1,24 @@
 """Drawing without a display: the choice of MuJoCo's renderer, and its orderly end."""
 
+from __future__ import annotations
+
 import ctypes
 import os
 import sys
 import threading
 import weakref
 from ctypes.util import find_library
+from types import ModuleType
 
+from envs.env import Env
 from envs.errors import one_line
 from tools import UserError
 
 NO_RENDERER = "dm_control finds no headless OpenGL: apt-get install libosmesa6 (or libegl1 libgl1)"
 
 
-def import_suite():
+def import_suite() -> ModuleType:
+    """Import `dm_control.suite`. Raises UserError where its renderer fails, ImportError where it is missing."""
     try:
         from dm_control import suite
     except ImportError:
@@ -24,12 +29,14 @@ def import_suite():
     return suite
 
 
-def close_before_exit(env):
+def close_before_exit(env: Env) -> None:
     """Free OpenGL contexts that nobody closed.
 
     With osmesa dm_control draws on a thread pool, which ends before the functions of `atexit` run; freeing
     then prints tracebacks. So this takes the hook of the pools themselves: last registered, first called.
     """
+    import concurrent.futures.thread  # noqa: F401, registers the pools' own function, before ours
+
     close = weakref.WeakMethod(env.close)
     threading._register_atexit(lambda: close() and close()())
 
@@ -38,8 +45,8 @@ def close_before_exit(env):
 # MUJOCO_GL, which counts only before the import
 
 
-def choose_renderer():
-    """Set MUJOCO_GL, unless the user has, to what works here. Returns whether there is anything to draw with.
+def choose_renderer() -> bool:
+    """Set MUJOCO_GL, unless the user has, to what works here. Return True if there is anything to draw with.
 
     It is set without an `image` as well, for videos of a proprioceptive agent, and because with the variable
     unset dm_control tries GLFW, which complains about a missing display.
@@ -53,12 +60,13 @@ def choose_renderer():
     return False
 
 
-def osmesa_works():
+def osmesa_works() -> bool:
+    """True if OSMesa is installed."""
     return find_library("OSMesa") is not None
 
 
-def egl_works():
-    """Whether EGL opens a display on some device; its libraries may well be there without one."""
+def egl_works() -> bool:
+    """True if EGL opens a display on some device; its libraries may well be there without one."""
     name = find_library("EGL")
     if name is None or find_library("GL") is None:
         return False

@@ -7,12 +7,15 @@ one side touches at a time. A socket hands it over:
                                         make the environment
                     <---  MESSAGE, its spaces
     file of the memory  --->
-    STEP, RESET or RENDER  --->         read the action, write the observation
+    STEP, RESET, or RENDER and a size  --->
+                                        read the action, write the observation
                     <---  DONE, or MESSAGE and a message: `log_*` entries, a picture, an error
 
 The end of either process, however it comes, is an end of file for the other: a worker then closes its
 environment and ends, a parent starts another worker.
 """
+
+from __future__ import annotations
 
 import contextlib
 import mmap
@@ -23,13 +26,16 @@ import signal
 import tempfile
 import time
 import traceback
+from collections.abc import Callable, Sequence
 from multiprocessing import reduction, resource_tracker
+from typing import Any
 
 import numpy as np
-from gymnasium import spaces
 
+from envs.env import Env
 from envs.errors import one_line
-from envs.wrappers import AutoReset, flags
+from envs.wrappers import AutoReset
+from specs import act_spec, step_layout
 from tools import UserError
 
 STEP, RESET, RENDER = b"s", b"r", b"p"
@@ -41,9 +47,9 @@ LASTS = 1000  # steps
 
 
 class Failure(Exception):
-    """What makes a worker useless, such as "died (exit code -9)"; `details` is its traceback, or empty."""
+    """Something that makes a worker useless, such as "died (exit code -9)"; `details` is its traceback, or empty."""
 
-    def __init__(self, reason, details=""):
+    def __init__(self, reason: str, details: str = ""):
         super().__init__(reason)
         self.details = details
 
@@ -68,7 +74,9 @@ class Envs:
       events: a line about each restart, for the caller to log and clear.
     """
 
-    def __init__(self, kind, makers, timeout=600.0):
+    def __init__(
+        self, kind: type[Local] | type[Worker], makers: Sequence[Callable[[int], Env]], timeout: float = 600.0
+    ):
         self.events = []
         self._kind, self._makers, self._timeout = kind, makers, timeout
         self._restarts = [0] * len(makers)
@@ -100,7 +108,7 @@ class Envs:
 
     @property
     def restarts(self) -> int:
-        """How often an environment was restarted."""
+        """The number of restarts so far."""
         return sum(self._restarts)
 
     def reset(self) -> dict[str, np.ndarray]:
@@ -114,7 +122,7 @@ class Envs:
         self.send(actions)
         return self.receive()
 
-    def send(self, actions: dict[str, np.ndarray]):
+    def send(self, actions: dict[str, np.ndarray]) -> None:
         """Start a step everywhere without waiting for it. Until `receive`, nothing else may be asked but `close`."""
         self._check_idle()
         for key, column in self._actions.items():
@@ -122,7 +130,7 @@ class Envs:
         self._tell_all(STEP)
 
     def receive(self) -> dict[str, np.ndarray]:
-        """The observations of the step that was sent."""
+        """Wait for the observations of the step that was sent."""
         if not self._under_way:
             raise RuntimeError("nothing to receive: no step was sent")
         logs, failures = self._answers(range(len(self)), self._timeout)
@@ -138,16 +146,19 @@ class Envs:
         stacked = {name: np.array([logs[i].get(name, 0) for i in range(len(self))], np.float32) for name in names}
         return stacked | {key: column.copy() for key, column in self._observations.items()}
 
-    def render(self, index: int) -> np.ndarray:
-        """A picture (H, W, 3) uint8 of one environment. Raises UserError where there is none."""
+    def render(self, index: int, size: tuple[int, int] | None = None) -> np.ndarray:
+        """Return a picture (H, W, 3) uint8 of one environment. Raises UserError where there is none.
+
+        size: the (H, W) wished for, as `Env.render` takes it.
+        """
         self._check_idle()
-        self._handles[index].send(RENDER)
+        self._handles[index].send(RENDER, size)
         answers, failures = self._answers([index], self._timeout)
         if failures:  # the next step finds it dead
             raise UserError(f"no picture: environment {index} {failures[index]}")
         return answers[index]
 
-    def close(self):
+    def close(self) -> None:
         """Close the environments and end their processes, also in the midst of a step; may be called twice."""
         for handle in self._handles:
             handle.stop()
@@ -170,7 +181,7 @@ class Envs:
             handle.send(command)
 
     def _answers(self, indices, seconds):
-        """Wait for one answer of each, for `seconds` in all: {index: answer} and {index: Failure}."""
+        """Wait for one answer of each, for `seconds` in all. Return {index: answer} and {index: Failure}."""
         deadline = time.monotonic() + seconds
         answers, failures = {}, {}
         for index in indices:
@@ -181,7 +192,7 @@ class Envs:
         return answers, failures
 
     def _restart(self, failures):
-        """Replace what failed and begin episodes there; returns what `_answers` does."""
+        """Replace what failed and begin episodes there. Return what `_answers` does."""
         for index, failure in failures.items():
             self._handles[index].stop()
             self._handles[index].join(CLOSE)
@@ -208,44 +219,42 @@ def _fatal(index, failure):
 
 
 def _anonymous_file():
-    """A file without a name, in memory where the system offers it: gone with the last process that holds it."""
+    """Open a file without a name, in memory where the system offers it: gone with the last process that holds it."""
     return tempfile.TemporaryFile(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
 
 
 def _layout(obs_space, act_space):
-    """The record of one environment as a NumPy dtype: its observation `obs` and its next action `act`."""
-    obs = [
-        (key, space.dtype if isinstance(space, spaces.Box) else np.int32, space.shape)
-        for key, space in obs_space.items()
-    ]
-    obs += [(key, value.dtype) for key, value in flags().items()]
-    act = [(key, np.float32, (spaces.flatdim(space),)) for key, space in act_space.items()]
+    """Return the record of one environment as a NumPy dtype: its observation `obs` and its next action `act`."""
+    actions = act_spec(act_space)
+    obs, act = [], []
+    for key, (shape, dtype) in step_layout(obs_space, actions).items():
+        (act if key in actions.widths else obs).append((key, dtype, shape))
     return np.dtype([("obs", np.dtype(obs, align=True)), ("act", np.dtype(act, align=True))], align=True)
 
 
 def _map(descriptor, layout, count):
-    """A file as an array (count,) of records."""
+    """Map a file as an array (count,) of records."""
     return np.ndarray(count, layout, mmap.mmap(descriptor, layout.itemsize * count))
 
 
 def _columns(records):
-    """{key: (N, ...)}, views of an array (N,) of records."""
+    """Return {key: (N, ...)}, views of an array (N,) of records."""
     return {key: records[key] for key in records.dtype.names}
 
 
-class Seat:
-    """An environment at its record, where actions are read and observations written."""
+class SharedEnv:
+    """An environment at its record, where it reads actions and writes observations."""
 
-    def __init__(self, env, records, index):
+    def __init__(self, env: Env, records: np.ndarray, index: int):
         self._env = env
         self._index = index
         self._actions = _columns(records["act"][index : index + 1])
         self._columns = _columns(records["obs"])
         self._methods = {STEP: self._step, RESET: self._reset, RENDER: self._render}
 
-    def obey(self, command):
-        """Do what STEP, RESET or RENDER asks for. Returns the `log_*` entries, or the picture."""
-        return self._methods[command]()
+    def obey(self, command: bytes, *args: Any) -> dict[str, float] | np.ndarray:
+        """Do what STEP, RESET or RENDER (with a size) asks for. Return the `log_*` entries, or the picture."""
+        return self._methods[command](*args)
 
     def _reset(self):
         return self._write(self._env.reset())
@@ -253,8 +262,8 @@ class Seat:
     def _step(self):
         return self._write(self._env.step({key: value[0].copy() for key, value in self._actions.items()}))
 
-    def _render(self):
-        return self._env.render()
+    def _render(self, size):
+        return self._env.render(size)
 
     def _write(self, obs):
         for key, column in self._columns.items():
@@ -269,30 +278,30 @@ class Seat:
 class Local:
     """An environment of this process, with the methods of a `Worker`. It is never restarted: errors pass."""
 
-    def __init__(self, make, restart):
+    def __init__(self, make: Callable[[int], Env], restart: int):
         self._env = AutoReset(make(restart))
         self._answer = self._env.obs_space, self._env.act_space
 
-    def attach(self, descriptor, records, index):
-        self._seat = Seat(self._env, records, index)
+    def attach(self, descriptor: int, records: np.ndarray, index: int) -> None:
+        self._shared = SharedEnv(self._env, records, index)
 
-    def send(self, command):
-        self._answer = self._seat.obey(command)
+    def send(self, command: bytes, *args: Any) -> None:
+        self._answer = self._shared.obey(command, *args)
 
-    def receive(self, seconds):
+    def receive(self, seconds: float) -> Any:
         return self._answer
 
-    def stop(self):
+    def stop(self) -> None:
         self._env.close()
 
-    def join(self, seconds):
+    def join(self, seconds: float) -> None:
         pass
 
 
 class Worker:
     """An environment in a process of its own."""
 
-    def __init__(self, make, restart):
+    def __init__(self, make: Callable[[int], Env], restart: int):
         # A fork would copy locks held by other threads (PyTorch's, a logger's) and an open CUDA context.
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
@@ -303,18 +312,20 @@ class Worker:
         self._poll = select.poll()
         self._poll.register(self._pipe, select.POLLIN)
 
-    def attach(self, descriptor, records, index):
+    def attach(self, descriptor: int, records: np.ndarray, index: int) -> None:
         """Give it its record: one of `records`, which are the content of the file behind a descriptor."""
         with contextlib.suppress(OSError):  # it is dead, which `receive` will tell
             self._pipe.send((records.dtype, len(records), index))
             reduction.send_handle(self._pipe, descriptor, self._process.pid)
 
-    def send(self, command):
-        """Ask for something, without waiting."""
+    def send(self, command: bytes, *args: Any) -> None:
+        """Ask for something, without waiting; `args` are those of RENDER."""
         with contextlib.suppress(OSError):  # it is dead, which `receive` will tell
             os.write(self._pipe.fileno(), command)
+            if command == RENDER:
+                self._pipe.send(args)
 
-    def receive(self, seconds):
+    def receive(self, seconds: float) -> Any:
         """Wait for the answer. Raises the worker's UserError, or Failure."""
         if not self._poll.poll(min(max(0, 1000 * seconds), 2**31 - 1)):
             self._process.kill()
@@ -333,11 +344,11 @@ class Worker:
             raise Failure(*answer)
         return answer
 
-    def stop(self):
+    def stop(self) -> None:
         """Ask the process to end, without waiting."""
         self._pipe.close()
 
-    def join(self, seconds):
+    def join(self, seconds: float) -> None:
         """Wait for the process to end, and end it if it does not."""
         self._process.join(max(0, seconds))
         if self._process.is_alive():
@@ -347,7 +358,7 @@ class Worker:
 
 @contextlib.contextmanager
 def _interrupts_blocked():
-    """What starts within never sees Ctrl-C, not even while it imports: the parent ends it in good order."""
+    """Hide Ctrl-C from what starts within, even while it imports: the parent ends it in good order."""
     resource_tracker.ensure_running()  # its start, at that of the first process, would unblock them
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -357,7 +368,7 @@ def _interrupts_blocked():
 
 
 def _serve(pipe, make, restart):
-    """The life of a worker: make the environment, then obey until it fails or the parent is done or gone."""
+    """Live as a worker: make the environment, then obey until it fails or the parent is done or gone."""
     env = None
 
     def begin():
@@ -369,16 +380,18 @@ def _serve(pipe, make, restart):
         if _answer(pipe, begin):
             layout, count, index = pipe.recv()
             descriptor = reduction.recv_handle(pipe)
-            seat = Seat(env, _map(descriptor, layout, count), index)
+            shared = SharedEnv(env, _map(descriptor, layout, count), index)
             os.close(descriptor)
-            while (command := os.read(pipe.fileno(), 1)) and _answer(pipe, seat.obey, command):
-                pass
+            alive = True
+            while alive and (command := os.read(pipe.fileno(), 1)):
+                args = pipe.recv() if command == RENDER else ()
+                alive = _answer(pipe, shared.obey, command, *args)
     if env is not None:
         env.close()
 
 
 def _answer(pipe, function, *args):
-    """Call a function and send what becomes of it. Returns whether the environment can still be used."""
+    """Call a function and send what becomes of it. Return True if the environment can still be used."""
     try:
         kind, answer = "ok", function(*args)
     except UserError as error:

@@ -1,11 +1,15 @@
 """Procgen: sixteen games with generated levels (Cobbe et al. 2019, arXiv:1912.01588)."""
 
+from __future__ import annotations
+
 import sys
 import types
+from typing import Any
 
 import numpy as np
 from gymnasium import spaces
 
+from envs.env import Env, Place
 from envs.errors import unknown
 from envs.wrappers import ActionRepeat, flags
 
@@ -32,8 +36,8 @@ NATIVE_SIZE, DRAWN_SIZE = (64, 64), (512, 512)
 ANOTHER_LEVEL = np.array([-1])  # an action
 
 
-def make(task: str, config, seed: int):
-    """A game by its name.
+def make(task: str, config: Any, place: Place) -> Env:
+    """Make a game by its name.
 
     Images of 64 by 64 are the game's own. Those of any other `config.size` come from its large drawings for
     people, which has more detail and takes longer.
@@ -52,7 +56,7 @@ def make(task: str, config, seed: int):
         distribution_mode=config.procgen.distribution,
         num_levels=config.procgen.levels,
         start_level=config.procgen.start_level,
-        rand_seed=seed,
+        rand_seed=place.seed,
         num_threads=0,
         render_mode="rgb_array" if drawn else None,
     )
@@ -67,7 +71,7 @@ class Procgen:
     is a time-out unless the level was completed there.
     """
 
-    def __init__(self, game, timeout: int, drawn: bool):
+    def __init__(self, game: Any, timeout: int, drawn: bool):
         self._game = game
         self._timeout = timeout
         self._drawn = drawn
@@ -106,7 +110,7 @@ class Procgen:
 
 
 def _import_procgen():
-    """procgen, kept from registering its games with gym, a package that nothing else in it needs."""
+    """Import procgen, kept from registering its games with gym, a package that nothing else in it needs."""
     registration = types.ModuleType("procgen.gym_registration")
     registration.register_environments = lambda: None
     sys.modules.setdefault(registration.__name__, registration)

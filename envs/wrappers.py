@@ -5,18 +5,22 @@ observations, another for actions) and takes actions in that form. The wrappers 
 promises. An observation's dict is made for one step and handed on, so they change it in place.
 """
 
+from __future__ import annotations
+
 import re
-from collections import deque
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from gymnasium import spaces
 
-from envs.errors import one_line
+import modalities
+from envs.env import Env
 from tools import UserError
 
 
-def flags(reward=0.0, is_first=False, is_last=False, is_terminal=False) -> dict:
-    """The entries that every observation carries beside those of its space."""
+def flags(reward: float = 0.0, is_first: bool = False, is_last: bool = False, is_terminal: bool = False) -> dict:
+    """Return the entries that every observation carries beside those of its space."""
     return {
         "reward": np.float32(reward),
         "is_first": np.bool_(is_first),
@@ -25,16 +29,9 @@ def flags(reward=0.0, is_first=False, is_last=False, is_terminal=False) -> dict:
     }
 
 
-def is_image(space: spaces.Space) -> bool:
-    """Whether a space is uint8 up to 255, of shape (H, W) or (H, W, C) with 1, 3 or 4 channels."""
-    if not isinstance(space, spaces.Box) or space.dtype != np.uint8 or not (space.high == 255).all():
-        return False
-    return len(space.shape) == 2 or (len(space.shape) == 3 and space.shape[-1] in (1, 3, 4))
-
-
-def is_kept(encoder, key: str, image: bool) -> bool:
-    """Whether the model reads an observation: images by `encoder.cnn_keys`, others by `mlp_keys`."""
-    name = "cnn_keys" if image else "mlp_keys"
+def is_kept(encoder: Any, key: str, kind: str) -> bool:
+    """True if the model reads an observation of a kind: images by `encoder.cnn_keys`, vectors by `mlp_keys`."""
+    name = modalities.space(kind).KEYS
     try:
         return bool(re.match(getattr(encoder, name), key))
     except re.error as error:
@@ -44,7 +41,7 @@ def is_kept(encoder, key: str, image: bool) -> bool:
 class Wrapper:
     """Passes everything on to `env`; a subclass says what is different."""
 
-    def __init__(self, env):
+    def __init__(self, env: Env):
         self.env = env
 
     def __getattr__(self, name):
@@ -60,7 +57,7 @@ class Wrapper:
 class ActionRepeat(Wrapper):
     """Takes each action `repeat` times, or until the episode ends, and sums the rewards."""
 
-    def __init__(self, env, repeat: int):
+    def __init__(self, env: Env, repeat: int):
         super().__init__(env)
         self._repeat = repeat
 
@@ -78,7 +75,7 @@ class ActionRepeat(Wrapper):
 class TimeLimit(Wrapper):
     """Ends episodes after `limit` agent steps: a last observation that is not terminal."""
 
-    def __init__(self, env, limit: int):
+    def __init__(self, env: Env, limit: int):
         super().__init__(env)
         self._limit = limit
         self._steps = 0
@@ -98,7 +95,7 @@ class TimeLimit(Wrapper):
 class AutoReset(Wrapper):
     """Starts a new episode, the action unused, at the step that follows a last observation."""
 
-    def __init__(self, env):
+    def __init__(self, env: Env):
         super().__init__(env)
         self._over = True
 
@@ -118,64 +115,16 @@ class AutoReset(Wrapper):
 # Observations
 
 
-class PlainObs(Wrapper):
-    """Observations as uint8 images (H, W, C), float32 vectors (n,), int32 scalars or int32 vectors (n,)."""
-
-    def __init__(self, env):
-        super().__init__(env)
-        plain = {key: _plain_obs(key, space) for key, space in env.obs_space.items()}
-        self.obs_space = {key: space for key, (space, _) in plain.items()}
-        self._convert = {key: convert for key, (_, convert) in plain.items()}
-
-    def reset(self):
-        return self._plain(self.env.reset())
-
-    def step(self, action):
-        return self._plain(self.env.step(action))
-
-    def _plain(self, obs):
-        for key, convert in self._convert.items():
-            obs[key] = convert(obs[key])
-        return obs
-
-
-def _plain_obs(key, space):
-    """A plain space, and the function that carries a value there.
-
-    It copies arrays, for an environment may write its next state into the one that it handed out.
-    """
-    if is_image(space):
-        shape = space.shape if len(space.shape) == 3 else (*space.shape, 1)
-        return spaces.Box(0, 255, shape, np.uint8), lambda x: np.array(x, np.uint8, order="C").reshape(shape)
-    if isinstance(space, spaces.Discrete):
-        return spaces.Discrete(int(space.n)), lambda x: np.int32(x - space.start)
-    if isinstance(space, spaces.MultiDiscrete):
-        nvec = space.nvec.reshape(-1)
-        return spaces.MultiDiscrete(nvec), lambda x: (np.asarray(x) - space.start).reshape(-1).astype(np.int32)
-    if isinstance(space, (spaces.Box, spaces.MultiBinary)):
-        size = int(np.prod(space.shape))
-        plain = spaces.Box(-np.inf, np.inf, (size,))
-        if space.shape == plain.shape:  # nearly always, and half the time
-            return plain, lambda x: np.array(x, np.float32)
-        return plain, lambda x: np.array(x, np.float32).reshape(size)
-    kind = type(space).__name__
-    raise UserError(f"observation '{key}' is a {kind} space, not supported: leave it out by encoder.mlp_keys")
-
-
 class SelectKeys(Wrapper):
     """Drops the observations that `encoder` does not read. Raises UserError if that is all of them."""
 
-    def __init__(self, env, encoder):
+    def __init__(self, env: Env, encoder: Any):
         super().__init__(env)
-        self.obs_space = {key: space for key, space in env.obs_space.items() if is_kept(encoder, key, is_image(space))}
+        kinds = {key: modalities.kind_of(space) for key, space in env.obs_space.items()}
+        self.obs_space = {key: space for key, space in env.obs_space.items() if is_kept(encoder, key, kinds[key])}
         self._dropped = env.obs_space.keys() - self.obs_space.keys()
         if not self.obs_space:
-            images = sorted(key for key, space in env.obs_space.items() if is_image(space))
-            others = sorted(env.obs_space.keys() - images)
-            raise UserError(
-                f"no observation is left: encoder.cnn_keys '{encoder.cnn_keys}' must match one of {images} "
-                f"or encoder.mlp_keys '{encoder.mlp_keys}' one of {others}"
-            )
+            raise UserError(f"no observation is left: {' or '.join(_choices(encoder, kinds))}")
 
     def reset(self):
         return self._select(self.env.reset())
@@ -189,69 +138,35 @@ class SelectKeys(Wrapper):
         return obs
 
 
-class Resize(Wrapper):
-    """Brings every image to `size` (H, W) by averaging areas."""
+def _choices(encoder, kinds):
+    """Say of each kind which observations its regular expression may match; kinds: {key: kind}."""
+    for kind in reversed(modalities.MODALITIES):  # as they are asked whether a space is theirs
+        name = modalities.space(kind).KEYS
+        offered = sorted(key for key in kinds if kinds[key] == kind)
+        yield f"encoder.{name} '{getattr(encoder, name)}' must match one of {offered}"
 
-    def __init__(self, env, size):
+
+class PlainObs(Wrapper):
+    """Makes observations what `Env` promises, each as its kind in `modalities` has it."""
+
+    def __init__(self, env: Env, config: Any):
         super().__init__(env)
-        size = tuple(size)
-        images = {key: space.shape for key, space in env.obs_space.items() if is_image(space)}
-        self._shapes = {key: (*size, *shape[2:]) for key, shape in images.items() if shape[:2] != size}
-        self.obs_space = dict(env.obs_space)
-        for key, shape in self._shapes.items():
-            self.obs_space[key] = spaces.Box(0, 255, shape, np.uint8)
-        if self._shapes:
-            self._cv2 = _import_cv2()
+        self._converters = {
+            key: modalities.space(modalities.kind_of(space)).converter(key, space, config)
+            for key, space in env.obs_space.items()
+        }
+        self.obs_space = {key: converter.space for key, converter in self._converters.items()}
 
     def reset(self):
-        return self._resize(self.env.reset())
+        return self._plain(self.env.reset())
 
     def step(self, action):
-        return self._resize(self.env.step(action))
+        return self._plain(self.env.step(action))
 
-    def _resize(self, obs):
-        for key, shape in self._shapes.items():
-            image = np.asarray(obs[key], np.uint8)
-            image = self._cv2.resize(image, (shape[1], shape[0]), interpolation=self._cv2.INTER_AREA)
-            obs[key] = image.reshape(shape)  # OpenCV drops a single channel
-        return obs
-
-
-def _import_cv2():
-    try:
-        import cv2
-    except ImportError as error:
-        message = f"images are resized by OpenCV ({one_line(error)}): pip install opencv-python-headless"
-        raise UserError(message) from error
-    return cv2
-
-
-class FrameStack(Wrapper):
-    """Stacks the last `count` images along the channels, the oldest first; the first of an episode is repeated."""
-
-    def __init__(self, env, count: int):
-        super().__init__(env)
-        self._frames = {key: deque(maxlen=count) for key, space in env.obs_space.items() if is_image(space)}
-        self.obs_space = dict(env.obs_space)
-        for key in self._frames:
-            height, width, channels = env.obs_space[key].shape
-            self.obs_space[key] = spaces.Box(0, 255, (height, width, count * channels), np.uint8)
-
-    def reset(self):
-        obs = self.env.reset()
-        for key, frames in self._frames.items():
-            frames.extend([obs[key]] * frames.maxlen)
-        return self._stack(obs)
-
-    def step(self, action):
-        obs = self.env.step(action)
-        for key, frames in self._frames.items():
-            frames.append(obs[key])
-        return self._stack(obs)
-
-    def _stack(self, obs):
-        for key, frames in self._frames.items():
-            obs[key] = np.concatenate(frames, -1)
+    def _plain(self, obs):
+        is_first = obs["is_first"]
+        for key, converter in self._converters.items():
+            obs[key] = converter(obs[key], is_first)
         return obs
 
 
@@ -262,7 +177,7 @@ class FrameStack(Wrapper):
 class PlainActions(Wrapper):
     """Actions as float32 vectors: boxes in [-1, 1], discrete choices as (concatenated) one-hots."""
 
-    def __init__(self, env):
+    def __init__(self, env: Env):
         super().__init__(env)
         plain = {key: _plain_action(key, space) for key, space in env.act_space.items()}
         self.act_space = {key: space for key, (space, _) in plain.items()}
@@ -272,8 +187,8 @@ class PlainActions(Wrapper):
         return self.env.step({key: native(action[key]) for key, native in self._native.items()})
 
 
-def _plain_action(key, space):
-    """A plain space, and the function that carries a float32 vector back to the environment's own form."""
+def _plain_action(key, space) -> tuple[spaces.Space, Callable[[np.ndarray], Any]]:
+    """Return a plain space and the function that carries a float32 vector back to the environment's own form."""
     if isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating):
         return spaces.Box(-1, 1, (int(np.prod(space.shape)),)), _unscale(space)
     if isinstance(space, spaces.Discrete):
@@ -288,7 +203,7 @@ def _plain_action(key, space):
 
 
 def _unscale(space):
-    """From [-1, 1] to [low, high]; a dimension without bounds is left as it is, one with a single bound is moved."""
+    """Return the map from [-1, 1] to [low, high]; a dimension without bounds stays, one with one bound is moved."""
     low, high = (bound.astype(np.float64).reshape(-1) for bound in (space.low, space.high))
     free = ~np.isfinite(low)
     low = np.where(free, np.where(np.isfinite(high), high - 2, -1), low)
@@ -304,7 +219,7 @@ def _unscale(space):
 
 
 def _indices(nvec, start, dtype):
-    """From concatenated one-hots to an array of indices shaped like `nvec`."""
+    """Return the map from concatenated one-hots to an array of indices shaped like `nvec`."""
     ends = np.cumsum(nvec.reshape(-1)).tolist()
     parts = [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
 

@@ -1,1 +1,89 @@
-"""Kinds of observations."""
+"""Kinds of observations, one folder each.
+
+A kind is a folder here and its line in `MODALITIES`. It has two files: `space.py`, without PyTorch, says which
+Gymnasium spaces are of the kind and how their observations become plain arrays (environments and their worker
+processes import it); `nets.py` has encoder, decoder and loss, and how a prediction is shown on film.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+from gymnasium import spaces
+
+from specs import Observed, ObsSpec
+
+# In the order in which embeddings are joined. A space is of the last kind that accepts it; a vector is the rest.
+MODALITIES = ("vector", "image")
+
+
+class Converter(Protocol):
+    """Carries the observations of one key to a plain space.
+
+    space: the plain space, which is of the same kind.
+    """
+
+    space: spaces.Space
+
+    def __call__(self, value: Any, is_first: bool) -> np.ndarray:
+        """Return the plain value, a copy that nothing changes later; is_first: an episode starts here."""
+
+
+class Space(Protocol):
+    """The interface of `modalities/<kind>/space.py`.
+
+    KEYS: the key in the section `encoder` whose regular expression chooses the observations of this kind.
+    """
+
+    KEYS: str
+
+    def accepts(self, space: spaces.Space) -> bool:
+        """True if a space is of this kind, as an environment gives it or plain."""
+
+    def converter(self, key: str, space: spaces.Space, config: Any) -> Converter:
+        """Return what makes an environment's observations plain. Raises UserError for a space it cannot carry over."""
+
+    def observed(self, space: spaces.Space) -> Observed:
+        """Return what networks need to know of a plain space."""
+
+
+class Nets(Protocol):
+    """The interface of `modalities/<kind>/nets.py`. N = B T; config is the whole configuration.
+
+    draw: function of arrays (truth, model), each (B, T, ...), that shows them as three films (truth, model, error),
+      each uint8 (B, T, H, W, C with C 1, 3 or a stack of these); or None, for what is not filmed.
+    """
+
+    draw: Any
+
+    def make_encoder(self, observed: Mapping[str, Observed], config: Any) -> Any:
+        """Return a module with `size`, the width of what it gives; `prepare({key: (B, T, ...)})`, observations as the
+        model predicts them; and `forward({key: (N, ...)}, dtype)` -> (N, size)."""
+
+    def make_decoder(self, observed: Mapping[str, Observed], deter: int, stoch: int, config: Any) -> Any:
+        """Return a module with `forward(deter (N, D), stoch (N, S K))` -> {key: output (N, ...)} and `dist(key, output
+        (B, T, ...))` -> a distribution over (B, T) observations, with `log_prob` and `mode`. The loss is -log_prob."""
+
+
+def space(kind: str) -> ModuleType:
+    """Import the part of a kind that works without PyTorch: a `Space`."""
+    return importlib.import_module(f"modalities.{kind}.space")
+
+
+def nets(kind: str) -> ModuleType:
+    """Import the networks of a kind: a `Nets`."""
+    return importlib.import_module(f"modalities.{kind}.nets")
+
+
+def kind_of(observation_space: spaces.Space) -> str:
+    """Return the kind of a space: the last in `MODALITIES` that accepts it."""
+    return next(kind for kind in reversed(MODALITIES) if space(kind).accepts(observation_space))
+
+
+def obs_spec(obs_space: Mapping[str, spaces.Space]) -> ObsSpec:
+    """{key: plain Gymnasium space} -> ObsSpec."""
+    return ObsSpec({key: space(kind_of(child)).observed(child) for key, child in obs_space.items()})

@@ -1,1 +1,1 @@
-"""What makes it fast: layers, distributions, mathematics, the scan, CUDA graphs and the optimizers."""
+"""Building blocks with efficient implementations: layers, distributions, math, scan, CUDA graphs, optimizers."""

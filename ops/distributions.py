@@ -1,4 +1,4 @@
-"""Outputs of the networks: what a head's numbers mean, with `log_prob`, `mode`, `sample` and `entropy`.
+"""Distributions that heads output, with `log_prob`, `mode`, `sample` and `entropy`.
 
 Randomness enters as an argument (`noise`), so that a whole sequence's noise can be drawn at once, a step can be
 compiled or captured, and recorded draws can be replayed. Everything here is computed in float32.
@@ -11,21 +11,22 @@ import torch
 import torch.nn.functional as F
 
 from ops.math import symexp, symlog
+from ops.random import rand, randn
 
 
 def one_hot(index, classes):
-    """(...) integers below `classes` -> (..., classes) float32; unlike PyTorch's own, it never asks the host."""
+    """Encode integers (...) below `classes` as (..., classes) float32; unlike PyTorch's own, without a host sync."""
     return (index[..., None] == torch.arange(classes, device=index.device)).float()
 
 
 def one_hots(index, classes):
-    """(..., n) integers, the i-th below classes[i] -> their one-hots side by side (..., sum(classes)) float32."""
+    """Encode integers (..., n), the i-th below classes[i], as concatenated one-hots (..., sum(classes)) float32."""
     parts = zip(index.unbind(-1), classes, strict=True)
     return torch.cat([one_hot(part, size) for part, size in parts], -1)
 
 
 class StraightThrough(torch.autograd.Function):
-    """The value of the first argument with the gradient of the second: hard + probs - sg(probs), in one piece."""
+    """Return the first argument with the gradient of the second: hard + probs - sg(probs), as one operation."""
 
     @staticmethod
     def forward(ctx, hard, probs):
@@ -53,48 +54,48 @@ class OneHot:
 
     @property
     def logits(self):
-        """Log-probabilities (..., K)."""
+        """Return log-probabilities (..., K)."""
         return self.probs.log() if self.raw is None else self.raw.log_softmax(-1)
 
     def detach(self):
-        """The same distribution without gradient."""
+        """Return the same distribution without gradient."""
         other = object.__new__(type(self))
         other.probs, other.raw = self.probs.detach(), None if self.raw is None else self.raw.detach()
         return other
 
     @staticmethod
     def noise(shape, device=None):
-        """Noise for `sample`: uniform variables, one for each group; shape is the batch shape (...)."""
-        return torch.rand(shape, device=device)
+        """Draw the noise of `sample`: uniform variables, one for each group; shape is the batch shape (...)."""
+        return rand(shape, device)
 
     def sample(self, noise):
-        """A one-hot draw (..., K), by inverting the cumulative distribution at noise (...), straight-through."""
+        """Draw one-hots (..., K) by inverting the cumulative distribution at noise (...); straight-through."""
         index = (noise[..., None] >= self.probs.detach().cumsum(-1)[..., :-1]).sum(-1)
         return self.straight_through(index)
 
     def mode(self):
-        """The most likely one-hot vector (..., K), straight-through."""
+        """Return the most likely one-hot vector (..., K); straight-through."""
         return self.straight_through(self.probs.argmax(-1))
 
     def straight_through(self, index):
-        """The one-hot of a class index (...), with the gradient of the probabilities."""
+        """Return the one-hot of a class index (...), with the gradient of the probabilities."""
         return StraightThrough.apply(one_hot(index, self.probs.shape[-1]), self.probs)
 
     def log_prob(self, value):
-        """Log-probability (...) of one-hot vectors (..., K)."""
+        """Return the log-probability (...) of one-hot vectors (..., K)."""
         return (self.logits * value).sum(-1)
 
     def entropy(self):
-        """Entropy in nats (...)."""
+        """Return the entropy in nats (...)."""
         return -(self.probs * self.logits).sum(-1)
 
     def kl(self, other):
-        """KL(self || other) in nats (...)."""
+        """Return KL(self || other) in nats (...)."""
         return (self.probs * (self.logits - other.logits)).sum(-1)
 
 
 class MultiOneHot:
-    """One or more one-hot variables of their own widths, side by side in one vector: a (multi-)discrete action.
+    """One or more one-hot variables, each of its own width, concatenated in one vector: a (multi-)discrete action.
 
     Args:
       logits: (..., sum(classes))
@@ -107,7 +108,7 @@ class MultiOneHot:
         self.parts = [OneHot(part, unimix) for part in logits.split(self.classes, -1)]
 
     def sample(self, noise):
-        """noise: (..., number of variables), uniform."""
+        """Draw one-hots (..., sum(classes)). noise: (..., number of variables), uniform."""
         parts = zip(self.parts, noise.unbind(-1), strict=True)
         return torch.cat([part.sample(part_noise) for part, part_noise in parts], -1)
 
@@ -123,7 +124,7 @@ class MultiOneHot:
 
 
 class Classes(MultiOneHot):
-    """A vector of integers, as an observation: `log_prob` and `mode` speak of (..., n) indices."""
+    """A vector of integers, as an observation: `log_prob` takes, and `mode` returns, indices (..., n)."""
 
     def mode(self):
         return torch.stack([part.probs.argmax(-1) for part in self.parts], -1)
@@ -148,11 +149,11 @@ class Normal:
 
     @staticmethod
     def noise(shape, device=None):
-        """Noise for `sample`: standard normal variables of the sample's shape."""
-        return torch.randn(shape, device=device)
+        """Draw the noise of `sample`: standard normal variables of the sample's shape."""
+        return randn(shape, device)
 
     def detach(self):
-        """The same distribution without gradient."""
+        """Return the same distribution without gradient."""
         return Normal(self.mean.detach(), self.stddev.detach())
 
     def sample(self, noise):
@@ -169,7 +170,7 @@ class Normal:
         return (self.stddev.log() + 0.5 + HALF_LOG_2PI).sum(-1)
 
     def kl(self, other):
-        """KL(self || other) in nats (...)."""
+        """Return KL(self || other) in nats (...)."""
         ratio = (self.stddev / other.stddev).square()
         distance = ((self.mean - other.mean) / other.stddev).square()
         return 0.5 * (ratio + distance - 1 - ratio.log()).sum(-1)
@@ -189,7 +190,7 @@ class BoundedNormal(Normal):
 
 
 class TruncatedNormal(Normal):
-    """Actions of DreamerV2: a normal cut to [-1, 1], mean tanh(m), stddev max sigmoid(s / max) + min before the cut.
+    """Actions of DreamerV2: a normal of mean tanh(m), stddev max sigmoid(s / max) + min, truncated to [-1, 1].
 
     Args: as for BoundedNormal.
     """
@@ -202,11 +203,11 @@ class TruncatedNormal(Normal):
 
     @staticmethod
     def noise(shape, device=None):
-        """Noise for `sample`: uniform variables of the sample's shape."""
-        return torch.rand(shape, device=device)
+        """Draw the noise of `sample`: uniform variables of the sample's shape."""
+        return rand(shape, device)
 
     def sample(self, noise):
-        """By inverting the cumulative distribution, which keeps the gradient; just inside the bounds."""
+        """Invert the cumulative distribution, which preserves the gradient; results lie just inside the bounds."""
         z = torch.special.ndtri((self.below + noise * self.inside).clamp(1e-6, 1 - 1e-6))
         value = self.mean + self.stddev * z
         return value + (value.clamp(-1 + 1e-6, 1 - 1e-6) - value).detach()
@@ -237,7 +238,7 @@ class TanhNormal(Normal):
         return torch.tanh(super().sample(noise))
 
     def mode(self):
-        """The median: the likeliest action has no closed form."""
+        """Return the median, as the most likely action has no closed form."""
         return torch.tanh(self.mean)
 
     def log_prob(self, value):
@@ -245,18 +246,18 @@ class TanhNormal(Normal):
         return super().log_prob(z) - log_slope_of_tanh(z).sum(-1)
 
     def entropy(self):
-        """The normal's and the mean log-slope of tanh, by quadrature."""
+        """Return the normal's entropy plus the mean log-slope of tanh, which quadrature computes."""
         slopes = (weight * log_slope_of_tanh(self.mean + self.stddev * node) for node, weight in self.NODES)
         return super().entropy() + sum(slopes).sum(-1) / math.sqrt(2 * math.pi)
 
 
 def log_slope_of_tanh(x):
-    """log(1 - tanh(x)^2), exact also where tanh is 1."""
+    """Return log(1 - tanh(x)^2), exact even where tanh rounds to 1."""
     return 2 * (math.log(2) - x - F.softplus(-2 * x))
 
 
 class Joint:
-    """Independent distributions side by side on the last axis: the actions of a dict of keys.
+    """Independent distributions, concatenated on the last axis: the actions of a dict of keys.
 
     Args:
       parts: one distribution per action key, in sorted order of the keys.
@@ -283,7 +284,7 @@ class Joint:
 
 
 def symexp_bins(count):
-    """Exactly antisymmetric bin positions symexp(linspace(-20, 20, count)), in raw units: (count,)."""
+    """Return exactly antisymmetric bin positions symexp(linspace(-20, 20, count)), in raw units: (count,)."""
     half = symexp(torch.linspace(-20, 0, (count + 1) // 2)) if count % 2 else None
     if half is None:
         half = symexp(torch.linspace(-20, 20, count)[: count // 2])
@@ -291,9 +292,9 @@ def symexp_bins(count):
 
 
 class TwoHot:
-    """A categorical over bins that stands for a real number (DreamerV3, eq. 9-10, released form).
+    """A categorical over bins that represents a real number (DreamerV3, eq. 9-10, released form).
 
-    A target's weight is shared by its two neighbouring bins, by distance in raw units.
+    A target's weight is shared by its two neighboring bins, by distance in raw units.
 
     Args:
       logits: (..., bins)
@@ -305,13 +306,13 @@ class TwoHot:
         self.bins = bins
 
     def mode(self):
-        """The mean (...): each bin is paired with its negative, so that uniform logits give exactly 0."""
+        """Return the mean (...); pairing each bin with its negative makes uniform logits give exactly 0."""
         probs = self.logits.exp()
         half = probs.shape[-1] // 2
         return (probs[..., -half:] - probs[..., :half].flip(-1)) @ self.bins[-half:]
 
     def log_prob(self, value):
-        """Negative cross-entropy (...) to the two-hot encoding of value (...)."""
+        """Return the negative cross-entropy (...) to the two-hot encoding of value (...)."""
         above = torch.searchsorted(self.bins, value.detach().contiguous(), right=True)
         below = (above - 1).clamp(min=0)
         above = above.clamp(max=len(self.bins) - 1)
@@ -323,7 +324,7 @@ class TwoHot:
 
 
 class SymlogTwoHot(TwoHot):
-    """The two-hot of DreamerV3's 2023 form: bins evenly spaced in symlog space, where target and mean are taken."""
+    """Two-hot of DreamerV3's 2023 form: bins evenly spaced in symlog space, where target and mean are taken."""
 
     def mode(self):
         return symexp(super().mode())
@@ -360,7 +361,7 @@ class Bernoulli:
         self.logit = logit.float().squeeze(-1)
 
     def mean(self):
-        """Probability of 1 (...)."""
+        """Return the probability of 1 (...)."""
         return torch.sigmoid(self.logit)
 
     def mode(self):
@@ -418,7 +419,7 @@ class ImageMSE:
         return self.mean
 
     def log_prob(self, value):
-        """value: (..., H, W, C), uint8 0..255."""
+        """Return minus the squared error (...) of value (..., H, W, C), uint8 0..255."""
         return -(self.mean - value.float() / 255).square().sum((-3, -2, -1))
 
 

@@ -17,9 +17,9 @@ EPS = 1e-4  # added to the mean square in norms
 
 
 class Style(NamedTuple):
-    """How hidden layers are made, by name.
+    """Names of the norm, activation and initialization of hidden layers.
 
-    norm: of what the linear part gives: rms (DreamerV3), layer (its 2023 form; the linear part has no bias then), none.
+    norm: after the linear part: rms (DreamerV3), layer (its 2023 form; the linear part then has no bias) or none.
     act: activation, silu, elu or relu.
     init: rule of the initial weights, see `INITS`.
     """
@@ -33,7 +33,7 @@ DREAMERV3 = Style()
 
 
 def truncated_normal_(weight, variance):
-    """A normal of that variance cut at two standard deviations; the factor makes up for what is cut off."""
+    """Fill with a normal truncated at two standard deviations; the factor restores the variance after truncation."""
     return nn.init.trunc_normal_(weight, 0, 1, -2, 2).mul_(1.1368 * variance**0.5)
 
 
@@ -52,7 +52,7 @@ def init_(weight, fan_in, fan_out, rule="fan_in", outscale=1.0):
 
 
 def cast(x, dtype):
-    """x.to(dtype), None staying None."""
+    """Return x.to(dtype), or None for None."""
     return None if x is None else x.to(dtype)
 
 
@@ -67,19 +67,19 @@ class Linear(nn.Module):
     def forward(self, x):
         return product(x, self.kernel, self.bias)
 
-    def head(self, x):
-        """The share of the output that the first inputs give, without the bias."""
+    def first(self, x):
+        """Return the contribution of the first inputs to the output, without the bias."""
         return product(x, self.kernel[: x.shape[-1]])
 
-    def tail(self, x):
-        """The share of the output that the last inputs give, with the bias: head(x) + tail(y) = forward([x, y])."""
+    def last(self, x):
+        """Return the contribution of the last inputs, with the bias: first(x) + last(y) = forward([x, y])."""
         return product(x, self.kernel[-x.shape[-1] :], self.bias)
 
 
 class BlockLinear(nn.Module):
-    """A linear layer of its own for each of `blocks` equal slices: kernel (blocks, in/blocks, out/blocks).
+    """A separate linear layer for each of `blocks` equal slices: kernel (blocks, in/blocks, out/blocks).
 
-    The fan-in of the initialisation is the full input width, as in the authors' code.
+    The fan-in of the initialization is the full input width, as in the authors' code.
     """
 
     def __init__(self, inputs, outputs, blocks):
@@ -89,15 +89,15 @@ class BlockLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, x):
-        """(N, blocks, in/blocks) -> (N, blocks, out/blocks)"""
+        """Map (N, blocks, in/blocks) to (N, blocks, out/blocks)."""
         return product(x, self.kernel, self.bias.view(len(self.kernel), -1))
 
-    def head(self, x):
-        """The share of the output that each slice's first inputs give, without the bias."""
+    def first(self, x):
+        """Return the contribution of each slice's first inputs to the output, without the bias."""
         return product(x, self.kernel[:, : x.shape[-1]])
 
-    def tail(self, x):
-        """The share of the output that last inputs common to all slices give, with the bias: (N, n) -> (N, out)."""
+    def last(self, x):
+        """Return the contribution of last inputs that all slices share, with the bias: (N, n) -> (N, out)."""
         return product(x, self.kernel[:, -x.shape[-1] :].transpose(0, 1).flatten(1), self.bias)
 
 
@@ -110,7 +110,7 @@ class Conv2d(nn.Module):
         self.weight = nn.Parameter(init_(torch.empty(shape), inputs * area, outputs * area, init))
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
         self.stride = stride
-        self.padding = 0 if valid else kernel - stride  # of both sides together
+        self.padding = 0 if valid else kernel - stride  # sum of both sides
 
     def forward(self, x):
         x, padding = x.permute(0, 3, 1, 2), self.padding
@@ -122,7 +122,7 @@ class Conv2d(nn.Module):
         return x.permute(0, 2, 3, 1)
 
     def size(self, size):
-        """The height or width of what comes out, of what goes in."""
+        """Return the output height or width for an input of height or width `size`."""
         return (size + self.padding - self.weight.shape[-1]) // self.stride + 1
 
 
@@ -135,7 +135,7 @@ class ConvTranspose2d(nn.Module):
         shape, area = (inputs, outputs, kernel, kernel), kernel**2
         self.weight = nn.Parameter(init_(torch.empty(shape), inputs * area, outputs * area, init))
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
-        self.padding = 0 if valid else kernel - 2  # of both sides together
+        self.padding = 0 if valid else kernel - 2  # sum of both sides
 
     def forward(self, x):
         height, width = (2 * size + self.weight.shape[-1] - 2 - self.padding for size in x.shape[1:3])
@@ -161,7 +161,7 @@ class RMSNorm(nn.Module):
 
 
 class NormSiLU(torch.autograd.Function):
-    """silu(x / rms(x) * scale) with the gradient written out, in fewer passes over memory than autograd takes.
+    """silu(x / rms(x) * scale) with an explicit gradient, which takes fewer passes over memory than autograd.
 
     Args:
       x: (..., n); scale: (n,); eps: 0-d tensor, added to the mean square.
@@ -175,7 +175,7 @@ class NormSiLU(torch.autograd.Function):
 
     @staticmethod
     def compute(x, scale, eps):
-        """The result and 1 / rms(x) (..., 1)."""
+        """Return the result and 1 / rms(x) (..., 1)."""
         wide = x.float()
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         inverse = torch.addcmul(eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
@@ -192,7 +192,7 @@ class NormSiLU(torch.autograd.Function):
 
 
 class Norm(RMSNorm):
-    """RMSNorm and SiLU in one piece: what follows every hidden layer of DreamerV3."""
+    """Fused RMSNorm and SiLU, which follow every hidden layer of DreamerV3."""
 
     def __init__(self, size):
         super().__init__(size)
@@ -221,7 +221,7 @@ ACTS = {"silu": nn.SiLU, "elu": nn.ELU, "relu": nn.ReLU}
 
 
 def norm_act(size, style):
-    """The module that follows the linear part of a hidden layer: norm and activation."""
+    """Return the module that follows the linear part of a hidden layer: norm and activation."""
     if style.norm == "rms" and style.act == "silu":
         return Norm(size)
     return nn.Sequential(NORMS[style.norm](size), ACTS[style.act]())
@@ -240,7 +240,7 @@ class MLP(nn.Sequential):
 class MaxPool(torch.autograd.Function):
     """2x2 maximum of (N, H, W, C), where equal maxima share the gradient evenly.
 
-    PyTorch's pooling gives all of it to the first of them; its `amax` shares it, but is slow on CPU.
+    PyTorch's pooling gives the whole gradient to the first maximum; its `amax` shares it, but is slow on CPU.
     """
 
     @staticmethod
@@ -262,7 +262,7 @@ class MaxPool(torch.autograd.Function):
 
 
 def quarters(x):
-    """The four pixels of every 2x2 square: views (N, H / 2, W / 2, C) of (N, H, W, C)."""
+    """Return the four pixels of every 2x2 square: views (N, H / 2, W / 2, C) of (N, H, W, C)."""
     n, h, w, c = x.shape
     squares = x.view(n, h // 2, 2, w // 2, 2, c)
     return [squares[:, :, row, :, column] for row in (0, 1) for column in (0, 1)]

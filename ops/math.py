@@ -4,23 +4,23 @@ import torch
 
 
 def symlog(x):
-    """sign(x) log(1 + |x|), elementwise (DreamerV3, section "Robust predictions")."""
+    """Return sign(x) log(1 + |x|), elementwise (DreamerV3, section "Robust predictions")."""
     return torch.sign(x) * torch.log1p(torch.abs(x))
 
 
 def symexp(x):
-    """The inverse of `symlog`: sign(x) (exp|x| - 1)."""
+    """Invert `symlog`: sign(x) (exp|x| - 1)."""
     return torch.sign(x) * torch.expm1(torch.abs(x))
 
 
 def lambda_return(last, term, reward, boot, disc, lam):
-    """TD(lambda) returns of a sequence (DreamerV3, eq. 4, with resets).
+    """Return the TD(lambda) returns of a sequence (DreamerV3, eq. 4, with resets).
 
         ret[t] = reward[t+1] + live[t+1] * ((1 - cont[t+1]) * boot[t+1] + cont[t+1] * ret[t+1])
         live = (1 - term) * disc,  cont = (1 - last) * lam,  ret[T-1] = boot[T-1]
 
     Args:
-      last, term: (..., T) 1 where an episode ends for any reason / in a terminal state; fractions allowed.
+      last, term: (..., T) 1 where an episode ends for any reason / in a terminal state; fractions are allowed.
       reward, boot: (..., T) reward on arriving at t, value estimate of t.
       disc, lam: discount and lambda, floats.
     Returns: (..., T-1)

@@ -1,29 +1,60 @@
-"""Layers that are used at every step of a sequence, and whose weights get their gradients in one piece.
+"""A loop over time that computes the gradient of each weight in one matrix product.
 
-Backpropagation through T steps would compute T gradients of each kernel, every one a matrix made from a few rows, and
-add them up. Here the steps see kernels as constants and add an offset to each product. The gradients of the offsets
+Backpropagation through T steps would compute T gradients of each kernel, each a product of few rows, and add
+them up. Here the steps see kernels as constants and add an offset to each product. The gradients of the offsets
 of all steps, times all inputs of the products, are the kernel's gradient: one matrix product over all T steps.
 """
+
+import contextlib
 
 import torch
 import torch.nn.functional as F
 
-_active = None  # takes the place of `multiply` within a step
+_multiply = None  # replaces `multiply` within a step
+
+
+@contextlib.contextmanager
+def multiplying_by(function):
+    """Let `product` call a function in place of `multiply` in the body; afterwards, restore the previous one."""
+    global _multiply
+    before, _multiply = _multiply, function
+    try:
+        yield
+    finally:
+        _multiply = before
+
+
+def scan(step, carry, constant, inputs, call):
+    """Fold a step over time.
+
+    Args:
+      step: function (*carry, constant, *inputs of one step) -> (*new carry, *other outputs), tensors (B, ...).
+      carry: tuple of tensors (B, ...); constant: the same tensors at every step; inputs: tensors (T, B, ...).
+      call: `call_step`, or a compiled one.
+    Returns: the outputs of all steps, each as (B, T, ...).
+    """
+    steps, outs = list(zip(*(x.unbind() for x in inputs), strict=True)), []
+    if torch.is_grad_enabled():
+        step = Scan(step, len(steps), (*carry, constant, *steps[0]), call)
+    for now in steps:
+        outs.append(step(*carry, constant, *now))
+        carry = outs[-1][: len(carry)]
+    return [torch.stack(x, 1) for x in zip(*outs, strict=True)]
 
 
 def product(x, kernel, bias=None):
-    """x @ kernel + bias: what every linear layer computes.
+    """Return x @ kernel + bias, for every linear layer.
 
     Args:
-      x: (..., in), or (N, blocks, in) if there is a kernel for each block; gives its dtype to the product.
+      x: (..., in), or (N, blocks, in) if there is a kernel for each block; the result has its dtype.
       kernel: (in, out) or (blocks, in, out); bias: (out,) or (blocks, out), or None.
     Returns: (..., out) or (N, blocks, out).
     """
-    return (_active or multiply)(x, kernel, bias)
+    return (_multiply or multiply)(x, kernel, bias)
 
 
 def multiply(x, kernel, bias=None):
-    """`product` outside of a scan."""
+    """Compute `product` outside a scan."""
     bias = None if bias is None else bias.to(x.dtype)
     if kernel.ndim == 2:
         return F.linear(x, kernel.to(x.dtype).T, bias)
@@ -32,17 +63,17 @@ def multiply(x, kernel, bias=None):
 
 
 def multiply_blocks(x, kernel):
-    """(N, blocks, in), (blocks, in, out) -> (N, blocks, out)"""
+    """Multiply each block: (N, blocks, in), (blocks, in, out) -> (N, blocks, out)."""
     return torch.bmm(x.transpose(0, 1), kernel).transpose(0, 1)
 
 
 class Scan:
-    """Calls a step function once for each of T steps, so that every weight gets its gradient in one piece.
+    """Call a step function once for each of T steps, so that the gradient of every weight is one matrix product.
 
     Args:
       step: function of tensors that returns tensors, the same layers at every call.
       length: T.
-      example: arguments of a call, from which it is seen what the step multiplies with.
+      example: arguments of a call, by which the products in a step are found.
       call: `call_step`, or a compiled one.
     """
 
@@ -59,7 +90,7 @@ class Scan:
         )
 
     def __call__(self, *args):
-        """The next step."""
+        """Compute the next step."""
         outs, inputs = self.call(self.step, next(self.weights), args)
         for seen, x in zip(self.inputs, inputs, strict=True):
             seen.append(x)
@@ -67,13 +98,12 @@ class Scan:
 
 
 def call_step(step, weights, args):
-    """step(*args) with given weights.
+    """Call step(*args) with given weights.
 
     Args:
       weights: [(kernel, its transpose, offset)] in the order of the products in the step.
-    Returns: what the step returns, and the input (N, ..., in) of every product.
+    Returns: the outputs of the step, and the input (N, ..., in) of every product.
     """
-    global _active
     queue, inputs = list(weights), []
 
     def apply(x, kernel, bias):
@@ -81,38 +111,31 @@ def call_step(step, weights, args):
         inputs.append(x.detach().clone())  # a compiled step may not return views
         return ConstantProduct.apply(x, kernel, transposed) + offset
 
-    _active = apply
-    try:
+    with multiplying_by(apply):
         return step(*args), inputs
-    finally:
-        _active = None
 
 
 def find_products(step, args):
-    """[(x, kernel, bias)] of the products in a step, in their order."""
-    global _active
+    """Return [(x, kernel, bias)] of the products in a step, in their order."""
     found = []
 
     def note(x, kernel, bias):
         found.append((x.detach(), kernel, bias))
         return multiply(x, kernel, bias)
 
-    _active = note
-    try:
+    with multiplying_by(note):
         step(*args)
-    finally:
-        _active = None
     return found
 
 
 def constant(kernel, dtype):
-    """A kernel without gradient, and its transpose; both lie in memory as products want them."""
+    """Return a kernel without gradient, and its transpose; both contiguous, as products are fastest then."""
     kernel = kernel.detach().to(dtype).contiguous()
     return kernel, kernel.mT.contiguous()
 
 
 class ConstantProduct(torch.autograd.Function):
-    """x @ kernel, with a gradient towards x alone."""
+    """x @ kernel with a gradient with respect to x only."""
 
     @staticmethod
     def forward(ctx, x, kernel, transposed):
@@ -126,11 +149,11 @@ class ConstantProduct(torch.autograd.Function):
 
 
 class Offsets(torch.autograd.Function):
-    """The bias, or zeros, once for each step: (T, N, ..., out). Its gradient is that of bias and kernel.
+    """Repeat the bias, or zeros, for each step: (T, N, ..., out). Backward returns the gradients of bias and kernel.
 
     Args:
       x: an input of the product, for its shape and dtype; kernel; bias, or None; length: T.
-      inputs: list that will hold the inputs of all products by the time of the backward pass.
+      inputs: list to which the inputs of all products are appended before the backward pass.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Steps of experience and the files that episodes are kept in.
+"""Steps of experience, and episode files.
 
 A step holds obs[t], reward[t], is_first[t], is_last[t], is_terminal[t] and the action that led to obs[t]:
 
@@ -13,33 +13,32 @@ This is also the layout of the episode files, which are those of DreamerV2 and d
 episode, {time}-{uuid}-{length}.npz, arrays of equal length, no pickles.
 """
 
+from __future__ import annotations
+
 import collections
 import datetime
 import pathlib
 import re
 import uuid
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from tools import atomic_write
 
+Layout = Mapping[str, tuple[tuple[int, ...], Any]]  # {key: (shape, dtype)} of one step
+Arrays = Mapping[str, np.ndarray]  # {key: (N or T, ...)}
+Step = dict[str, Any]  # {key: value} of one step
+
 # ---------------------------------------------------------------------------
 # Steps
 
 
-def stored_step(layout, obs, actions, index):
-    """One environment's observation, reward and flags, and the action that led to them: zeros at is_first."""
+def stored_step(layout: Layout, obs: Arrays, actions: Arrays, index: int) -> Step:
+    """Return one environment's observation, reward and flags, with the action that led to them: zeros at is_first."""
     step = {key: obs[key][index] for key in layout if key in obs}
     return step | {key: action[index] * ~obs["is_first"][index] for key, action in actions.items()}
-
-
-def step_layout(obs_space, act_spec):
-    """{key: (shape, dtype)} of a stored step."""
-    layout = {key: (space.shape, space.dtype) for key, space in obs_space.items()}
-    layout = {key: (shape, np.int32 if dtype.kind == "i" else dtype) for key, (shape, dtype) in layout.items()}
-    layout |= {key: ((width,), np.dtype(np.float32)) for key, width in act_spec.widths.items()}
-    layout |= {"reward": ((), np.float32), "is_first": ((), bool), "is_last": ((), bool), "is_terminal": ((), bool)}
-    return layout
 
 
 # ---------------------------------------------------------------------------
@@ -48,26 +47,26 @@ def step_layout(obs_space, act_spec):
 NAME = re.compile(r"\d{8}T\d{6}[^-]*-.+-([0-9]+)\.npz")
 
 
-def save_episode(directory, episode):
-    """Write {key: (T, ...)} as one compressed .npz, atomically. Returns its path."""
+def save_episode(directory: str | pathlib.Path, episode: Mapping[str, Any]) -> pathlib.Path:
+    """Write {key: (T, ...)} as one compressed .npz, atomically; return its path."""
     now = datetime.datetime.now().strftime("%Y%m%dT%H%M%SF%f")
     path = pathlib.Path(directory) / f"{now}-{uuid.uuid4().hex}-{len(episode['reward'])}.npz"
     atomic_write(path, lambda file: np.savez_compressed(file, **episode))
     return path
 
 
-def load_episode(path, layout):
-    """Read an episode file and bring it into the layout; unknown keys are ignored.
+def load_episode(path: pathlib.Path, layout: Layout) -> dict[str, np.ndarray]:
+    """Read an episode file and convert it to the layout; unknown keys are ignored.
 
     Args:
       layout: {key: (shape, dtype)} of one step.
     Returns: {key: (T, ...)}
-    Raises ValueError saying what is wrong with the file.
+    Raises ValueError that names the problem.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
             episode = {key: file[key] for key in file.files if key in layout}
-    except Exception as error:  # zipfile, zlib and NumPy have dozens of their own for a damaged or foreign file
+    except Exception as error:  # zipfile, zlib and NumPy raise dozens of types for a damaged or foreign file
         raise ValueError(f"cannot be read ({' '.join(str(error).split())})") from None
     if "reward" not in episode or not episode["reward"].ndim or not len(episode["reward"]):
         raise ValueError("holds no reward")
@@ -90,55 +89,51 @@ def load_episode(path, layout):
             raise ValueError(f"{key} holds what is no class: 0, 1, 2, ...")
         episode[key] = value.reshape(length, *shape).astype(dtype)
     episode["is_first"][0] = True
-    episode["is_last"][-1] = True  # also where a run was stopped: what follows in a stream is another episode
+    episode["is_last"][-1] = True  # even if a run was stopped here: the next step in a stream is of another episode
     return episode
 
 
-def finite(value):
-    """Whether all numbers of an array are finite in single precision."""
+def finite(value: np.ndarray) -> bool:
+    """True if all numbers of an array are finite in single precision."""
     if value.dtype.kind != "f":
         return True
     with np.errstate(over="ignore"):
         return bool(np.isfinite(value.astype(np.float32, copy=False)).all())
 
 
-def fits(shape, wanted):
-    """Whether values of a shape can be brought into another: images by a single channel alone, the rest by size."""
+def fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """True if values of a shape fit another: images may lack a channel axis of size 1, the rest needs equal size."""
     if len(wanted) == 3:
         return shape == wanted or (*shape, 1) == wanted
     return int(np.prod(shape)) == int(np.prod(wanted))
 
 
 class EpisodeWriter:
-    """Collects the steps of environments and writes each episode when it ends.
+    """Collect the steps of environments and write each episode when it ends.
 
-    The oldest files are deleted so that the directory holds no more than `limit` steps.
+    The oldest files are deleted so that the directory has at most `limit` steps.
 
     Args:
-      directory: where the files go, made if it is not there; count: number of environments; limit: in agent steps.
+      directory: of the files, created if missing; count: number of environments; limit: in agent steps.
     """
 
-    def __init__(self, directory, count, limit):
+    def __init__(self, directory: str | pathlib.Path, count: int, limit: int):
         self.directory = pathlib.Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
-        self.steps = [[] for _ in range(count)]
+        self.steps: list[list[Step]] = [[] for _ in range(count)]
         self.limit = limit
-        self.files = collections.deque((path, length_of(path)) for path in self.paths())
+        self.files = collections.deque((path, length_of(path)) for path in episode_files(self.directory))
         self.total = sum(length for _, length in self.files)
 
-    def paths(self):
-        """The episode files that exist, oldest first."""
-        return sorted(self.directory.glob("*.npz"))
-
-    def add(self, index, step):
-        """Append {key: value} of one environment; returns (name, length) of the file that it completes, or None."""
+    def add(self, index: int, step: Step) -> tuple[str, int] | None:
+        """Append {key: value} of one environment; return (name, length) of the file if it is the last, else None."""
         if step["is_first"]:
             self.steps[index] = []
         self.steps[index].append(step)
         return self.flush(index) if step["is_last"] else None
 
-    def flush(self, index):
-        """Write the episode of one environment as far as it went; returns (name, length), or None if there is none."""
+    def flush(self, index: int) -> tuple[str, int] | None:
+        """Write the unfinished episode of one environment; return (name, length), or None if there is none."""
         steps, self.steps[index] = self.steps[index], []
         if len(steps) < 2:
             return None
@@ -152,7 +147,12 @@ class EpisodeWriter:
         return path.name, len(steps)
 
 
-def length_of(path):
-    """The length in steps that a file's name states; 0 if it is not of the form {time}-{uuid}-{length}.npz."""
+def episode_files(folder: str | pathlib.Path) -> list[pathlib.Path]:
+    """Return the episode files of a folder, oldest first; none if it does not exist."""
+    return sorted(pathlib.Path(folder).expanduser().glob("*.npz"))
+
+
+def length_of(path: pathlib.Path) -> int:
+    """Return the length in steps that a file's name states; 0 if it is not of the form {time}-{uuid}-{length}.npz."""
     match = NAME.fullmatch(path.name)
     return int(match[1]) if match else 0

@@ -1,29 +1,38 @@
 """Steps in memory: a ring for each environment, and a copy of all rings on the device."""
 
+from __future__ import annotations
+
 import collections
 import itertools
 
 import numpy as np
 import torch
 
+from replay.episodes import Arrays, Layout, Step
+
 
 class Stream:
-    """The steps of one environment in the order in which they happened: a preallocated ring, the oldest overwritten.
+    """The steps of one environment in order of time: a preallocated ring that overwrites the oldest.
 
-    Positions count all steps ever added; those in [start, stop) are held. Memory is taken from the system only as
+    Positions count all steps ever added; the ring has those in [start, stop). The system allocates memory only as
     steps arrive.
 
     Args:
-      layout: {key: (shape, dtype)} of one step, perhaps with deter and stoch; capacity: number of steps.
-      window: steps of the windows that will be asked for.
+      layout: {key: (shape, dtype)} of one step; stored: the same of what an agent stores with it.
+      capacity: number of steps.
+      window: length in steps of the windows that will be sampled.
     """
 
-    def __init__(self, layout, capacity, window):
-        self.capacity, self.window = capacity, window
+    def __init__(self, layout: Layout, stored: Layout, capacity: int, window: int):
+        self.capacity, self.window, self.stored = capacity, window, list(stored)
+        layout = {**layout, **stored}
         self.data = {key: np.zeros((capacity, *shape), dtype) for key, (shape, dtype) in layout.items()}
-        self.latents = [key for key in ("deter", "stoch") if key in layout]
-        self.episodes = collections.deque()  # (file name, length, position behind the last step)
-        self.whole = collections.deque()  # (position of the first step, length) of those that hold a window
+        self.episodes: collections.deque[tuple[str, int, int]] = (
+            collections.deque()
+        )  # (file name, length, position after the last step)
+        self.whole: collections.deque[tuple[int, int]] = (
+            collections.deque()
+        )  # (position of the first step, length) of those that are long enough for a window
         self.rewind(0)
 
     def rewind(self, position):
@@ -37,13 +46,13 @@ class Stream:
     def __len__(self):
         return self.stop - self.start
 
-    def append(self, step):
+    def append(self, step: Step) -> None:
         index = self.stop % self.capacity
         for key, value in self.data.items():
             value[index] = step[key]
         self.stop += 1
 
-    def extend(self, steps):
+    def extend(self, steps: Arrays) -> None:
         """Append {key: (T, ...)} of several steps."""
         length = len(steps["reward"])
         index = np.arange(self.stop, self.stop + length)[-self.capacity :] % self.capacity
@@ -52,11 +61,11 @@ class Stream:
         self.stop += length
 
     def end_episode(self):
-        """Note that the newest step is its episode's last."""
+        """Mark the newest step as its episode's last."""
         self.data["is_last"][(self.stop - 1) % self.capacity] = True
 
-    def close_episode(self, name, length):
-        """Note that the last `length` steps stand in an episode file."""
+    def close_episode(self, name: str, length: int) -> None:
+        """Record that the last `length` steps are in an episode file."""
         self.episodes.append((name, length, self.stop))
         while self.episodes[0][2] <= self.start:
             self.episodes.popleft()
@@ -65,22 +74,24 @@ class Stream:
         self.whole_episodes()
 
     def whole_episodes(self):
-        """The finished episodes that hold a window and of which nothing was overwritten: (first position, length)."""
+        """Return (first position, length) of the complete episodes in memory that are long enough for a window."""
         while self.whole and self.whole[0][0] < self.start:
             self.whole.popleft()
         return self.whole
 
-    def save(self):
-        """Names and lengths of the episodes held, and the latents of their steps."""
-        steps = [np.arange(stop - length, stop) for _, length, stop in self.episodes]
-        steps = np.concatenate(steps) if steps else np.zeros(0, int)
-        held = (steps >= self.start)[:, None]  # the oldest episode may be overwritten in part: no latents for that
+    def state_dict(self):
+        """Return names and lengths of the episodes in memory, and what is stored with their steps."""
+        spans = [np.arange(stop - length, stop) for _, length, stop in self.episodes]
+        steps = np.concatenate([np.zeros(0, int), *spans])
+        stored = {key: self.data[key][steps % self.capacity] for key in self.stored}
+        for value in stored.values():
+            value[steps < self.start] = 0  # the oldest episode may be overwritten in part
         stop = self.episodes[-1][2] if self.episodes else self.stop
-        latents = {key: torch.from_numpy(self.data[key][steps % self.capacity] * held) for key in self.latents}
-        return {"episodes": [(name, length) for name, length, _ in self.episodes], "stop": stop, **latents}
+        episodes = [(name, length) for name, length, _ in self.episodes]
+        return {"episodes": episodes, "stop": stop} | {key: torch.from_numpy(value) for key, value in stored.items()}
 
     def pieces(self, begin, end):
-        """Where the positions [begin, end) lie in the ring: slices, and which of the positions each holds."""
+        """Split the positions [begin, end) where the ring wraps: yield slices of the ring and of the positions."""
         position = begin
         while position < end:
             index = position % self.capacity
@@ -96,10 +107,10 @@ class Stream:
 
 
 class Mirror:
-    """A copy of the streams' steps on the device, so that sampling and refreshing need neither the host nor its bus.
+    """A copy of the streams' steps on the device, so that sampling and refreshing transfer only indices.
 
-    New steps are copied when a batch is next asked for. From then on their latents are up to date here alone, until
-    `pull` writes them back.
+    New steps are copied when the next batch is sampled. From then on only the copy of what agents store with them is
+    up to date, until `pull` writes it back.
 
     Args:
       streams: list of Stream; device: torch device.
@@ -117,10 +128,10 @@ class Mirror:
         self.rings = [  # {key: (capacity, ...)} of each stream
             {key: value[begin:end] for key, value in self.data.items()} for begin, end in itertools.pairwise(self.bases)
         ]
-        self.done = [0] * len(streams)  # positions that were copied
+        self.done = [0] * len(streams)  # position up to which each stream was copied
 
     def push(self):
-        """Copy the steps that are new."""
+        """Copy the new steps to the device."""
         for index, stream in enumerate(self.streams):
             for ring, _ in stream.pieces(max(self.done[index], stream.start), stream.stop):
                 for key, value in self.rings[index].items():
@@ -128,13 +139,13 @@ class Mirror:
             self.done[index] = stream.stop
 
     def end_episode(self, index):
-        """Note that the newest step of a stream is an episode's last, should it have been copied already."""
+        """Mark the newest step of a stream as its episode's last, if it was already copied."""
         stream = self.streams[index]
         if self.done[index] == stream.stop:
             self.rings[index]["is_last"][(stream.stop - 1) % stream.capacity] = True
 
     def gather(self, places, length):
-        """{key: (B, length, ...)} tensors of windows (stream, position)."""
+        """Return {key: (B, length, ...)} tensors of windows (stream, position)."""
         self.push()
         steps = np.arange(length)
         rows = [self.bases[i] + (position + steps) % self.streams[i].capacity for i, position in places]
@@ -142,8 +153,8 @@ class Mirror:
         return {key: value[rows] for key, value in self.data.items()}
 
     def pull(self):
-        """Write the latents back into the streams."""
+        """Write what agents stored back into the streams."""
         for index, stream in enumerate(self.streams):
             for ring, _ in stream.pieces(stream.start, self.done[index]):
-                for key in stream.latents:
+                for key in stream.stored:
                     stream.data[key][ring] = self.rings[index][key][ring].cpu().numpy()

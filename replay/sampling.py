@@ -1,80 +1,94 @@
-"""Batches of experience: which windows of the steps in memory are sampled, and how a run gets them back."""
+"""Sample batches of experience from the steps in memory; save and restore them."""
+
+from __future__ import annotations
 
 import collections
 import math
 import os
+import pathlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
-from replay.episodes import load_episode
+from replay.episodes import Arrays, Layout, Step, length_of, load_episode
 from replay.rings import Mirror, Stream
-from tools import UserError
+from tools import UserError, derive_seed
 
-SMALL_STEP = 4096  # bytes of a step below which memory is cheap; see room_for_run
+Places = list[tuple[int, int]]  # (stream, position of a window's first step)
+SMALL_STEP = 4096  # bytes; memory for smaller steps is cheap; see room_for_run
 
 
 class Replay:
-    """Samples windows of consecutive steps of one stream.
+    """Sample windows of consecutive steps of one stream.
 
-    Which, is said by `windows`:
+    `windows` selects the distribution:
       fresh: windows that were never sampled come first, each once and without overlap; the rest of a batch is uniform
-        over all windows, across the ends of episodes as they happened (DreamerV3).
-      uniform: the same without the fresh ones (its 2023 form).
-      episode: a finished episode, then a window of it, all with equal chances (PlaNet, Dreamer).
-      episode_ends: the same, with the chances of windows that would overlap the end given to the last one (DreamerV2).
+        over all windows, across the ends of episodes (DreamerV3).
+      uniform: the same without priority of fresh ones (its 2023 form).
+      episode: a finished episode, then a window of it, each uniformly (PlaNet, Dreamer).
+      episode_ends: the same, but windows that would overlap the end count as the last one (DreamerV2).
 
-    Beside each step may stand the latent state that the agent last computed for it, deter in half precision and stoch
-    as class indices; a window's first step then only lends its latent as the state that the sequence starts from.
+    With each step an agent may store more, such as the latest latent state. A window then begins with `context` steps
+    of which only what is stored with them is used.
 
     Args:
-      layout: {key: (shape, dtype)} of one step, without latents.
-      latent: (D, (S, K)) widths of the latent state, or None if it is not stored.
+      layout: {key: (shape, dtype)} of one step; stored: the same of what the agent stores with it.
       streams: number of environments; capacity: agent steps over all streams.
-      length: trained steps in a sequence (T); one step of context is added if latents are stored.
+      length: trained steps in a sequence (T); context: steps that precede them.
       seed: of the sampling.
-      device: on which a copy of all steps is kept and sampled from, or None; see `resident`.
+      device: that has a copy of all steps, to sample from, or None; see `resident`.
     """
 
-    def __init__(self, layout, latent, streams, capacity, length, seed, windows="fresh", device=None):
-        self.length, self.capacity, self.windows = length, capacity, windows
-        self.context = 1 if latent else 0
-        self.window = length + self.context
-        self.layout = dict(layout)
-        layout = self.layout | latent_layout(latent)
+    def __init__(
+        self,
+        layout: Layout,
+        stored: Layout,
+        *,
+        streams: int,
+        capacity: int,
+        length: int,
+        context: int = 0,
+        seed: int = 0,
+        windows: str = "fresh",
+        device: torch.device | None = None,
+    ):
+        self.layout, self.stored = dict(layout), dict(stored)
+        self.length, self.context, self.capacity, self.windows = length, context, capacity, windows
+        self.window = length + context
         shares = [(capacity + index) // streams for index in range(streams)]  # their sum is the capacity
         if shares[0] < self.window:
             raise UserError(f"--dataset_size leaves {shares[0]} steps a stream, too few for windows of {self.window}")
-        check_memory(layout, capacity)
-        self.streams = [Stream(layout, share, self.window) for share in shares]
+        check_memory(self.layout | self.stored, capacity)
+        self.streams = [Stream(self.layout, self.stored, share, self.window) for share in shares]
         self.mirror = Mirror(self.streams, device) if device else None
-        self.fresh = collections.deque()
+        self.fresh: collections.deque[tuple[int, int]] = collections.deque()
         self.queued = [0] * streams
         self.rng = np.random.default_rng(seed)
 
     def __len__(self):
         return sum(len(stream) for stream in self.streams)
 
-    def ready(self):
-        """Whether a window can be sampled."""
+    def ready(self) -> bool:
+        """True if a window can be sampled."""
         if self.windows.startswith("episode"):
             return any(stream.whole_episodes() for stream in self.streams)
         return any(len(stream) >= self.window for stream in self.streams)
 
-    def add(self, index, step, latent=None):
-        """Append one step {key: value} to stream `index`, with its latent (deter (D,), stoch (S,) class indices)."""
-        deter, stoch = latent or (0, 0)
-        if step["is_first"] and len(self.streams[index]):  # also where a worker's end cut off a single step
+    def add(self, index: int, step: Step, stored: Mapping[str, Any] | None = None) -> None:
+        """Append one step {key: value} to stream `index`, with what the agent stores with it, or zeros."""
+        if step["is_first"] and len(self.streams[index]):  # even if a worker died after a single step
             self.end_episode(index)
-        self.streams[index].append({**step, "deter": deter, "stoch": stoch})
+        self.streams[index].append({**step, **(stored or dict.fromkeys(self.stored, 0))})
         if self.windows == "fresh":
             self.queue_fresh(index)
 
-    def extend(self, index, name, episode, latent=None):
-        """Append {key: (T, ...)} of an episode file to stream `index`, with latents or zeros; not as fresh data."""
+    def extend(self, index: int, name: str, episode: Arrays, stored: Arrays | None = None) -> None:
+        """Append {key: (T, ...)} of an episode file to stream `index`, with what is stored, or zeros; not as fresh."""
         length = len(episode["reward"])
-        deter, stoch = latent or (np.zeros((length, 1)), np.zeros((length, 1)))
-        self.streams[index].extend({**episode, "deter": deter, "stoch": stoch})
+        zeros = {key: np.zeros((length, *shape), dtype) for key, (shape, dtype) in self.stored.items()}
+        self.streams[index].extend({**episode, **zeros, **(stored or {})})
         self.close_episode(index, name, length)
         self.queued[index] = self.streams[index].stop
 
@@ -83,15 +97,15 @@ class Replay:
             self.fresh.append((index, self.queued[index]))
             self.queued[index] += self.window
 
-    def sample(self, batch, fresh=True):
-        """A batch of `batch` windows, fresh ones first unless `fresh` is false.
+    def sample(self, batch: int, fresh: bool = True) -> tuple[dict[str, Any], Places]:
+        """Sample `batch` windows, fresh ones first unless `fresh` is false.
 
         Returns:
-          {key: (B, T + context, ...)} arrays, perhaps with `deter` (..., D) float16 and `stoch` (..., S) integers, or
-          tensors on the device where there is one, and where they stand: list of (stream, position).
+          {key: (B, context + T, ...)} arrays, with what is stored, or tensors on `device` if there is one; and
+          their places: list of (stream, position).
         """
         draw = self.draw_episode if self.windows.startswith("episode") else self.draw
-        places = []
+        places: list[tuple[int, int]] = []
         while len(places) < batch:
             places.append((fresh and self.next_fresh()) or draw())
         if self.mirror:
@@ -113,12 +127,12 @@ class Replay:
         return None
 
     def draw(self):
-        """A window (stream, position), all with equal chances."""
+        """Draw a window (stream, position) uniformly."""
         index, number = self.choose([max(0, len(stream) - self.window + 1) for stream in self.streams])
         return index, self.streams[index].start + number
 
     def draw_episode(self):
-        """A window (stream, position) of an episode; both with equal chances, but for `episode_ends`."""
+        """Draw an episode uniformly, then a window (stream, position) of it, uniformly except for `episode_ends`."""
         index, number = self.choose([len(stream.whole_episodes()) for stream in self.streams])
         begin, length = self.streams[index].whole[number]
         last = length - self.window
@@ -126,83 +140,86 @@ class Replay:
         return index, begin + min(int(self.rng.integers(last + 1 + beyond)), last)
 
     def choose(self, counts):
-        """One of all the things of which there are `counts` in each stream, with equal chances: (stream, number)."""
+        """Draw (stream, number) uniformly, with `counts` numbers in each stream."""
         bounds = np.cumsum(counts)
         number = int(self.rng.integers(bounds[-1]))
         index = int(np.searchsorted(bounds, number, side="right"))
         return index, number - int(bounds[index - 1] if index else 0)
 
-    def refresh(self, places, deter, stoch):
-        """Write back the latents of the trained steps, if they are stored: tensors (B, T, D), (B, T, S) of indices."""
-        latents = {"deter": deter, "stoch": stoch}
+    def refresh(self, places: Places, stored: Mapping[str, torch.Tensor]) -> None:
+        """Write back what the agent stores with the trained steps: {key: tensor (B, T, ...)}."""
         if not self.mirror:
-            latents = {key: value.cpu().numpy() for key, value in latents.items()}
+            stored = {key: value.cpu().numpy() for key, value in stored.items()}
         rings = self.mirror.rings if self.mirror else [stream.data for stream in self.streams]
-        for row, (index, position) in enumerate(places):  # one after the other: windows may overlap
-            for ring, window in self.streams[index].pieces(position + 1, position + 1 + self.length):
-                for key, value in latents.items():
+        for row, (index, position) in enumerate(places):  # one by one, as windows may overlap
+            begin = position + self.context
+            for ring, window in self.streams[index].pieces(begin, begin + self.length):
+                for key, value in stored.items():
                     rings[index][key][ring] = value[row, window]
 
-    def close_episode(self, index, name, length):
-        """Note that the last `length` steps of stream `index` stand in an episode file."""
+    def close_episode(self, index: int, name: str, length: int) -> None:
+        """Record that the last `length` steps of stream `index` are in an episode file."""
         self.streams[index].close_episode(name, length)
         self.end_episode(index)
 
     def end_episode(self, index):
-        """Note that the newest step of stream `index` is its episode's last."""
+        """Mark the newest step of stream `index` as its episode's last."""
         self.streams[index].end_episode()
         if self.mirror:
             self.mirror.end_episode(index)
 
-    # -- going on after an interruption
+    # -- resuming
 
-    def save(self):
-        """What `restore` needs beside the episode files, in types that `torch.load(weights_only=True)` accepts."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `restore` needs besides the episode files, in types that `torch.load` reads with weights_only."""
         if self.mirror:
             self.mirror.pull()
         return {
-            "streams": [stream.save() for stream in self.streams],
+            "streams": [stream.state_dict() for stream in self.streams],
             "fresh": list(self.fresh),
             "queued": list(self.queued),
             "rng": self.rng.bit_generator.state,
         }
 
-    def restore(self, saved, paths, warn):
-        """Fill empty streams from episode files; with `saved`, to the state in which `save` found them.
+    def restore(
+        self, saved: Mapping[str, Any] | None, paths: Iterable[pathlib.Path], warn: Callable[[str], None]
+    ) -> None:
+        """Fill empty streams from episode files; with `saved`, restore the state that `state_dict` returned.
 
-        Files that `saved` does not know follow behind what it does, with latents of zero.
+        Files that `saved` does not list are appended, with zeros stored.
 
         Args:
-          saved: what `save` returned, or None.
+          saved: what `state_dict` returned, or None.
           paths: the episode files that exist, oldest first.
           warn: function of one line, called for each file that cannot be used.
         """
         rest = {path.name: path for path in paths}
         known = saved["streams"] if saved else []
-        same = len(known) == len(self.streams)  # else each episode goes where there is room for it
+        same = len(known) == len(self.streams)  # otherwise each episode goes to the emptiest stream
         if same:
             for stream, old in zip(self.streams, known, strict=True):
                 stream.rewind(old["stop"] - sum(length for _, length in old["episodes"]))
-        pieces = [(index, *piece) for index, stream in enumerate(known) for piece in latents_by_episode(stream)]
+        pieces = [(index, *piece) for index, stream in enumerate(known) for piece in stored_by_episode(stream)]
         if not same:
-            pieces.sort(key=lambda piece: piece[1])  # the oldest first, which may be overwritten
+            pieces.sort(key=lambda piece: piece[1])  # oldest first, as those may be overwritten
         gone = 0
-        for index, (name, length), *latent in pieces:
+        for index, (name, length), stored in pieces:
             path = rest.pop(name, None)
             gone += path is None
             episode = self.read(path, warn)
             if episode and len(episode["reward"]) == length:
-                self.extend(index if same else self.emptiest(), name, episode, latent)
+                stored = {key: value for key, value in stored.items() if key in self.stored}
+                self.extend(index if same else self.emptiest(), name, episode, stored)
         if gone:
             warn(f"{gone} of the replay's episode files are not there any more")
-        if same:
+        if saved and same:
             self.fresh.extend(map(tuple, saved["fresh"]))
             self.queued = [min(old, s.stop) for old, s in zip(saved["queued"], self.streams, strict=True)]
             self.rng.bit_generator.state = saved["rng"]
         self.load(rest.values(), warn)
 
     def load(self, paths, warn):
-        """Append the newest of the episode files, oldest first, each to the stream that holds least."""
+        """Append the newest episode files that fit, oldest first, each to the emptiest stream."""
         episodes, room = [], self.capacity - len(self)
         for path in reversed(list(paths)):
             episode = self.read(path, warn) if room > 0 else None
@@ -213,11 +230,11 @@ class Replay:
             self.extend(self.emptiest(), name, episode)
 
     def emptiest(self):
-        """The stream that holds least."""
+        """Return the index of the stream with the fewest steps."""
         return min(range(len(self.streams)), key=lambda index: len(self.streams[index]))
 
     def read(self, path, warn):
-        """The episode of a file, or None with a warning."""
+        """Return the episode of a file; if it cannot be used, warn and return None."""
         if path is None:
             return None
         try:
@@ -226,49 +243,71 @@ class Replay:
             warn(f"skipped {path}: {error}")
 
 
-def latent_layout(latent):
-    """{key: (shape, dtype)} of a stored latent of widths (D, (S, K)); nothing for None."""
-    if not latent:
-        return {}
-    deter, (groups, classes) = latent
-    return {"deter": ((deter,), np.float16), "stoch": ((groups,), np.uint8 if classes <= 256 else np.int16)}
+def make_replay(
+    config: Any, layout: Layout, agent: Any, paths: Sequence[Sequence[pathlib.Path]], device: torch.device
+) -> Replay:
+    """Return an empty replay for a run.
+
+    It has room for the whole run and the episode files of offline_traindir, or dataset_size steps if that is less.
+
+    Args:
+      layout: {key: (shape, dtype)} of a step; agent: with `stored` and `context`.
+      paths: the episode files of offline_traindir, and those that the run has written; device: of the agent.
+    """
+    offline, own = ([length_of(path) for path in group] for group in paths)
+    needed = max(room_for_run(config, layout), sum(own)) + sum(offline)
+    capacity = min(config.dataset_size, needed) if all(own + offline) else config.dataset_size
+    return Replay(
+        layout,
+        agent.stored,
+        streams=config.envs,
+        capacity=capacity,
+        length=config.batch_length,
+        context=agent.context,
+        seed=derive_seed(config.seed, 4),
+        windows=config.replay_window,
+        device=resident(device, {**layout, **agent.stored}, capacity),
+    )
 
 
-def latents_by_episode(stream):
-    """((name, length), deter (length, D), stoch (length, S)) for each episode of a saved stream, or without latents."""
-    if not stream["episodes"]:  # nothing would be split into one piece, not into none
-        return ()
+def stored_by_episode(stream):
+    """Return ((name, length), {key: (length, ...)} of what was stored) for each episode of a saved stream."""
+    if not stream["episodes"]:  # np.split returns one piece for an empty array
+        return []
     cuts = np.cumsum([length for _, length in stream["episodes"]])[:-1]
-    latents = (np.split(stream[key].numpy(), cuts) for key in ("deter", "stoch") if key in stream)
-    return zip(stream["episodes"], *latents, strict=True)
+    parts = {key: np.split(value.numpy(), cuts) for key, value in stream.items() if isinstance(value, torch.Tensor)}
+    return [
+        (episode, {key: part[number] for key, part in parts.items()})
+        for number, episode in enumerate(stream["episodes"])
+    ]
 
 
-def room_for_run(config, layout):
-    """Steps that the whole run of a configuration may add to a replay.
+def room_for_run(config: Any, layout: Layout) -> int:
+    """Return an upper bound of the steps that the run of a configuration adds to a replay.
 
-    An episode has a step more than it has actions. Room for a tenth more is enough for all but the shortest, room for
-    twice as many for any: that is left to small steps, such as those of bandits.
+    An episode has one step more than actions. A tenth more is enough for all but very short episodes, twice as many
+    for any; the latter is used if steps are small, as those of bandits are.
     """
     room = 2.0 if step_bytes(layout) < SMALL_STEP else 1.1
     actions = config.steps / config.action_repeat + config.prefill
     return math.ceil(room * actions) + config.envs * (config.batch_length + 2)
 
 
-def step_bytes(layout):
-    """Memory of one step of {key: (shape, dtype)}."""
+def step_bytes(layout: Layout) -> int:
+    """Return the size in bytes of one step of {key: (shape, dtype)}."""
     return sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in layout.values())
 
 
-def resident(device, layout, latent, capacity):
-    """The device for a replay's copy of its steps: None on CPU, and where they would take half of the free memory."""
+def resident(device: torch.device, layout: Layout, capacity: int) -> torch.device | None:
+    """Return the device for a copy of `capacity` steps; None on CPU, or if it would exceed half of the free memory."""
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)
-    return device if step_bytes(layout | latent_layout(latent)) * capacity <= free / 2 else None
+    return device if step_bytes(layout) * capacity <= free / 2 else None
 
 
-def check_memory(layout, capacity):
-    """Raises UserError if `capacity` steps cannot fit into this machine's memory."""
+def check_memory(layout: Layout, capacity: int) -> None:
+    """Raise UserError if `capacity` steps cannot fit into this machine's memory."""
     step = step_bytes(layout)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if step * capacity > memory:

@@ -1,4 +1,4 @@
-"""Compares this project with numbers that the authors' implementation computed: python -m tests.golden FILE.npz...
+"""Compare this project with numbers that the authors' implementation computed: python -m tests.golden FILE.npz...
 
 Each file carries its configuration, parameters, inputs, random draws and results. For every group of results the
 largest relative error is printed (largest difference over the tensor's largest magnitude); status 1 if any is above
@@ -18,7 +18,11 @@ from gymnasium.spaces import Box, Discrete, MultiDiscrete
 
 import ops.distributions as dists
 from agents.dreamer import Dreamer
+from modalities import obs_spec
+from modalities.image.space import Plain
+from models import Rollout
 from networks import OneHotLatent, State, feature
+from specs import act_spec
 from tests.golden_math import compare_math
 from training.config import CONFIGS, load_config
 
@@ -66,20 +70,19 @@ LOSSES = {"reward": "rew", "cont": "con"}
 
 
 class Golden:
-    """One file: its configuration, tensors, and the agent that is made from them."""
+    """A golden file: its configuration, tensors, and the agent that is made from them."""
 
     def __init__(self, path):
         with np.load(path) as file:
             self.data = {key: file[key] for key in file.files}
         self.json = json.loads(str(self.data["config_json"]))
-        obs_space = {key: make_space(entry, self.classes(key)) for key, entry in self.json["obs_space"].items()}
-        act_space = {key: make_space(entry, None) for key, entry in self.json["act_space"].items()}
-        self.agent = Dreamer(obs_space, act_space, make_config(self.json))
+        self.agent = make_agent(self.json, self.classes)
         latent = self.agent.world.rssm.latent
-        self.agent.world.rssm.latent = RecordedLatent(*latent.shape, latent.unimix)
-        self.names = {name: self.translate(name) for name, _ in self.agent.named_parameters()}
+        self.latent = self.agent.world.rssm.latent = RecordedLatent(*latent.shape, latent.unimix)
+        self.agent.behavior.rollout = self.rollout
+        self.names = {name: self.translate(name) for name, _ in self.agent.nets.named_parameters()}
         with torch.no_grad():
-            for name, param in self.agent.named_parameters():
+            for name, param in self.agent.nets.named_parameters():
                 param.copy_(self.param("param", name, param))
         norm = self.agent.behavior.return_norm
         norm.range.copy_(torch.stack([self["state/retnorm/lo"], self["state/retnorm/hi"]]))
@@ -90,12 +93,12 @@ class Golden:
         return torch.from_numpy(np.array(self.data[key]))
 
     def classes(self, key):
-        """How many logits the decoder has for a discrete observation, should its entry not say its classes."""
+        """Return the number of decoder logits for a discrete observation whose entry does not give its classes."""
         bias = self.data.get(f"param/dec/vec/{key}/logits/bias")
         return None if bias is None else bias.size // max(1, int(np.prod(self.json["obs_space"][key]["shape"])))
 
     def translate(self, name):
-        """The authors' name of one of our parameters."""
+        """Return the authors' name of one of our parameters."""
         match, target = next((m, t) for p, t in NAMES if (m := re.fullmatch(p, name)))
         groups = [{"weight": "kernel"}.get(group, group) for group in match.groups()]
         first = groups[0] if groups else ""
@@ -109,21 +112,21 @@ class Golden:
             "logits": "logit" if first == "world.cont" else "logits",
         }
         if "{obs}" in target:
-            key = self.agent.world.decoder.parts["vector"].keys[int(first)]
+            key = list(self.agent.world.decoder.parts["vector"].observed)[int(first)]
             fields["obs"] = next(k for k in (f"{key}/pred", f"{key}/logits") if f"param/dec/vec/{k}/bias" in self.data)
         if "{act}" in target:
             fields["act"] = list(self.agent.act_spec.widths)[int(first)]
         return target.format(*groups, **fields)
 
     def param(self, prefix, name, like):
-        """A tensor of theirs, by our name, in our layout."""
+        """Return a tensor of theirs, by our name and in our layout."""
         value = self[f"{prefix}/{self.names[name]}"]
         if value.ndim == 4:
             value = value.permute(3, 2, 0, 1)
         return value.reshape(like.shape)
 
     def batch(self):
-        """The recorded batch in our time alignment: action[t] is the one that led to step t."""
+        """Return the recorded batch in our time alignment: action[t] is the one that led to step t."""
         keys = [*self.json["obs_space"], "reward", "is_first", "is_last", "is_terminal"]
         batch = {key: self[f"batch/{key}"] for key in keys}
         for key in self.agent.act_spec.widths:
@@ -132,13 +135,13 @@ class Golden:
         return batch
 
     def encode(self, key, action, lead):
-        """Actions as vectors: (*lead, width), one-hot where discrete."""
+        """Encode actions as vectors (*lead, width), one-hot if discrete."""
         action = action.reshape(*action.shape[:lead], -1)
         classes = self.agent.act_spec.classes
         return dists.one_hots(action, classes[key]) if key in classes else action.float()
 
     def actions(self):
-        """The recorded policy draws (H, N, A)."""
+        """Return the recorded policy draws (H, N, A)."""
         keys = self.agent.act_spec.widths
         draws = [self.encode(key, self[f"sample/img_action/{key}"], 2) for key in keys]
         return torch.cat(draws, -1).transpose(0, 1)[:-1]
@@ -146,22 +149,41 @@ class Golden:
     def carry(self):
         return State(self["carry/deter"], self["carry/stoch"])
 
+    def observe(self, embed, batch):
+        """Infer the states of the recorded batch by the recorded draws: as RSSM.observe."""
+        self.latent.draws = iter([self["sample/post"]])
+        action = self.agent.act_spec.join(batch)
+        return self.agent.world.rssm.observe(embed, action, batch["is_first"], self.carry())
+
+    @torch.no_grad()
+    def rollout(self, world, states):
+        """Imagine along the recorded actions, in place of the behavior's own rollout."""
+        start = states.map(lambda x: x.flatten(0, 1))
+        states, actions = world.rssm.imagine(start, self.actions(), self.json["imag_length"])
+        return Rollout(states, actions, feature(states))
+
     def loss(self):
-        """The agent's loss with the recorded draws in place of random ones."""
+        """Return the agent's loss, with the recorded draws in place of random ones: first posterior, then prior."""
+        self.latent.draws = iter([self["sample/post"], self["sample/img_stoch"].transpose(0, 1)])
+        return self.agent.loss(self.batch(), self.carry())
 
-        def imagine(world, start):
-            noise = self["sample/img_stoch"].transpose(0, 1)
-            self.imagined, actions = world.rssm.imagine(start, self.actions(), self.json["imag_length"], noise)
-            return self.imagined, actions
 
-        return self.agent.loss(self.batch(), self.carry(), self["sample/post"], imagine)
+def make_agent(j, classes=lambda key: None):
+    """Return the agent of a file's configuration.
+
+    Args:
+      classes: function of an observation's key -> its number of classes, where the configuration does not tell.
+    """
+    obs_space = {key: make_space(entry, classes(key)) for key, entry in j["obs_space"].items()}
+    act_space = {key: make_space(entry, None) for key, entry in j["act_space"].items()}
+    return Dreamer(obs_spec(obs_space), act_spec(act_space), make_config(j))
 
 
 def make_space(entry, classes):
-    """A Gymnasium space from a file's description; `classes` stands in where an integer's entry lacks them."""
+    """Return the Gymnasium space of a file's description; `classes` is used if an integer's entry lacks them."""
     shape, dtype = tuple(entry["shape"]), np.dtype(entry["dtype"])
     if dtype == np.uint8 and len(shape) == 3:
-        return Box(0, 255, shape, np.uint8)
+        return Plain(0, 255, shape, np.uint8)
     if not entry.get("discrete", dtype.kind in "iub"):
         return Box(-np.inf, np.inf, shape or (1,), np.float32)
     classes = entry.get("classes") or classes or 2
@@ -170,7 +192,7 @@ def make_space(entry, classes):
 
 
 def make_config(j):
-    """Our configuration from a file's."""
+    """Return our configuration for a file's."""
     values = {
         "imag_horizon": j["imag_length"], "horizon": j["horizon"], "free_nats": j["free_nats"],
         "lam": j["imag_loss"]["lam"], "rssm.deter": j["deter"], "rssm.hidden": j["hidden"], "rssm.stoch": j["stoch"],
@@ -179,7 +201,6 @@ def make_config(j):
         "decoder.blocks": j["dec"]["bspace"], "reward_head.bins": j["rewhead"]["bins"],
         "critic.bins": j["value"]["bins"], "critic.slow_rate": j["slowvalue"]["rate"],
         "critic.slow_every": j["slowvalue"]["every"], "critic.slow_reg": j["imag_loss"]["slowreg"],
-        "critic.slow_target": j["imag_loss"].get("slowtar", False),
         "encoder.symlog": j["enc"].get("symlog", True),
         "actor.min_std": j["policy"]["minstd"], "actor.max_std": j["policy"]["maxstd"],
         "actor.entropy": j["imag_loss"]["actent"],
@@ -202,12 +223,13 @@ def make_config(j):
 
 
 def check_known(j):
-    """Raises ValueError naming what a file asks for and this project does not have."""
+    """Raise ValueError that names what a file requires and this project lacks."""
     known = {
         "imag_last": 0, "contdisc": True, "absolute": False, "reward_grad": True, "repval_loss": True,
         "repval_grad": True, "ac_grads": False, "policy_dist_cont": "bounded_normal", "enc.outer": False,
         "enc.strided": False, "dec.outer": False, "dec.strided": False, "retnorm.impl": "perc",
         "retnorm.debias": False, "opt.momentum": True, "opt.wd": 0, "opt.schedule": "const",
+        "imag_loss.slowtar": False,
         "repl_loss.lam": j["imag_loss"]["lam"], "repl_loss.slowreg": j["imag_loss"]["slowreg"],
         "rewhead.output": "symexp_twohot", "value.output": "symexp_twohot", "conhead.output": "binary",
     }  # fmt: skip
@@ -220,21 +242,26 @@ def check_known(j):
 
 
 class RecordedOneHot(dists.OneHot):
-    """Takes recorded draws for its noise: `sample` returns them, with its own gradient."""
+    """Categorical whose noise is recorded draws: `sample` returns them, with its own gradient."""
 
     def sample(self, noise):
         return self.straight_through(noise.argmax(-1))
 
 
 class RecordedLatent(OneHotLatent):
-    """Replays recorded draws in place of random ones."""
+    """Replay recorded draws (..., S, K) in place of random ones: those of the iterator `draws`, one per call."""
+
+    def noise(self, shape, device):
+        draws = next(self.draws)
+        assert draws.shape == (*shape, *self.shape), f"recorded are {draws.shape}, asked for are {shape}"
+        return draws
 
     def dist(self, logits):
         return RecordedOneHot(logits.unflatten(-1, self.shape), self.unimix)
 
 
 def error(ours, theirs):
-    """Largest difference over the largest magnitude; infinite if shapes differ or a number is not finite."""
+    """Return the largest difference over the largest magnitude; infinite if shapes differ or a number is not finite."""
     ours, theirs = torch.as_tensor(ours).detach().double(), torch.as_tensor(theirs).double()
     if ours.numel() != theirs.numel() or not ours.isfinite().all():
         return float("inf")
@@ -244,7 +271,7 @@ def error(ours, theirs):
 
 
 def compare_agent(path):
-    """Yields (group, name, relative error) for every recorded result of an agent's file."""
+    """Yield (group, name, relative error) for every recorded result of an agent's file."""
     golden = Golden(path)
     yield from compare_forward(golden)
     yield from compare_core(golden)
@@ -258,7 +285,7 @@ def captured_norms(golden):
     for name in golden.names:
         key = golden.names[name].removesuffix("/scale")
         if f"debug/{key}" in golden.data:
-            module = golden.agent.get_submodule(name.rsplit(".", 1)[0])
+            module = golden.agent.nets.get_submodule(name.rsplit(".", 1)[0])
             hooks.append(
                 module.register_forward_hook(lambda m, i, out, key=key: seen.update({key: seen.get(key, out)}))
             )
@@ -279,11 +306,9 @@ def compare_forward(golden):
 
 def compare_states(golden, world, json):
     batch = golden.batch()
-    batch["action"] = golden.agent.join_actions(batch)
     tokens = world.encode(batch)
     yield "tokens", "tokens", error(tokens, golden["wm/tokens"])
-    noise = golden["sample/post"]
-    states, post = world.rssm.observe(tokens, batch["action"], batch["is_first"], golden.carry(), noise)
+    states, post = golden.observe(tokens, batch)
     prior = world.rssm.predict(states.deter)
     yield "latents", "deter", error(states.deter, golden["wm/deter"])
     for name, dist in {"post": post, "prior": prior}.items():
@@ -303,7 +328,7 @@ def compare_states(golden, world, json):
 
 
 def decoded(dist, theirs):
-    """Our decoder's output in the form of the recorded one: a mean; for integers log-probabilities or classes."""
+    """Return our decoder's output in the recorded form: a mean; for integers log-probabilities or classes."""
     if hasattr(dist, "mean"):
         return dist.mean, theirs
     logits = torch.cat([part.logits for part in dist.parts], -1)
@@ -334,22 +359,22 @@ def compare_core(golden):
     yield "core", "out_deter", error(out, golden["core/out_deter"])
 
 
-def compare_imagination(golden, outs):
-    """outs: time-major (H, N) results of the behaviour's loss."""
+def compare_imagination(golden, outs, states):
+    """Compare imagination. outs: (H, N) results of the behavior's losses; states: imagined State (H + 1, N, ...)."""
     keys = {"reward": "rew", "cont": "con", "value": "val", "slow": "slowval", "weight": "weight", "ret": "ret"}
     for ours, theirs in {**keys, "adv": "adv", "logpi": "logpi"}.items():
         yield "imagination", theirs, error(outs[ours].T, golden[f"img/{theirs}"])
-    states = golden.imagined.map(lambda x: x.transpose(0, 1))
+    states = states.map(lambda x: x.transpose(0, 1))
     yield "imagination", "deter", error(states.deter, golden["img/deter"])
-    yield from compare_policy(golden, feature(states).detach())
+    yield from compare_policy(golden, feature(states))
     entropy = sum(golden[f"img/ent/{key}"] for key in golden.agent.act_spec.widths)
     yield "imagination", "ent", error(outs["entropy"].T, entropy)
-    yield "normaliser", "offset", error(outs["ret_offset"], golden["img/roffset"])
-    yield "normaliser", "scale", error(outs["ret_scale"], golden["img/rscale"])
+    yield "normalizer", "offset", error(outs["ret_offset"], golden["img/roffset"])
+    yield "normalizer", "scale", error(outs["ret_scale"], golden["img/rscale"])
 
 
 def compare_policy(golden, feat):
-    """feat: (N, H + 1, F) of the imagined states."""
+    """Compare the policy on features (N, H + 1, F) of the imagined states."""
     with torch.no_grad():
         policy = golden.agent.behavior.actor(feat)
     for key, dist in zip(golden.agent.act_spec.widths, policy.parts, strict=True):
@@ -364,12 +389,10 @@ def compare_policy(golden, feat):
 
 @torch.no_grad()
 def compare_replay(golden):
-    """The critic on the replayed sequence."""
+    """Compare the critic on the replayed sequence."""
     behavior, batch = golden.agent.behavior, golden.batch()
-    batch["action"] = golden.agent.join_actions(batch)
-    _, states, _ = golden.agent.world.loss(batch, golden.carry(), golden["sample/post"])
-    _, ret = behavior.replay_loss(states, batch, golden["rep/boot"])
-    yield "replay", "ret", error(ret, golden["rep/ret"])
+    states, _ = golden.observe(golden.agent.world.encode(batch), batch)
+    yield "replay", "ret", error(behavior.replay_returns(batch, golden["rep/boot"]), golden["rep/ret"])
     yield "replay", "val", error(behavior.critic(feature(states)).mode(), golden["rep/val"])
     yield "replay", "slowval", error(behavior.slow(feature(states)).mode(), golden["rep/slowval"])
 
@@ -379,13 +402,13 @@ def compare_losses(golden, losses):
         theirs = LOSSES.get(name, name)
         yield "losses", theirs, error(loss, golden[f"loss/{theirs}"])
         yield "losses", f"mean {theirs}", error(loss.mean(), golden[f"loss_mean/{theirs}"])
-    yield "losses", "total", error(golden.agent.reduce(losses), golden["loss_total"])
+    yield "losses", "total", error(golden.agent.total(losses), golden["loss_total"])
 
 
 def compare_gradients(golden, losses):
-    """The gradient of every parameter, of the sum and of each loss alone; leaves that of the sum in place."""
+    """Compare the gradients of the sum and of each loss alone; leave those of the sum in place."""
     agent = golden.agent
-    trained = {name: param for name, param in agent.named_parameters() if param.requires_grad}
+    trained = {name: param for name, param in agent.nets.named_parameters() if param.requires_grad}
     norms = golden["gradnorm/matrix"]
     columns = {str(name): i for i, name in enumerate(golden.data["gradnorm/param_names"])}
     for name, loss in losses.items():
@@ -395,7 +418,7 @@ def compare_gradients(golden, losses):
         theirs = torch.stack([row[columns[golden.names[name]]] for name in trained])
         yield "gradients", f"norms of {name}", error(ours, theirs)
     agent.opt.zero_grad()
-    agent.reduce(losses).backward()
+    agent.total(losses).backward()
     for name, param in trained.items():
         yield "gradients", golden.names[name], error(param.grad, golden.param("grad", name, param))
     for name, param in trained.items():
@@ -419,26 +442,26 @@ def compare_metrics(golden, outs, norm):
 
 
 def compare_learning(golden):
-    """Losses, gradients and then as many optimizer steps as the file holds, on the same batch and draws."""
+    """Compare losses, gradients and then all optimizer steps in the file, on the same batch and draws."""
     agent = golden.agent
     steps = sorted({int(m[1]) for k in golden.data if (m := re.match(r"after(\d+)/", k))})
     totals = []
     for step in range(1, steps[-1] + 1):
         losses, _, outs = golden.loss()
-        totals.append(agent.reduce(losses).detach())
+        totals.append(agent.total(losses).detach())
         if step == 1:
             yield from compare_losses(golden, losses)
             yield from compare_replay(golden)
-            yield from compare_imagination(golden, outs)
+            yield from compare_imagination(golden, outs["imagined"], outs["rollout"].states)
             yield from compare_gradients(golden, losses)
         else:
             agent.opt.zero_grad()
-            agent.reduce(losses).backward()
+            agent.total(losses).backward()
         before = agent.opt.flat.clone()
         metrics = agent.opt.step()
-        agent.behavior.update_slow()
+        agent.behavior.improve(outs["rollout"])
         if step == 1:
-            yield from compare_metrics(golden, outs, metrics["grad_norm"])
+            yield from compare_metrics(golden, outs["imagined"], metrics["grad_norm"])
             update = (agent.opt.flat - before).square().mean().sqrt()
             yield "optimizer", "update_rms", error(update, golden["metric/update_rms"])
         if step in steps:
@@ -448,17 +471,17 @@ def compare_learning(golden):
 
 
 def compare_after(golden, step):
-    for name, param in golden.agent.named_parameters():
+    for name, param in golden.agent.nets.named_parameters():
         group = "slow critic" if name.startswith("behavior.slow") else "optimizer"
         theirs = golden.param(f"after{step}", name, param)
         yield group, f"after{step} {golden.names[name]}", error(param, theirs)
     low, high = golden.agent.behavior.return_norm.range
-    yield "normaliser", f"lo after {step}", error(low, golden[f"state_after{step}/retnorm/lo"])
-    yield "normaliser", f"hi after {step}", error(high, golden[f"state_after{step}/retnorm/hi"])
+    yield "normalizer", f"lo after {step}", error(low, golden[f"state_after{step}/retnorm/lo"])
+    yield "normalizer", f"hi after {step}", error(high, golden[f"state_after{step}/retnorm/hi"])
 
 
 def compare(path):
-    """Yields (group, name, relative error) for every result in a file."""
+    """Yield (group, name, relative error) for every result in a file."""
     with zipfile.ZipFile(path) as file:
         whole = "config_json.npy" in file.namelist()
     yield from (compare_agent if whole else compare_math)(path)

@@ -1,6 +1,7 @@
-"""The small pieces of mathematics among the recorded numbers: part of `python -m tests.golden`."""
+"""Compare small pieces of mathematics with recorded numbers: part of `python -m tests.golden`."""
 
 import ast
+import re
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from ops.optim import LaProp
 
 
 def compare_math(path):
-    """Yields (group, name, relative error) for every result in the file."""
+    """Yield (group, name, relative error) for every result in the file."""
     with np.load(path) as file:
         data = {key: torch.from_numpy(np.array(file[key])) for key in file.files if file[key].dtype.kind != "U"}
         texts = {key: str(file[key]) for key in file.files if file[key].dtype.kind == "U"}
@@ -81,16 +82,49 @@ def returns(data):
         yield "lambda_return", case, error(ret, get["ret"])
 
 
+class DebiasedNorm(models.ReturnNorm):
+    """Divide the averages by the weight that real batches have in them. Args: as for ReturnNorm."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.weight = torch.zeros(())
+
+    def forward(self, returns):
+        super().forward(returns)
+        self.weight.lerp_(torch.ones(()), self.rate)
+        low, high = self.range / self.weight
+        return low, (high - low).clamp(min=self.limit)
+
+
+class MomentNorm:
+    """Mean and standard deviation of a signal, averaged over batches without bias.
+
+    Args:
+      rate: share of the new batch; limit: least scale.
+    """
+
+    def __init__(self, rate, limit):
+        self.rate, self.limit = rate, limit
+        self.moments, self.weight = torch.zeros(2), torch.zeros(())
+
+    def __call__(self, x):
+        """Fold in a batch of any shape; return (offset, scale), 0-d."""
+        self.moments.lerp_(torch.stack([x.mean(), x.square().mean()]), self.rate)
+        self.weight.lerp_(torch.ones(()), self.rate)
+        mean, square = self.moments / self.weight
+        return mean, (square - mean.square()).clamp(min=0).sqrt().clamp(min=self.limit)
+
+
 def normalizers(data):
     rates = {"perc": (0.01, 1.0, False), "perc_small": (0.01, 1.0, False), "perc_fast": (0.3, 1.0, False)}
     for name, (rate, limit, debias) in {**rates, "perc_debias": (0.01, 1e-8, True)}.items():
-        norm = models.ReturnNorm(rate, limit, 5.0, 95.0, debias)
+        norm = (DebiasedNorm if debias else models.ReturnNorm)(rate, limit, 5.0, 95.0)
         rows = []
         for x in data[f"normalize/{name}/x"]:
             offset, scale = norm(x)
             rows.append(torch.stack([*norm.range, *([norm.weight] if debias else []), offset, scale]))
         yield "normalize", name, error(torch.stack(rows), data[f"normalize/{name}/rows"])
-    norm, rows = models.MomentNorm(0.01, 1e-8), []
+    norm, rows = MomentNorm(0.01, 1e-8), []
     for x in data["normalize/meanstd/x"]:
         offset, scale = norm(x)
         rows.append(torch.stack([*norm.moments, norm.weight, offset, scale]))
@@ -163,7 +197,7 @@ def bounded_normal(data):
 
 
 def slow_critic(data):
-    """The moving average alone, on a behaviour whose critics are one tensor each."""
+    """Yield results of the moving average alone, on a behavior whose critics are one tensor each."""
     for name, every in {"every1": 1, "every2": 2}.items():
         behavior = models.ImagBehavior.__new__(models.ImagBehavior)
         nn.Module.__init__(behavior)
@@ -175,16 +209,45 @@ def slow_critic(data):
         results = []
         for source in data[f"slow/{name}/source"]:
             behavior.critic.value.data.copy_(source)
-            behavior.update_slow()
+            behavior.improve(None)
             results.append(behavior.slow.value.clone())
         yield "slow", name, error(torch.stack(results), data[f"slow/{name}/result"])
+
+
+class ScheduledLaProp(LaProp):
+    """LaProp with weight decay and a decreasing rate.
+
+    Args:
+      decay: decoupled weight decay of the parameters whose name matches the expression `decay_names`.
+      anneal: length in updates of a linear decay to lr / 10 that ends there; 0 for a constant rate.
+      params, options: as for LaProp.
+    """
+
+    def __init__(self, params, decay=0.0, decay_names=r"(weight|kernel)$", anneal=0, **options):
+        super().__init__(params, **options)
+        self.decay, self.anneal = decay, anneal
+        self.decayed = [param for name, param in params.items() if re.search(decay_names, name)]
+
+    def learning_rate(self):
+        rate = super().learning_rate()
+        if not self.anneal:
+            return rate
+        return rate * (1 - 0.9 * ((self.count - self.warmup) / (self.anneal - self.warmup)).clamp(0, 1))
+
+    @torch.no_grad()
+    def step(self):
+        before = [param.clone() for param in self.decayed]
+        metrics = super().step()
+        for param, value in zip(self.decayed, before, strict=True):
+            param.sub_(metrics["lr"] * self.decay * value)
+        return metrics
 
 
 def make_optimizer(data, hparams):
     params = {name: nn.Parameter(data[f"optim/initial/{name}"].clone()) for name in ("matrix", "vector", "conv")}
     names = {"wd": "decay", "wdregex": "decay_names"}
     options = {names.get(key, key): value for key, value in hparams.items() if key != "schedule"}
-    return params, LaProp(params.items(), **{"warmup": 0, **options})
+    return params, ScheduledLaProp(params, **{"warmup": 0, **options})
 
 
 def optimizer(data, texts):
@@ -211,7 +274,7 @@ def optimizer(data, texts):
     opt.step()
     for name, param in params.items():
         yield "optim", f"agc {name}", error(param.grad, data[f"optim/agc_only_step1/{name}"])
-    opt = LaProp({"x": nn.Parameter(torch.zeros(1))}.items())
+    opt = LaProp({"x": nn.Parameter(torch.zeros(1))})
     rates = []
     for count in data["optim/lr_default/count"]:
         opt.count.fill_(count)
@@ -262,7 +325,7 @@ def layer_results(data):
 
 
 def initial_values(data):
-    """Our own initial values against the measured spread: a sampling error of the difference is allowed, not more."""
+    """Compare our initial values with the measured spread; only a sampling error of the difference is allowed."""
     generator_state = torch.get_rng_state()
     torch.manual_seed(0)
     shapes = {name: data[f"init/{name}/kernel_shape"].tolist() for name in ("linear", "blocklinear", "conv")}

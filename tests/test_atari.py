@@ -1,4 +1,4 @@
-"""Atari against the bare emulator: what is seen, what is counted, how episodes end."""
+"""Atari compared with the bare emulator: observations, counters, ends of episodes."""
 
 import sys
 from types import SimpleNamespace
@@ -9,8 +9,9 @@ import pytest
 from ale_py import roms
 
 import envs.atari
-from envs import make_env
-from tests.test_envs import check_conformance, make_config, one_line_error, play, same
+from envs import Place, make_env
+from tests.factories import check_conformance, one_line_error, play, same
+from tests.factories import env_config as make_config
 
 GAMES = """
     alien amidar assault asterix asteroids atlantis bank_heist battle_zone beam_rider berzerk bowling boxing breakout
@@ -24,19 +25,19 @@ NOOP, FIRE, RIGHT = 0, 1, 3  # among all 18 actions
 
 
 def make_atari_config(game, action_repeat=4, size=(64, 64), **changes):
-    """Without chance unless `changes` bring it in."""
+    """Return a configuration without randomness, unless `changes` add it."""
     protocol = {"sticky": 0.0, "noops": 0, "actions": "all", "gray": True, "lives": "unused", "limit": 108000}
     protocol = SimpleNamespace(**{**protocol, **changes})
     return make_config(f"atari_{game}", action_repeat=action_repeat, size=size, atari=protocol)
 
 
 def make_native(game, seed=0, **changes):
-    """A game without wrappers: images of the console's size, actions by their number."""
-    return envs.atari.make(game, make_atari_config(game, **changes), seed)
+    """Return a game without wrappers: images of the console's size, actions by number."""
+    return envs.atari.make(game, make_atari_config(game, **changes), Place("train", 0, seed))
 
 
 def native_stream(env, actions):
-    """Copies of what a reset and then `actions` bring, until an episode ends."""
+    """Return copies of the observations after a reset and then `actions`, until an episode ends."""
     stream = [{**env.reset()}]
     stream[0]["image"] = stream[0]["image"].copy()
     for action in actions:
@@ -48,7 +49,7 @@ def native_stream(env, actions):
 
 
 def emulate(game, actions, gray=True):
-    """The screens of a game, frame by frame, the first after its reset, and the rewards."""
+    """Return the screens of a game, frame by frame from its reset on, and the rewards."""
     ale = ale_py.ALEInterface()
     ale.setInt("random_seed", 0)
     ale.setFloat("repeat_action_probability", 0.0)
@@ -93,7 +94,7 @@ def test_spaces(capfd):
     assert env.render().shape == (210, 160, 3) and env.render().dtype == np.uint8
     env = make_env(make_atari_config("pong", size=(96, 96), gray=False, actions="needed"), "train", 0)
     assert env.obs_space["image"].shape == (96, 96, 3) and env.act_space["action"].n == 6
-    assert env.reset()["image"].std(axis=-1).max() > 10  # colours
+    assert env.reset()["image"].std(axis=-1).max() > 10  # colors
     assert capfd.readouterr() == ("", "")  # ALE neither greets nor chats
 
 
@@ -154,7 +155,7 @@ def test_noops():
 def test_limit_is_a_time_out(limit, steps):
     env = make_native("freeway", limit=limit)
     screens, _ = emulate("freeway", [FIRE] * limit)
-    for _ in range(2):  # the count starts anew with the game
+    for _ in range(2):  # each game has its own count
         stream = native_stream(env, [FIRE] * 10)
         assert len(stream) == 1 + steps
         assert [bool(obs["is_last"]) for obs in stream] == [False] * steps + [True]
@@ -200,7 +201,7 @@ def test_every_game_has_chances_of_its_own():
 
 
 # ---------------------------------------------------------------------------
-# Lives: who only serves in Breakout loses all five, one by one
+# Lives: serving only, in Breakout, loses all five, one by one
 
 
 def serve(lives, episodes=1):

@@ -1,4 +1,4 @@
-"""What the environments' benchmark counts, by hand, and that it fills the page that it is for."""
+"""The benchmark of environments: its numbers checked by hand, its tables in the page."""
 
 import concurrent.futures
 import json
@@ -14,8 +14,8 @@ from gymnasium import spaces
 from benchmarks import environments, pages, races
 from benchmarks.races import make_config
 from envs import SUITES, make_env, make_envs
-from envs.wrappers import is_image
-from tests.test_envs import check_conformance, one_line_error
+from modalities import kind_of
+from tests.factories import check_conformance, one_line_error
 from training.config import CONFIGS
 
 ROOT = CONFIGS.parent
@@ -24,7 +24,7 @@ PAGE = "top <!-- speed:begin -->old <!-- speed:end -->\n<!-- random:begin --><!-
 
 @pytest.fixture
 def inline(monkeypatch):
-    """What is measured runs in this process, where a test can interfere, without workers."""
+    """Measure in this process, where a test can interfere, without workers."""
     local = lambda config, mode, count: make_envs(config.replace(parallel=False), mode, count)  # noqa: E731
     for module in (environments, races):
         monkeypatch.setattr(module, "make_envs", local)
@@ -34,7 +34,7 @@ def inline(monkeypatch):
 
 @pytest.fixture
 def fake_clock(monkeypatch):
-    """A clock that only the test moves: [milliseconds]."""
+    """Install a clock that only the test moves: [milliseconds]."""
     now = [0]
     monkeypatch.setattr(races, "time", SimpleNamespace(perf_counter=lambda: now[0] / 1000))
     return now
@@ -147,7 +147,7 @@ def test_words():
     assert environments.describe(env.act_space) == "move 2, mode discrete 3"
     assert environments.describe({"keys": spaces.MultiDiscrete([2, 3])}) == "keys discrete 2·3"
     image = {"image": spaces.Box(0, 255, (64, 64, 3), np.uint8)}
-    assert is_image(image["image"])
+    assert kind_of(image["image"]) == "image"
     words = environments.protocol(make_config("atari100k", "atari100k_pong", "--time_limit", "400"), image)
     assert {"repeat 4", "size 64x64", "sticky 0.0", "noops 30"} <= set(words.split(", "))
     numbers = [4708.3, 100.4, 99.96, 15.27, 0.2731, math.nan]

@@ -1,4 +1,4 @@
-"""The comparison of versions: its numbers by hand from given runs, its flags known to dreamer.py, its mistakes told."""
+"""The comparison of versions: numbers checked by hand, flags that dreamer.py accepts, one-line errors."""
 
 import json
 
@@ -7,7 +7,7 @@ from training.config import CONFIGS, load_config
 
 
 def give_run(logdir, evals=(), scores=()):
-    """A run that is there already: evals {step: return}, scores {step: (score, cells)}."""
+    """Write a finished run: evals {step: return}, scores {step: (score, cells)}."""
     logdir.mkdir(parents=True)
     rows = [{"step": step, "eval_return": value} for step, value in dict(evals).items()]
     rows += [{"step": 500, "updates_per_second": 4.0}]
@@ -16,7 +16,7 @@ def give_run(logdir, evals=(), scores=()):
         {"step": step, "mode": "train", "score": score, "log_cells": cells}
         for step, (score, cells) in dict(scores).items()
     ]
-    rows += [{"step": 1, "mode": "eval", "score": 1e6, "log_cells": 1e6}]  # of no account
+    rows += [{"step": 1, "mode": "eval", "score": 1e6, "log_cells": 1e6}]  # must be ignored
     (logdir / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (logdir / "done").touch()
 
@@ -41,9 +41,9 @@ def test_learning_is_told_in_standard_errors_above_chance(tmp_path, capsys, monk
 
 
 def test_baselines_play_the_task(monkeypatch):
-    """The pole starts near upright: left alone it falls slowly, pushed at random it falls fast."""
+    """The pole starts near upright: it falls slowly without forces, fast with random ones."""
     monkeypatch.setattr(family, "EPISODES", 2)
-    returns = {name: family.play(act) for name, act in family.BASELINES.items()}
+    returns = {name: family.play(agent) for name, agent in family.BASELINES.items()}
     assert len(returns["random"]) == 2 and max(returns["random"]) < 500 < min(returns["no action"]) < 1000
 
 

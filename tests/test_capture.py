@@ -1,11 +1,11 @@
-"""What a CUDA graph asks of an update, as far as a machine without a GPU can tell."""
+"""Requirements of CUDA graphs on an update, as far as they can be checked without a GPU."""
 
 import pytest
 import torch
 
 from networks import State
 from ops.graphs import WARMUP, Captured
-from tests.test_agent import Watch, make_agent, make_batch, make_obs
+from tests.factories import Watch, act, initial, make_agent, make_batch, make_obs
 
 VERSIONS = {
     "dreamerv3": (),
@@ -17,8 +17,8 @@ VERSIONS = {
 }
 
 
-def stand_in(function):
-    """For `record_cuda`, which needs a GPU: works through the Python function again in place of a recording of it."""
+def stand_in(function, generator):
+    """Replace `record_cuda`, which needs a GPU: call the Python function again instead of replaying a recording."""
     recorded.append(function)
     results = {key: value.clone() for key, value in function().items()}
 
@@ -54,8 +54,8 @@ def test_the_fourth_call_records_and_later_ones_replay():
 
 
 def state_of(agent):
-    """Every tensor that outlives an update: parameters, buffers, the optimizer's."""
-    tensors = dict(agent.named_parameters()) | dict(agent.named_buffers())
+    """Return all tensors that outlive an update: parameters, buffers, the optimizer's."""
+    tensors = dict(agent.nets.named_parameters()) | dict(agent.nets.named_buffers())
     opt = agent.opt
     if hasattr(opt, "flat"):
         return tensors | {name: getattr(opt, name) for name in ("flat", "grad", "nu", "mu", "count")}
@@ -70,14 +70,14 @@ def test_an_update_and_acting_are_fit_to_be_recorded(version, kind, monkeypatch)
     if kind == "pixels" and "debug" in flags:
         flags = (*flags, "--encoder.cnn", "same", "--decoder.cnn", "same")  # these images are not 64x64
     agent, batch = make_agent(kind, *flags), make_batch(kind)
-    state = agent.world.rssm.initial(3, "cpu").map(torch.Tensor.detach)
+    state = initial(agent)
     agent.update(batch, state)
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)  # the form of it that can be recorded needs a GPU
     places = {name: tensor.data_ptr() for name, tensor in state_of(agent).items()}
     with Watch() as watch:
         agent.update(batch, state)
-        _, memory = agent.act(make_obs(kind), None, "explore")
+        _, carry = act(agent, make_obs(kind), mode="explore")
         for mode in ("noisy", "sample", "mode"):
-            agent.act(make_obs(kind), memory, mode)
+            agent.act(make_obs(kind), carry, mode)
     assert watch.found == []
     assert {name: tensor.data_ptr() for name, tensor in state_of(agent).items()} == places

@@ -181,7 +181,7 @@ def test_learning_a_twohot_finds_the_target():
         (grad,) = torch.autograd.grad(-dist.log_prob(torch.tensor(3.7)), logits)
         logits = (logits - grad).detach().requires_grad_()
     probs = TwoHot(logits, symexp_bins(41)).logits.exp()
-    low, high = symexp(torch.tensor([1.0, 2.0])).tolist()  # the neighbours of 3.7 among symexp of whole numbers
+    low, high = symexp(torch.tensor([1.0, 2.0])).tolist()  # the neighbors of 3.7 among symexp of whole numbers
     expected = [(high - 3.7) / (high - low), (3.7 - low) / (high - low)]
     assert probs[21:23].tolist() == pytest.approx(expected, abs=0.02)
 

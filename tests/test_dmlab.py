@@ -1,4 +1,4 @@
-"""DeepMind Lab through a stand-in of its Python module: what is asked of it, and what becomes of its answers."""
+"""DeepMind Lab with a stand-in for its Python module: calls to it, and observations made from its results."""
 
 import sys
 from types import SimpleNamespace
@@ -8,14 +8,15 @@ import pytest
 
 import envs.dmlab
 from envs import make_env
-from tests.test_envs import check_conformance, make_config, one_line_error
+from tests.factories import check_conformance, one_line_error
+from tests.factories import env_config as make_config
 
 LENGTH = 20  # frames of an episode of the stand-in
 FORWARD, FIRE = 0, 14
 
 
 class Lab:
-    """Stands in for `deepmind_lab.Lab`, after docs/users/python_api.md of the repository google-deepmind/lab.
+    """Stand-in for `deepmind_lab.Lab`, after docs/users/python_api.md of the repository google-deepmind/lab.
 
     Episodes last LENGTH frames, each of which rewards its number; pictures are as bright as the frames that have
     passed. What the module refuses, or leaves undefined, fails.
@@ -113,7 +114,7 @@ def test_actions_are_passed_on_with_their_repeat():
 
 
 def test_actions_are_those_of_the_large_set():
-    """Every action once: four moves, four turns, two looks, four turns while walking, and a shot."""
+    """The set has every action once: four moves, four turns, two looks, four turns while walking, and a shot."""
     table = envs.dmlab.ACTIONS
     assert len({tuple(row) for row in table.tolist()}) == 15
     walking, still = table[table[:, 3] == 1], table[table[:, 3] == 0]

@@ -1,10 +1,8 @@
-"""Every suite keeps the promises of `envs.Env`, and every mistake of the user ends in one line."""
+"""Every suite conforms to `envs.Env`, and every mistake of the user ends in a one-line error."""
 
 import os
-import subprocess
 import sys
 import textwrap
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,58 +10,18 @@ from gymnasium import spaces
 
 import envs.opengl
 from envs import make_env, wrappers
-from tools import UserError
-
-
-def make_config(task, cnn_keys=".*", mlp_keys=".*", **changes):
-    defaults = {
-        "seed": 0,
-        "size": (64, 64),
-        "action_repeat": 1,
-        "time_limit": 0,
-        "frame_stack": 1,
-        "camera": -1,
-        "parallel": False,
-        "env_timeout": 600,
-    }
-    encoder = SimpleNamespace(cnn_keys=cnn_keys, mlp_keys=mlp_keys)
-    return SimpleNamespace(**{"task": task, "encoder": encoder, **defaults, **changes})
-
-
-def draw_action(act_space, rng):
-    """A random action in the form that agents give: float32, one-hot if discrete."""
-
-    def draw(space):
-        if isinstance(space, spaces.Box):
-            return rng.uniform(-1, 1, space.shape).astype(np.float32)
-        nvec = [space.n] if isinstance(space, spaces.Discrete) else space.nvec
-        return np.concatenate([np.eye(n, dtype=np.float32)[rng.integers(n)] for n in nvec])
-
-    return {key: draw(space) for key, space in act_space.items()}
-
-
-def play(env, steps, seed=0):
-    """The observations of `steps` random steps after a reset, through as many episodes as it takes."""
-    rng = np.random.default_rng(seed)
-    stream = [env.reset()]
-    for _ in range(steps):
-        ended = stream[-1]["is_last"]
-        stream.append(env.reset() if ended else env.step(draw_action(env.act_space, rng)))
-    return stream
-
-
-def same(one, other):
-    pairs = list(zip(one, other, strict=True))
-    return all(a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a) for a, b in pairs)
-
-
-def one_line_error(function, *args):
-    with pytest.raises(UserError) as caught:
-        function(*args)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
+from modalities import obs_spec
+from tests.factories import (
+    check_conformance,
+    check_value,
+    draw_action,
+    end_of_episode,
+    one_line_error,
+    play,
+    run_python,
+    same,
+)
+from tests.factories import env_config as make_config
 
 # ---------------------------------------------------------------------------
 # Conformance
@@ -102,42 +60,6 @@ def test_conformance_of_dmc_vision():
     env.close()
 
 
-def check_conformance(env, steps=60):
-    stream = play(env, steps)
-    assert sum(obs["is_last"] for obs in stream) >= 1, "too short a test: no episode ended"
-    names = env.obs_space.keys() | {"reward", "is_first", "is_last", "is_terminal"}
-    fresh = True
-    for obs in stream:
-        assert {key for key in obs if not key.startswith("log_")} == names
-        for key, space in env.obs_space.items():
-            check_value(space, obs[key])
-        assert obs["reward"].dtype == np.float32 and obs["reward"].shape == ()
-        assert all(np.asarray(obs[key]).dtype == bool for key in ("is_first", "is_last", "is_terminal"))
-        assert obs["is_first"] == fresh
-        assert not (obs["is_terminal"] and not obs["is_last"])
-        assert not (obs["is_first"] and (obs["is_last"] or obs["reward"] != 0))
-        fresh = obs["is_last"]
-    for space in env.act_space.values():
-        if isinstance(space, spaces.Box):
-            assert space.dtype == np.float32 and (space.low == -1).all() and (space.high == 1).all()
-            assert len(space.shape) == 1
-    return stream
-
-
-def check_value(space, value):
-    if wrappers.is_image(space):
-        assert value.dtype == np.uint8 and value.shape == space.shape and value.flags.c_contiguous
-    elif isinstance(space, spaces.Box):
-        assert space.dtype == value.dtype == np.float32 and value.shape == space.shape and len(value.shape) == 1
-        assert np.isfinite(value).all()
-    elif isinstance(space, spaces.Discrete):
-        assert space.start == 0 and value.dtype == np.int32 and value.shape == () and 0 <= value < space.n
-    else:
-        assert isinstance(space, spaces.MultiDiscrete) and (space.start == 0).all()
-        assert value.dtype == np.int32 and value.shape == space.nvec.shape == (len(space.nvec),)
-        assert (value >= 0).all() and (value < space.nvec).all()
-
-
 @pytest.mark.parametrize("task", [task for task in TASKS if task != "dummy_discrete"])
 def test_seeds(task):
     def stream(mode, index, seed=0, **later):
@@ -158,17 +80,6 @@ def test_seeds(task):
 
 # ---------------------------------------------------------------------------
 # Episodes: terminal or out of time, action repeat
-
-
-def end_of_episode(env, action):
-    """An episode under a constant action: its number of steps, rewards and last observation."""
-    env.reset()
-    rewards = []
-    while True:
-        obs = env.step(action)
-        rewards.append(float(obs["reward"]))
-        if obs["is_last"]:
-            return len(rewards), rewards, obs
 
 
 LEFT, RIGHT = {"action": np.float32([1, 0])}, {"action": np.float32([0, 1])}
@@ -205,7 +116,7 @@ def test_own_time_limit_is_not_terminal():
 @pytest.mark.parametrize("repeat, steps", [(1, 6), (2, 3), (4, 1), (50, 1)])
 def test_time_limit_counts_frames(repeat, steps):
     env = make_env(make_config("gym_CartPole-v1", time_limit=6, action_repeat=repeat), "train", 0)
-    for _ in range(2):  # the count starts anew with the episode
+    for _ in range(2):  # each episode has its own count
         taken, rewards, last = end_of_episode(env, RIGHT)
         assert taken == steps
         if repeat < 50:
@@ -253,7 +164,7 @@ def test_action_repeat_sums_rewards(task, repeat):
 
 
 class Reuser:
-    """Writes every state and image into the same two arrays, the image column by column."""
+    """Write every state and image into the same two arrays, the image column by column."""
 
     obs_space = {"state": spaces.Box(-1, 9, (2,), np.float32), "image": spaces.Box(0, 255, (2, 3, 1), np.uint8)}
     act_space = {"action": spaces.Discrete(2)}
@@ -270,7 +181,7 @@ class Reuser:
 
 
 def test_what_was_observed_stays():
-    env = wrappers.PlainObs(Reuser())
+    env = wrappers.PlainObs(Reuser(), make_config("any", size=(2, 3)))
     stream = [env.reset(), env.step({}), env.step({})]
     assert [obs["state"].tolist() for obs in stream] == [[0, 0], [1, 1], [2, 2]]
     assert [obs["image"].tolist() for obs in stream] == [np.full((2, 3, 1), i).tolist() for i in range(3)]
@@ -331,15 +242,9 @@ VISION = """
 """
 
 
-def run_python(code, **environ):
-    kept = {key: value for key, value in os.environ.items() if key not in ("MUJOCO_GL", "PYOPENGL_PLATFORM")}
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    return subprocess.run(command, env={**kept, **environ}, capture_output=True, text=True, timeout=60)
-
-
 @pytest.mark.parametrize("backend", ["osmesa", None])
 def test_mujoco_gl(backend):
-    """Left alone if set, chosen if not; either way nothing is printed at exit by an environment left open."""
+    """Use MUJOCO_GL if set, else choose it; either way an environment left open prints nothing at exit."""
     works = {"egl": envs.opengl.egl_works(), "osmesa": envs.opengl.osmesa_works()}
     result = run_python(VISION, **({"MUJOCO_GL": backend} if backend else {}))
     if works[backend] if backend else any(works.values()):
@@ -389,9 +294,10 @@ def test_missing_package(monkeypatch, module, task, hint):
 def test_suites_are_imported_when_asked_for():
     code = """
         import sys
-        from tests.test_envs import make_config, make_env
-        make_env(make_config("dummy_multi"), "train", 0)
-        print({"dm_control", "mujoco", "cv2", "envs.from_gym"} & sys.modules.keys())
+        from envs import make_env
+        from training.config import CONFIGS, load_config
+        make_env(load_config(["--task", "dummy_multi"], CONFIGS), "train", 0)
+        print({"dm_control", "mujoco", "cv2", "torch", "envs.from_gym"} & sys.modules.keys())
     """
     assert run_python(code).stdout.strip() == "set()"
 
@@ -523,6 +429,10 @@ CUSTOM = """
         observation_space = spaces.Box(0, 2, (8, 8), np.uint8)
 
 
+    class Layers(Duck):
+        observation_space = spaces.Box(0, 255, (4, 4, 6), np.uint8)
+
+
     class Short(Duck):
         observation_space = spaces.Box(-1, 1, (4,))
 
@@ -557,7 +467,7 @@ CUSTOM = """
 
 @pytest.fixture
 def custom(tmp_path, monkeypatch):
-    """A function that makes the config of a class in a module of the working directory."""
+    """Return a function that makes the config of a class in a module of the working directory."""
     (tmp_path / "my_envs.py").write_text(textwrap.dedent(CUSTOM))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -650,6 +560,17 @@ def test_old_api_is_told_so(custom):
 @pytest.mark.parametrize("name, hint", [("Short", "shape (1,) where its space has (4,)"), ("Lacks", "'y'")])
 def test_observations_that_break_their_space(custom, name, hint):
     assert hint in one_line_error(make_env(custom(name), "train", 0).reset)
+
+
+def test_what_is_an_image(custom):
+    """Frame stacks are images, whatever their channels; the same space directly from an environment is not."""
+    env = make_env(custom("Layers"), "train", 0)
+    assert env.obs_space["state"].shape == (4 * 4 * 6,)
+    env = make_env(custom("Duck", size=(4, 4), frame_stack=6), "train", 0)
+    assert env.obs_space["image"] == spaces.Box(0, 255, (4, 4, 6), np.uint8)
+    spec = obs_spec(env.obs_space)
+    assert {key: (seen.kind, seen.shape) for key, seen in spec.items()} == {"image": ("image", (4, 4, 6))}
+    assert check_conformance(env, 5)[0]["image"].shape == (4, 4, 6)
 
 
 def test_a_board_of_small_numbers_is_no_image(custom):

@@ -1,6 +1,5 @@
-"""Every form of Dreamer as a whole agent: what moves what, acting, saving, exploring, and whole runs."""
+"""Every version of Dreamer as a whole agent: gradients, acting, saving, exploring, and whole runs."""
 
-import functools
 import io
 import json
 import math
@@ -13,77 +12,42 @@ import torch.nn as nn
 from gymnasium.spaces import Box
 
 import dreamer
-from agents.dreamer import Dreamer
+from agents.dreamer import mixed_rewards
+from models import Rollout
 from ops.optim import Adams
-from tests.test_agent import CONFIGS, SPACES, make_batch, make_obs, parameters, shake
+from tests.factories import (
+    FAMILY,
+    VERSIONS,
+    act,
+    every_kind,
+    every_version,
+    initial,
+    make_dreamer,
+    make_sequences,
+    observations,
+    parameters,
+    shake,
+)
+from tests.factories import family_agent as make_agent
+from tests.factories import family_config as make_config
 from tools import Ratio, UserError
-from training.config import load_config
-
-VERSIONS = {
-    "dreamerv3": [],
-    "dreamerv3_2023": ["dreamerv3_2023"],
-    "dreamerv2": ["dreamerv2"],
-    "dreamerv2_atari": ["dreamerv2", "dreamerv2_atari"],
-    "dreamerv1": ["dreamerv1"],
-    "planet": ["planet"],
-}
-IMAGE = Box(0, 255, (64, 64, 3), np.uint8)  # the one size that every version's image stack takes
-FAMILY = {"proprio": SPACES["proprio"], "pixels": ({"image": IMAGE}, SPACES["pixels"][1])}
-every_version = pytest.mark.parametrize("version", VERSIONS)
-every_kind = pytest.mark.parametrize("kind", FAMILY)
-
-
-@functools.cache
-def base_config(version):
-    """Tiny sizes, no warm-up, and no free nats, so that every parameter has a gradient."""
-    return load_config(["--configs", *VERSIONS[version], "debug", "--opt.warmup", "0", "--free_nats", "0"], CONFIGS)
-
-
-def make_config(version, changes=()):
-    """The configuration of a version with some changes {dotted key: value}."""
-    return base_config(version).replace(**dict(changes))
-
-
-def make_agent(version, kind, changes=(), seed=0):
-    """An agent whose parameters were moved away from where they start."""
-    torch.manual_seed(seed)
-    return shake(Dreamer(*FAMILY[kind], make_config(version, changes)))
-
-
-def make_sequences(kind, seed=0):
-    """A batch of three sequences of five steps."""
-    batch = make_batch(kind, seed=seed)
-    if kind == "pixels":
-        generator = torch.Generator().manual_seed(seed)
-        batch["image"] = torch.randint(256, (3, 5, *IMAGE.shape), generator=generator, dtype=torch.uint8)
-    return batch
-
-
-def initial(agent):
-    with torch.no_grad():
-        return agent.world.rssm.initial(3, "cpu")
 
 
 def update(agent, kind, seed=0):
-    """One update on a batch and random draws that the seed decides; returns the metrics."""
+    """Do one update on a batch and random draws that the seed determines; return the metrics."""
     torch.manual_seed(seed)
     return agent.update(make_sequences(kind, seed), initial(agent))[1]
 
 
-def observations(kind, seed=0, **kind_of_step):
-    obs = make_obs(kind, seed=seed, **kind_of_step)
-    return obs | ({"image": make_sequences(kind, seed)["image"][:, 0].numpy()} if kind == "pixels" else {})
-
-
 def named(agent, *prefixes):
-    """Names of the trained parameters that begin with one of the prefixes."""
-    return {name for name, param in agent.named_parameters() if param.requires_grad and name.startswith(prefixes)}
+    """Return the names of the trained parameters that begin with one of the prefixes."""
+    return {name for name, param in agent.nets.named_parameters() if param.requires_grad and name.startswith(prefixes)}
 
 
 def reached(agent, losses):
-    """Names of the parameters that have a gradient other than zero from the sum of some losses."""
-    trained = {name: param for name, param in agent.named_parameters() if param.requires_grad}
-    grads = torch.autograd.grad(agent.reduce(losses), trained.values(), retain_graph=True, allow_unused=True)
+    """Return the names of the parameters with a nonzero gradient of the sum of some losses."""
+    trained = {name: param for name, param in agent.nets.named_parameters() if param.requires_grad}
+    grads = torch.autograd.grad(agent.total(losses), trained.values(), retain_graph=True, allow_unused=True)
     return {name for name, grad in zip(trained, grads, strict=True) if grad is not None and grad.any()}
 
 
@@ -144,7 +108,7 @@ def test_discounts_of_heads_that_hold_the_discount_or_not_and_of_none():
 
 def test_what_the_model_makes_of_a_batch():
     batch = {"image": torch.full((1, 1, 64, 64, 3), 255, dtype=torch.uint8), "reward": torch.ones(1, 1)}
-    atari, planet = (make_agent(version, "pixels").world.preprocess(batch) for version in ("dreamerv2_atari", "planet"))
+    atari, planet = (make_agent(version, "pixels").world.prepare(batch) for version in ("dreamerv2_atari", "planet"))
     assert float(atari["reward"]) == pytest.approx(math.tanh(1)) and torch.equal(atari["image"], batch["image"])
     assert float(planet["reward"]) == 1 and 247 < planet["image"].min() < planet["image"].max() < 255.01
 
@@ -159,25 +123,27 @@ def test_acting(version, kind):
     agent = make_agent(version, kind, {"expl_noise": 0.3})
     first, then = observations(kind, is_first=True), observations(kind, seed=1)
     for mode in ("mode", "sample", "noisy", "explore"):
-        torch.manual_seed(0)
-        actions, memory = agent.act(first, None, mode)
+        actions, carry = act(agent, first, None, mode, seed=0)
         action = actions["action"]
         assert action.shape == (3, agent.act_spec.size) and action.dtype == np.float32
-        assert np.array_equal(memory[1].numpy(), action)
+        assert np.array_equal(carry.action.numpy(), action)
         if kind == "pixels":
             assert np.array_equal(np.sort(action, 1), np.eye(5)[[4] * 3])  # a single 1 in each
         elif mode != "sample" or not version.startswith("dreamerv3"):  # whose samples the environment clips
             assert np.abs(action).max() <= 1
-        deter = agent.act(then, memory, mode)[1][0].deter
-        other = memory[0].map(lambda x: x.flip(0)), memory[1]
-        assert not torch.equal(deter, agent.act(then, other, mode)[1][0].deter)
+
+        def deter(obs, before, mode=mode):
+            return act(agent, obs, before, mode)[1].state.deter
+
+        other = carry._replace(state=carry.state.map(lambda x: x.flip(0)))
+        assert not torch.equal(deter(then, carry), deter(then, other))
         restart = {**then, "is_first": np.array([True] * 3)}
-        assert torch.equal(agent.act(restart, memory, mode)[1][0].deter, agent.act(restart, None, mode)[1][0].deter)
+        assert torch.equal(deter(restart, carry), deter(restart, None))
 
 
 def test_a_mode_that_is_none_is_refused():
     with pytest.raises(ValueError, match="'modes' is none of mode, sample, noisy, explore"):
-        make_agent("dreamerv3", "proprio").act(observations("proprio", is_first=True), None, "modes")
+        act(make_agent("dreamerv3", "proprio"), observations("proprio", is_first=True), None, "modes")
 
 
 @every_version
@@ -185,8 +151,7 @@ def test_exploration_noise_is_added_to_the_action_chosen_and_nowhere_else(versio
     agent = make_agent(version, "proprio", {"expl_noise": 0.3})
     obs, actions = observations("proprio", is_first=True), []
     for mode in ("sample", "sample", "noisy", "explore"):
-        torch.manual_seed(0)
-        actions.append(agent.act(obs, None, mode)[0]["action"])
+        actions.append(act(agent, obs, None, mode, seed=0)[0]["action"])
     assert np.array_equal(actions[0], actions[1]) and np.array_equal(actions[2], actions[3])  # there is no explorer
     inside = np.abs(actions[2]) < 1
     assert 0.05 < np.abs(actions[2] - actions[0])[inside].std() < 0.6 and not np.array_equal(actions[0], actions[2])
@@ -198,10 +163,10 @@ def test_exploration_noise_is_added_to_the_action_chosen_and_nowhere_else(versio
 
 def make_adams(**changes):
     settings = SimpleNamespace(**{"lr": 0.1, "eps": 0.2, "clip": 1.0, "decay": 0.0, **changes})
-    names = "world.weight", "behavior.actor.weight", "behavior.critic.bias"
-    params = {name: nn.Parameter(torch.tensor([1.0, 2.0])) for name in names}
-    config = SimpleNamespace(model_opt=settings, actor_opt=settings, critic_opt=settings)
-    return params.values(), Adams(params.items(), config)
+    names = {"model": "world.weight", "actor": "behavior.actor.weight", "critic": "behavior.critic.bias"}
+    groups = {group: {name: nn.Parameter(torch.tensor([1.0, 2.0]))} for group, name in names.items()}
+    opt = Adams(groups, dict.fromkeys(groups, settings))
+    return [param for params in groups.values() for param in params.values()], opt
 
 
 def test_adams_clip_each_group_alone_and_decay_whatever_the_learning_rate():
@@ -230,13 +195,21 @@ def test_adams_are_adam():
 
 
 def test_bursts_come_when_they_are_due_and_pretraining_at_once():
+    def take(clock, step):
+        """Return how many updates are due at a step, and do them."""
+        count = clock.due(step)
+        for left in range(count, 0, -1):
+            assert clock.due(step) == left
+            clock.tick()
+        return count
+
     clock, total = Ratio(0.2, burst=100, first=30), []
     for step in range(2500, 4010):
-        total += [(step, count)] if (count := clock(step)) else []
+        total += [(step, count)] if (count := take(clock, step)) else []
     assert total == [(2500, 30), (3000, 100), (3500, 100), (4000, 100)]
     other = Ratio(0.2, burst=100, first=30)
     other.load_state_dict(clock.state_dict())
-    assert [other(4499), other(4500), other(5600)] == [0, 100, 200]
+    assert [take(other, 4499), take(other, 4500), take(other, 5600)] == [0, 100, 200]
 
 
 # ---------------------------------------------------------------------------
@@ -244,9 +217,9 @@ def test_bursts_come_when_they_are_due_and_pretraining_at_once():
 
 
 def saved(agent):
-    """What `save` returns, through a file."""
+    """Return `state_dict()`, saved to and loaded from a file."""
     file = io.BytesIO()
-    torch.save(agent.save(), file)
+    torch.save(agent.state_dict(), file)
     file.seek(0)
     return torch.load(file, weights_only=True)
 
@@ -256,10 +229,10 @@ def saved(agent):
 def test_a_loaded_agent_learns_on_bit_for_bit(version, kind):
     agent, other = make_agent(version, kind), make_agent(version, kind, seed=1)
     update(agent, kind)
-    other.load(saved(agent))
+    other.load_state_dict(saved(agent))
     for seed in (1, 2):
         assert moved(update(agent, kind, seed), update(other, kind, seed)) == set()
-    assert moved(agent.state_dict(), other.state_dict()) == set()
+    assert moved(agent.nets.state_dict(), other.nets.state_dict()) == set()
 
 
 @pytest.mark.parametrize("ours, theirs", [("laprop", "adam"), ("adam", "laprop")])
@@ -268,7 +241,7 @@ def test_the_state_of_another_optimizer_is_refused_in_one_line(ours, theirs):
     shake(other)
     before = parameters(agent)
     with pytest.raises(UserError, match="optimizer"):
-        agent.load(other.save())
+        agent.load_state_dict(other.state_dict())
     assert moved(before, parameters(agent)) == set()
 
 
@@ -276,7 +249,7 @@ def test_a_loaded_agent_keeps_its_own_learning_rate():
     agent = make_agent("dreamerv1", "proprio", {"model_opt.lr": 0.125})
     other = make_agent("dreamerv1", "proprio")
     update(other, "proprio")
-    agent.load(other.save())
+    agent.load_state_dict(other.state_dict())
     assert [group["lr"] for group in agent.opt.adams["model"].param_groups] == [0.125]
 
 
@@ -293,14 +266,14 @@ def test_the_explorer_learns_by_losses_of_its_own_and_leaves_the_task_alone(vers
     for changes in ({}, EXPLORE):
         agent = make_agent(version, kind, changes)
         if changes:  # shaken by other numbers than the agent without
-            own = {name: value for name, value in agent.state_dict().items() if name.startswith("explorer.")}
-            agent.load_state_dict(own | results[0][2])
-        start = {name: value.clone() for name, value in agent.state_dict().items()}
+            own = {name: value for name, value in agent.nets.state_dict().items() if name.startswith("expl")}
+            agent.nets.load_state_dict(own | results[0][2])
+        start = {name: value.clone() for name, value in agent.nets.state_dict().items()}
         torch.manual_seed(3)
         losses, _, _ = agent.loss(make_sequences(kind), initial(agent))
         task = {name: loss for name, loss in losses.items() if name not in ("disag", "expl_policy", "expl_value")}
-        trained = [p for n, p in agent.named_parameters() if p.requires_grad and not n.startswith("explorer.")]
-        grads = torch.autograd.grad(agent.reduce(losses), trained, retain_graph=True, allow_unused=True)
+        trained = [p for n, p in agent.nets.named_parameters() if p.requires_grad and not n.startswith("expl")]
+        grads = torch.autograd.grad(agent.total(losses), trained, retain_graph=True, allow_unused=True)
         results.append((task, grads, start))
     (before, before_grads, _), (after, after_grads, _) = results
     assert before.keys() == after.keys()
@@ -308,8 +281,8 @@ def test_the_explorer_learns_by_losses_of_its_own_and_leaves_the_task_alone(vers
     assert all(torch.equal(a, b) for a, b in zip(before_grads, after_grads, strict=True))
 
     assert reached(agent, {"disag": losses["disag"]}) == named(agent, "explorer.ensemble.")
-    assert reached(agent, {"expl_policy": losses["expl_policy"]}) == named(agent, "explorer.behavior.actor.")
-    assert reached(agent, {"expl_value": losses["expl_value"]}) == named(agent, "explorer.behavior.critic.")
+    assert reached(agent, {"expl_policy": losses["expl_policy"]}) == named(agent, "expl_behavior.actor.")
+    assert reached(agent, {"expl_value": losses["expl_value"]}) == named(agent, "expl_behavior.critic.")
 
 
 @pytest.mark.parametrize("version", ["dreamerv3", "dreamerv1"])
@@ -317,7 +290,7 @@ def test_an_update_of_the_task_is_the_same_beside_an_explorer(version):
     # With a clip this tight, a gradient that shares its norm with another's would shrink.
     tight = {"model_opt.clip": 0.001, "model_opt.eps": 1.0}
     agent, explorer = make_agent(version, "proprio", tight), make_agent(version, "proprio", tight | EXPLORE)
-    explorer.load_state_dict(explorer.state_dict() | agent.state_dict())
+    explorer.nets.load_state_dict(explorer.nets.state_dict() | agent.nets.state_dict())
     for one in (agent, explorer):
         update(one, "proprio")
     ours, theirs = parameters(agent), parameters(explorer)
@@ -328,10 +301,11 @@ def test_an_update_of_the_task_is_the_same_beside_an_explorer(version):
 @every_version
 def test_low_precision(version):
     torch.manual_seed(0)
-    agent = Dreamer(*FAMILY["pixels"], make_config(version, EXPLORE), dtype=torch.bfloat16)
-    metrics = agent.update(make_sequences("pixels"), agent.world.rssm.initial(3, "cpu", torch.bfloat16))[1]
+    agent = make_dreamer(*FAMILY["pixels"], make_config(version, EXPLORE), dtype=torch.bfloat16)
+    metrics = agent.update(make_sequences("pixels"), initial(agent))[1]
     assert all(value.isfinite() for value in metrics.values())
-    assert agent.act(observations("pixels", is_first=True), None, "explore")[1][0].deter.dtype == torch.bfloat16
+    _, carry = act(agent, observations("pixels", is_first=True), None, "explore")
+    assert carry.state.deter.dtype == torch.bfloat16
 
 
 TARGETS = "stoch", "deter", "feat", "embed"
@@ -362,15 +336,17 @@ def test_disagreement_is_the_variance_on_arriving_and_the_scales_weigh_the_rewar
     scales = {"disag_log": False, "expl_intr_scale": 2.0, "expl_extr_scale": 3.0}
     agent = make_agent("dreamerv1", "proprio", EXPLORE | scales)
     feat, actions = torch.randn(4, 2, 32 + 4), torch.randn(3, 2, 6)
-    blind = make_agent("dreamerv1", "proprio", EXPLORE | {"disag_action_cond": False}).explorer
-    assert torch.equal(blind.predict(feat[:-1], actions), blind.predict(feat[:-1], -actions))
-    novelty = agent.explorer.intrinsic(feat, actions)
+    rollout = Rollout(None, actions, feat)
+    novelty = agent.explorer.disagreement(rollout)
     predicted = agent.explorer.predict(feat[:-1], actions)
     assert predicted.shape == (3, 3, 2, 4) and novelty.shape == (4, 2)
     torch.testing.assert_close(novelty[1:], predicted.var(0, unbiased=True).mean(-1))
     assert not novelty[0].any()  # no action led to the start
-    total = agent.explorer.reward(lambda feat, actions: torch.full((4, 2), 2.0))(feat, actions)
+    assert agent.explorer.rewards() == {"disag": agent.explorer.disagreement}
+    agent.world.rewards = lambda rollout: torch.full((4, 2), 2.0)
+    total = mixed_rewards(agent.explorer.rewards(), agent.world.rewards, (2.0, 3.0), rollout)
     torch.testing.assert_close(total, 2 * novelty + 6)
+    assert agent.expl_rewards.args[2] == (2.0, 3.0)
 
 
 def test_the_ensemble_predicts_across_no_border_of_episodes():
@@ -386,13 +362,10 @@ def test_the_ensemble_predicts_across_no_border_of_episodes():
 def test_the_explorer_acts_only_when_exploring():
     agent = make_agent("dreamerv1", "proprio", EXPLORE | {"expl_noise": 0.0})
     obs = observations("proprio", is_first=True)
-    torch.manual_seed(0)
-    own = agent.act(obs, None, "noisy")[0]["action"]
-    torch.manual_seed(0)
-    assert not np.array_equal(agent.act(obs, None, "explore")[0]["action"], own)
-    agent.explorer.behavior.actor.load_state_dict(agent.behavior.actor.state_dict())
-    torch.manual_seed(0)
-    assert np.array_equal(agent.act(obs, None, "explore")[0]["action"], own)
+    own = act(agent, obs, None, "noisy", seed=0)[0]["action"]
+    assert not np.array_equal(act(agent, obs, None, "explore", seed=0)[0]["action"], own)
+    agent.expl_behavior.actor.load_state_dict(agent.behavior.actor.state_dict())
+    assert np.array_equal(act(agent, obs, None, "explore", seed=0)[0]["action"], own)
 
 
 # ---------------------------------------------------------------------------
@@ -407,9 +380,16 @@ def test_a_batch_can_be_learned_twice():
         assert agent.update(batch, state)[1]["loss"].isfinite()
 
 
-def test_latents_that_are_no_classes_cannot_be_stored():
-    with pytest.raises(UserError, match="replay_context"):
-        make_agent("dreamerv3", "proprio", {"rssm.latent": "gaussian"})
+@pytest.mark.parametrize("latent", ["onehot", "gaussian"])
+def test_every_latent_knows_how_it_is_stored(latent):
+    agent = make_agent("dreamerv3", "proprio", {"rssm.latent": latent})
+    state = agent.update(make_sequences("proprio"), initial(agent))[0]
+    stored = agent.world.rssm.pack(state)
+    for key, (shape, dtype) in agent.stored.items():
+        assert stored[key].shape == (3, 5, *shape)
+        stored[key] = torch.from_numpy(stored[key].numpy().astype(dtype))
+    again = agent.world.rssm.unpack(stored, torch.float32)
+    torch.testing.assert_close(again, state, rtol=1e-3, atol=1e-3)
 
 
 def test_blocks_bind_only_what_is_made_of_blocks():
@@ -417,9 +397,9 @@ def test_blocks_bind_only_what_is_made_of_blocks():
 
 
 def test_images_that_the_decoder_cannot_draw_are_named():
-    spaces = {"image": Box(0, 255, (32, 32, 3), np.uint8)}, FAMILY["pixels"][1]
-    with pytest.raises(UserError, match=r"32x32.*64x64"):
-        Dreamer(*spaces, make_config("dreamerv2"))
+    spaces = {"image": Box(0, 255, (96, 96, 3), np.uint8)}, FAMILY["pixels"][1]
+    with pytest.raises(UserError, match=r"96x96.*64x64"):
+        make_dreamer(*spaces, make_config("dreamerv2"))
 
 
 # ---------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The parts of the older forms of Dreamer, with numbers that can be checked by hand."""
+"""Parts of the older versions of Dreamer, with numbers that can be checked by hand."""
 
 import collections
 import itertools
@@ -11,16 +11,17 @@ import torch
 import torch.nn as nn
 
 import ops.distributions as dists
+from behaviors import make_behavior as behavior_of
 from behaviors.cem import CEM, search
 from exploration import perturb
-from modalities.image.nets import ImageEncoder, TransposedDecoder
-from models import CLIPS, WEIGHTS, ImagBehavior, kl_losses, quantize
+from modalities.image.nets import ImageEncoder, TransposedDecoder, quantize
+from models import CLIPS, frozen, kl_losses
 from networks import GRU, RSSM, DenseGRU, GaussianLatent, NormGRU, OneHotLatent, State
 from ops.layers import Conv2d, ConvTranspose2d, Style
 from replay.sampling import Replay
 from specs import ActionSpec
-from tests.test_agent import shake
-from tests.test_family import make_config
+from tests.factories import family_config as make_config
+from tests.factories import shake
 from tests.test_replay import LAYOUT, make_episode, steps_of
 
 # ---------------------------------------------------------------------------
@@ -31,7 +32,7 @@ KLS = [0.8 * math.log(1.6) + 0.2 * math.log(0.4), 0.99 * math.log(1.98) + 0.01 *
 
 
 def make_pairs():
-    """Logits of posteriors (0.8, 0.2) and (0.99, 0.01) and of two uniform priors: (1, 2, 2) each."""
+    """Return the logits of posteriors (0.8, 0.2) and (0.99, 0.01) and of two uniform priors: (1, 2, 2) each."""
     post = torch.tensor([[[0.8, 0.2], [0.99, 0.01]]]).log().requires_grad_()
     return post, torch.zeros(1, 2, 2, requires_grad=True)
 
@@ -162,7 +163,7 @@ def test_unit_normals_by_hand():
 
 
 # ---------------------------------------------------------------------------
-# Behaviour in a linear world: deter' = deter A + action B, and a reward linear in deter
+# Behavior in a linear world: deter' = deter A + action B, and a reward linear in deter
 
 BOX, DISCRETE = ActionSpec({"action": 2}, {}), ActionSpec({"action": 3}, {"action": [3]})
 H, D = 15, 3
@@ -185,21 +186,23 @@ class LinearWorld(nn.Module):
     def discounts(self, feat):
         return torch.full(feat.shape[:-1], 0.9)
 
-    def reward(self, feat, actions):
-        return feat[..., :D] @ self.c
+    def reward(self, rollout):
+        return rollout.feat[..., :D] @ self.c
 
 
 def make_behavior(version, spec=BOX, **changes):
     torch.manual_seed(0)
-    behavior = ImagBehavior(D + 2, spec, make_config(version, {"imag_horizon": H} | changes), replayed=False)
-    return shake(behavior), LinearWorld(spec.size)
+    config = make_config(version, {"imag_horizon": H} | changes)
+    return shake(behavior_of(config.behavior, D + 2, spec, config)), LinearWorld(spec.size)
 
 
 def imagined(behavior, world):
-    """Losses of the behaviour from two sequences of two states, always by the same draws."""
+    """Return the behavior's losses on two sequences of two states, always with the same draws."""
     torch.manual_seed(1)
     states, zeros = State(torch.randn(2, 2, D), torch.randn(2, 2, 2, 1)), torch.zeros(2, 2)
-    return behavior.losses(world, states, {"reward": zeros, "is_terminal": zeros}, world.reward)
+    with frozen(world):
+        rollout = behavior.rollout(world, states)
+        return behavior.losses(world, rollout, {"reward": zeros, "is_terminal": zeros}, world.reward)
 
 
 @pytest.mark.parametrize("spec", [BOX, DISCRETE], ids=["continuous", "discrete"])
@@ -208,7 +211,7 @@ def test_fifteen_imagined_transitions_give_fifteen_targets(version, spec):
     behavior, world = make_behavior(version, spec)
     losses, outs = imagined(behavior, world)
     assert outs["ret"].shape == outs["adv"].shape == outs["logpi"].shape == (15, 4)
-    assert outs["weight"].shape == (16, 4) and losses["policy"].shape == losses["value"].shape == (2, 2)
+    assert outs["weight"].shape == (16, 4) and losses["policy"].shape == losses["value"].shape == (15, 4)
     sum(loss.sum() for loss in losses.values()).backward()
     assert all(param.grad is None and param.requires_grad for param in world.parameters())  # only through the world
     assert all(param.grad.any() for part in (behavior.actor, behavior.critic) for param in part.parameters())
@@ -222,7 +225,7 @@ def test_the_gradient_through_the_dynamics_is_the_slope_of_the_loss(version):
     first.data.zero_()  # a policy that does not see the state, whose gradient would stop there
     direction = [0.3 * torch.randn_like(param) for param in rest]
     losses, outs = imagined(behavior, world)
-    assert behavior.dynamics_share == 1 and outs["ret_scale"] == 1
+    assert behavior.share == 1 and outs["ret_scale"] == 1
     grads = torch.autograd.grad(losses["policy"].mean(), rest)
     slope = sum((grad * step).sum() for grad, step in zip(grads, direction, strict=True))
     values = []
@@ -254,16 +257,18 @@ def test_a_mixed_gradient_is_the_weighted_sum_of_both():
 
 
 @pytest.mark.parametrize(
-    "rule, going_on, terminal",
+    "version, going_on, terminal",
     [
-        ("predicted", [0.8, 0.4, 0.16, 0.032], [0.8, 0.4, 0.16, 0.032]),  # the prediction of the start says it all
-        ("true_start", [1, 0.5, 0.2, 0.04], [0, 0, 0, 0]),
-        ("shifted", [1, 0.9, 0.45, 0.18], [0, 0, 0, 0]),
+        ("dynamics", [0.8, 0.4, 0.16, 0.032], [0.8, 0.4, 0.16, 0.032]),  # the prediction of the start says it all
+        ("dreamerv3_2023", [1, 0.5, 0.2, 0.04], [0, 0, 0, 0]),
+        ("dreamerv2", [1, 0.9, 0.45, 0.18], [0, 0, 0, 0]),
+        ("dreamerv1", [1, 0.9, 0.45, 0.18], [0, 0, 0, 0]),
     ],
 )
-def test_weights_by_hand(rule, going_on, terminal):
+def test_weights_by_hand(version, going_on, terminal):
     cont = torch.tensor([0.8, 0.5, 0.4, 0.2])[:, None].expand(4, 2)
-    weight = WEIGHTS[rule](cont, torch.tensor([1.0, 0.0]), 0.9)
+    behavior = behavior_of(version, D + 2, BOX, make_config("dreamerv3", {"horizon": 10}))  # a discount of 0.9
+    weight = behavior.weigh(cont, torch.tensor([1.0, 0.0]))
     assert weight[:, 0].tolist() == pytest.approx(going_on)
     assert weight[:, 1].tolist() == pytest.approx(terminal)  # the first action, too, comes behind the end
 
@@ -296,8 +301,8 @@ def test_discrete_plans_are_one_hots_of_the_best_classes():
 
     world = SimpleNamespace(rssm=SimpleNamespace(imagine=imagine), reward=reward)
     torch.manual_seed(0)
-    planner = CEM(spec, SimpleNamespace(horizon=3, iterations=8, candidates=200, elites=20))
-    action = planner.act(world, State(worth, torch.zeros(2, 1, 1)), "mode")
+    config = SimpleNamespace(cem=SimpleNamespace(horizon=3, iterations=8, candidates=200, elites=20))
+    action, _ = CEM(1, spec, config).act(world, State(worth, torch.zeros(2, 1, 1)), (), "mode")
     assert action[:, 1:].tolist() == [[0, 1, 0, 0, 1], [1, 0, 1, 0, 0]]
     assert action[0, 0] > 0.9 and action[1, 0] < -0.9
 
@@ -305,7 +310,7 @@ def test_discrete_plans_are_one_hots_of_the_best_classes():
 # ---------------------------------------------------------------------------
 # Images
 
-STACK = {"depth": 2, "mults": (1, 2, 4, 8), "kernel": 4, "blocks": 1, "units": 4}
+STACK = {"image_dist": "mse", "depth": 2, "mults": (1, 2, 4, 8), "kernel": 4, "blocks": 1, "units": 4}
 OLD = Style("none", "elu", "glorot")
 
 
@@ -369,7 +374,7 @@ def test_norm_gru_by_hand():
     cell.linear.kernel.data = torch.tensor([[1.0, -1.0, 0.0], [0.0, 0.0, 0.0]])
     unit = 1 / math.sqrt(2 / 3 + 1e-3)  # 1, -1 and 0 have mean 0 and variance 2/3
     cand = math.tanh(1 / (1 + math.exp(-unit)) * -unit)
-    update = 1 / (1 + math.e)  # a bias of -1 keeps most of the state
+    update = 1 / (1 + math.e)  # a bias of -1 retains most of the state
     deter = cell(torch.tensor([[1.0]]), torch.tensor([[0.5]]))
     assert deter.item() == pytest.approx(update * cand + (1 - update) * 0.5)
 
@@ -377,7 +382,8 @@ def test_norm_gru_by_hand():
 def test_a_learned_initial_state_stands_where_episodes_begin():
     latent = OneHotLatent(2, 3, 0.01)
     cell = DenseGRU(4, latent.size, 2, hidden=5, layers=1, gru=NormGRU)
-    rssm = RSSM(cell, latent, 4, 5, embed=6, img_layers=1, obs_layers=1, learned=True)
+    config = SimpleNamespace(deter=4, hidden=5, img_layers=1, obs_layers=1, initial="learned")
+    rssm = RSSM(cell, latent, 6, config)
     rssm.start.data = torch.tensor([0.5, -0.5, 1.0, 0.0])
     first = rssm.initial(1, "cpu")
     assert first.deter[0].tolist() == pytest.approx([math.tanh(x) for x in (0.5, -0.5, 1.0, 0.0)])
@@ -396,8 +402,8 @@ def test_a_learned_initial_state_stands_where_episodes_begin():
 
 
 def make_replay(windows, lengths, unfinished=0, capacity=100, length=4):
-    """A replay of one stream of episodes, whose rewards number the steps, the last of them perhaps unfinished."""
-    replay, start = Replay(LAYOUT, None, 1, capacity, length, 0, windows), 0
+    """Return a replay of one stream of episodes, whose rewards number the steps; the last may be unfinished."""
+    replay, start = Replay(LAYOUT, {}, streams=1, capacity=capacity, length=length, windows=windows), 0
     for number, steps in enumerate([*lengths, unfinished]):
         for step in steps_of(make_episode(start, steps)):
             replay.add(0, step)
@@ -408,20 +414,20 @@ def make_replay(windows, lengths, unfinished=0, capacity=100, length=4):
 
 
 def begins(replay, count=3000):
-    """How often windows begin at each step, as shares."""
+    """Return the share of windows that begin at each step."""
     batch, _ = replay.sample(count)
     assert (np.diff(batch["reward"], axis=1) == 1).all() and not {"deter", "stoch"} & batch.keys()
     return {int(step): n / count for step, n in sorted(collections.Counter(batch["reward"][:, 0]).items())}
 
 
 def test_episodes_have_equal_chances_and_so_have_their_windows():
-    shares = begins(make_replay("episode", [5, 3, 12], unfinished=8))  # 3 steps hold no window
+    shares = begins(make_replay("episode", [5, 3, 12], unfinished=8))  # 3 steps are too few for a window
     assert shares.keys() == {0, 1, *range(8, 17)}
     assert [shares[0], shares[1], shares[8], shares[16]] == pytest.approx([1 / 4, 1 / 4, 1 / 18, 1 / 18], abs=0.03)
 
 
 def test_ends_of_episodes_have_the_chances_of_windows_beyond_them():
-    shares = begins(make_replay("episode_ends", [6]))  # begins 0, 1, 2, and 3 to 6 for which 2 stands in
+    shares = begins(make_replay("episode_ends", [6]))  # begins 0, 1, 2, and 3 to 6, which count as 2
     assert [shares[0], shares[1], shares[2]] == pytest.approx([1 / 7, 1 / 7, 5 / 7], abs=0.03)
 
 

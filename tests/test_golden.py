@@ -1,4 +1,4 @@
-"""The authors' numbers, and a file of our own making that has other sizes and spaces than theirs."""
+"""The authors' numbers, and a file of our own with other sizes and spaces than theirs."""
 
 import json
 import pathlib
@@ -7,15 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from agents.dreamer import Dreamer
 from networks import State, feature
 from tests import golden
-from tests.golden import LOSSES, TOLERANCE, Golden, compare, make_config, make_space
+from tests.golden import LOSSES, TOLERANCE, Golden, compare, make_agent
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted((ROOT / "tests" / "data").glob("*.npz"))
 GROUPS = {
-    "tokens", "latents", "heads", "norms", "core", "losses", "replay", "imagination", "normaliser", "gradients",
+    "tokens", "latents", "heads", "norms", "core", "losses", "replay", "imagination", "normalizer", "gradients",
     "optimizer", "metrics", "slow critic",
 }  # fmt: skip
 MATHS = {
@@ -30,7 +29,7 @@ def at_the_root(monkeypatch):
 
 
 def check(path, groups):
-    """Every group is there, and no error is above the tolerance."""
+    """Assert that every group is present and no error exceeds the tolerance."""
     results = list(compare(path))
     assert {group for group, _, _ in results} == groups
     assert [result for result in results if not result[2] <= TOLERANCE] == []
@@ -47,7 +46,7 @@ def test_the_authors_files_are_there():
 
 
 def perturbed(path, tmp_path, key, change):
-    """A copy of a file in which the largest entry of one array is moved by `change` of itself."""
+    """Return a copy of a file in which the largest entry of one array is off by a factor 1 + `change`."""
     with np.load(path) as file:
         data = {name: file[name] for name in file.files}
     value = data[key].copy()
@@ -82,7 +81,9 @@ def test_a_wrong_number_in_one_of_several_files_is_found(tmp_path, capsys):
     assert text.count("ABOVE") == 1 and str(wrong) in text
 
 
-@pytest.mark.parametrize("section, key, value", [("retnorm", "debias", True), (None, "imag_last", 3)])
+@pytest.mark.parametrize(
+    "section, key, value", [("retnorm", "debias", True), ("imag_loss", "slowtar", True), (None, "imag_last", 3)]
+)
 def test_what_a_file_asks_for_and_we_do_not_have_is_named(tmp_path, capsys, section, key, value):
     path = ROOT / "tests" / "data" / "proprio.npz"
     with np.load(path) as file:
@@ -139,7 +140,7 @@ EXPECTED = {
 
 
 def other_json():
-    """The recorded configuration with every size changed."""
+    """Return the recorded configuration with every size changed."""
     with np.load(next(path for path in FILES if path.stem == "pixels")) as file:
         j = json.loads(str(file["config_json"]))
     sizes = {
@@ -167,7 +168,7 @@ def other_json():
 
 
 def their_layout(name, value):
-    """One of our tensors as the authors store it."""
+    """Return one of our tensors in the authors' layout."""
     value = value.detach()
     if name.endswith("weight"):
         value = value.permute(2, 3, 1, 0) if value.ndim == 4 else value.T
@@ -175,7 +176,7 @@ def their_layout(name, value):
 
 
 class Writer:
-    """Computes with our modules what a file of the authors records, for one step of learning.
+    """Compute with our modules what a file of the authors records, for one step of learning.
 
     The draws are made from fresh noise, as in training; what is tested is that the file alone brings them all back.
     """
@@ -183,12 +184,11 @@ class Writer:
     def __init__(self, j):
         torch.manual_seed(0)
         self.json, self.data = j, {"config_json": json.dumps(j)}
-        kinds = ("obs_space", "act_space")
-        spaces = [{key: make_space(entry, None) for key, entry in j[name].items()} for name in kinds]
-        self.agent = Dreamer(*spaces, make_config(j))
+        self.agent = make_agent(j)
+        self.imagine, self.agent.behavior.rollout = self.agent.behavior.rollout, self.rollout
         self.classes = self.agent.act_spec.classes
         with torch.no_grad():
-            for param in self.agent.parameters():
+            for param in self.agent.nets.parameters():
                 param.add_(0.2 * torch.randn_like(param))
         self.agent.behavior.return_norm.range.copy_(torch.tensor([-0.5, 1.5]))
         # The names come from the mapping itself; EXPECTED holds some that a reader can check.
@@ -196,17 +196,17 @@ class Writer:
         reader.json, reader.agent = j, self.agent
         kinds = {key: "logits" if entry.get("discrete") else "pred" for key, entry in OBSERVATIONS.items()}
         reader.data = {f"param/dec/vec/{key}/{kind}/bias": None for key, kind in kinds.items()}
-        self.names = {name: reader.translate(name) for name, _ in self.agent.named_parameters()}
-        self.trained = {name: param for name, param in self.agent.named_parameters() if param.requires_grad}
+        self.names = {name: reader.translate(name) for name, _ in self.agent.nets.named_parameters()}
+        self.trained = {name: param for name, param in self.agent.nets.named_parameters() if param.requires_grad}
 
     def write(self, path):
-        self.tensors("param", dict(self.agent.named_parameters()))
+        self.tensors("param", dict(self.agent.nets.named_parameters()))
         self.norm("state")
         self.batch()
-        losses, states, outs = self.agent.loss(self.inputs, self.state, imagine=self.imagine)
+        losses, states, outs = self.agent.loss(self.inputs, self.state)
         self.observation(states)
-        self.imagination(outs)
-        self.replay(states, outs["ret"][0].view(self.inputs["reward"].shape))
+        self.imagination(outs["imagined"], outs["rollout"].states)
+        self.replay(states, outs["imagined"]["ret"][0].view(self.inputs["reward"].shape))
         self.losses(losses)
         self.learn(losses)
         np.savez(path, **{key: np.asarray(value) for key, value in self.data.items()})
@@ -243,15 +243,16 @@ class Writer:
         self.inputs = {**batch, **{key: self.vector(key, action) for key, action in led.items()}}
 
     def vector(self, key, action):
-        """(B, T, ...) -> (B, T, width), one-hot where discrete."""
+        """Encode (B, T, ...) as (B, T, width), one-hot if discrete."""
         if key not in self.classes:
             return action
         parts = zip(action.flatten(2).unbind(-1) if action.ndim > 2 else [action], self.classes[key], strict=True)
         return torch.cat([torch.eye(n)[part.long()] for part, n in parts], -1)
 
-    def imagine(self, world, start):
-        """The agent's own imagination, recorded: (N, H + 1, ...), indices where discrete."""
-        states, actions = self.agent.behavior.imagine(world, start)
+    def rollout(self, world, states):
+        """Record the behavior's own rollout: (N, H + 1, ...), indices if discrete."""
+        rollout = self.imagine(world, states)
+        states, actions, _ = rollout
         self.put("sample", img_stoch=states.stoch[1:].transpose(0, 1))
         unused = torch.zeros(1, *actions.shape[1:])  # the draw in the last state
         vectors = torch.cat([actions, unused]).transpose(0, 1).split([2, 5, 6], -1)
@@ -260,8 +261,7 @@ class Writer:
                 value = torch.stack([part.argmax(-1) for part in value.split(self.classes[key], -1)], -1)
                 value = value if ACTIONS[key]["shape"] else value[..., 0]
             self.put("sample/img_action", **{key: value})
-        self.imagined = states
-        return states, actions
+        return rollout
 
     # -- results
 
@@ -284,15 +284,15 @@ class Writer:
         reward, cont = (head(feature(states)) for head in (world.reward, world.cont))
         self.put("wm", rew_logit=reward.logits, rew_pred=reward.mode(), con_logit=cont.logit)
 
-    def imagination(self, outs):
+    def imagination(self, outs, states):
         names = {"reward": "rew", "cont": "con", "value": "val", "slow": "slowval"}
         for ours in ("reward", "cont", "value", "slow", "weight", "ret", "adv", "logpi"):
             self.put("img", **{names.get(ours, ours): outs[ours].T})
-        policy = self.agent.behavior.actor(feature(self.imagined)[:-1])
+        policy = self.agent.behavior.actor(feature(states)[:-1])
         for key, part in zip("abc", policy.parts, strict=True):
             self.put("img/ent", **{key: part.entropy().T})
-        self.put("img", deter=self.imagined.deter.transpose(0, 1))
-        policy = self.agent.behavior.actor(feature(self.imagined).transpose(0, 1))
+        self.put("img", deter=states.deter.transpose(0, 1))
+        policy = self.agent.behavior.actor(feature(states).transpose(0, 1))
         for key, part in zip("abc", policy.parts, strict=True):
             kinds = {"logits": cat_logits(part)} if key in self.classes else {"mean": part.mean, "stddev": part.stddev}
             self.put(f"img/policy/{key}", **kinds)
@@ -307,7 +307,7 @@ class Writer:
 
     def replay(self, states, boot):
         behavior, feat = self.agent.behavior, feature(states)
-        _, ret = behavior.replay_loss(states, self.inputs, boot)
+        ret = behavior.replay_returns(self.inputs, boot)
         self.put("rep", boot=boot, ret=ret, val=behavior.critic(feat).mode(), slowval=behavior.slow(feat).mode())
 
     def losses(self, losses):
@@ -327,22 +327,22 @@ class Writer:
     def learn(self, losses):
         agent = self.agent
         agent.opt.zero_grad()
-        agent.reduce(losses).backward()
+        agent.total(losses).backward()
         self.tensors("grad", {name: param.grad for name, param in self.trained.items()})
         before = {name: param.detach().clone() for name, param in self.trained.items()}
         norms = {name: param.grad.norm() for name, param in self.trained.items()}
         for name, norm in norms.items():
             self.put("agc", **{self.names[name]: min(1.0, 0.2 * max(1e-3, before[name].norm()) / norm)})
         agent.opt.step()
-        agent.behavior.update_slow()
+        agent.behavior.improve(None)
         moved = torch.cat([(param - before[name]).detach().flatten() for name, param in self.trained.items()])
         self.put("metric", grad_norm=torch.stack([*norms.values()]).norm(), update_rms=moved.square().mean().sqrt())
-        self.tensors("after1", dict(agent.named_parameters()))
+        self.tensors("after1", dict(agent.nets.named_parameters()))
         self.norm("state_after1")
 
 
 def draw(entry, *lead):
-    """Random entries of a space that a file describes: (*lead, *shape)."""
+    """Draw random entries (*lead, *shape) of a space that a file describes."""
     shape = (*lead, *entry["shape"])
     if entry["dtype"] == "uint8":
         return torch.randint(256, shape, dtype=torch.uint8)

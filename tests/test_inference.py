@@ -1,4 +1,4 @@
-"""inference_video.py and load_agent on checkpoints of tiny runs; every video is decoded again."""
+"""Test inference_video.py and load_agent on checkpoints of tiny runs; every video is decoded again."""
 
 import json
 import os
@@ -16,12 +16,12 @@ import dreamer
 import inference_video
 from envs import make_env
 from inference_video import BORDER, IMAGINED, SEEN
-from tools import UserError
+from tools import UserError, derive_seed
 from training.config import load_config
 
 
 class Blind(gymnasium.Env):
-    """Like dummy_vector, but there is nothing to see."""
+    """Like dummy_vector, but without rendering."""
 
     observation_space = gymnasium.spaces.Box(-1, 1, (3,))
     action_space = gymnasium.spaces.Box(-1, 1, (2,))
@@ -41,7 +41,7 @@ def train(logdir, words):
 
 @pytest.fixture(scope="module")
 def multi(tmp_path_factory):
-    """A run on images, vectors and classes, with two actions."""
+    """Return a run on images, vectors and classes, with two actions."""
     return train(tmp_path_factory.mktemp("runs") / "multi", "--size 16 16 --steps 60 --opt.warmup 0")
 
 
@@ -51,14 +51,14 @@ def vector(tmp_path_factory):
 
 
 def film(output, checkpoint, words=""):
-    """Run it on one checkpoint, one episode unless told otherwise; it must end well. Returns its scores.json."""
+    """Run it on one checkpoint, for one episode by default; it must succeed. Return its scores.json."""
     argv = ["--checkpoint", str(checkpoint), "--output", str(output), "--episodes", "1", *words.split()]
     assert inference_video.main(argv) == 0
     return json.loads((output / "scores.json").read_text())
 
 
 def decode(path):
-    """Frames (T, H, W, 3), checked to be a film of something. GIFs are of 10 frames per second."""
+    """Return frames (T, H, W, 3), checked not to be blank. GIFs have 10 frames per second."""
     frames = imageio.imread(path)
     if path.suffix == ".gif":  # of equal frames in a row it holds one, for as long as all of them
         times = [imageio.immeta(path, index=index)["duration"] for index in range(len(frames))]
@@ -97,7 +97,7 @@ def test_the_score_is_the_sum_of_rewards(multi, tmp_path):
     config = load_config(["--config", str(multi / "config.yaml"), "--seed", "7", "--time_limit", "3"], dreamer.CONFIGS)
     env, agent, state = make_env(config, "eval", 0), dreamer.load_agent(multi, "cpu"), None
     env.reset()  # the film's trial shot
-    dreamer.seed_everything(7)
+    agent.agent.generators["act"].manual_seed(derive_seed(7, 5, 0))
     obs, score = env.reset(), 0.0
     while not obs["is_last"]:
         action, state = agent.act(obs, state, "mode")
@@ -174,7 +174,7 @@ def test_open_loop_shows_truth_model_and_error(multi, tmp_path):
         width = 192 + 2 * BORDER
         assert frames.shape == (sum(chunks), width, 3 * width, 3)
         borders = [SEEN if step < chunk // 2 else IMAGINED for chunk in chunks for step in range(chunk)]
-        assert np.abs(frames[:, 1, 1].astype(int) - borders).max() < 12  # a GIF has few colours
+        assert np.abs(frames[:, 1, 1].astype(int) - borders).max() < 12  # a GIF has few colors
         truth = frames[:, BORDER:-BORDER, BORDER : width - BORDER]
         played = decode(tmp_path / f"episode_{index:03d}_score_{result['scores'][index]:.1f}.gif")
         enlarged = played[: sum(chunks)].repeat(12, 1).repeat(12, 2)
@@ -283,7 +283,7 @@ def test_one_observation_or_a_batch(multi):
     results = []
     for batch in (False, True):
         obs, state = {key: value[None] if batch else value for key, value in OBS.items()}, None
-        torch.manual_seed(0)
+        agent.agent.generators["act"].manual_seed(0)
         for _ in range(3):
             action, state = agent.act(obs, state)
             assert {key: value.shape for key, value in action.items()} == {
@@ -300,19 +300,47 @@ def test_memory_is_carried_and_is_first_may_be_left_out(vector):
     _, first = agent.act(obs, None)
 
     def deter(obs, memory):
-        torch.manual_seed(0)
-        return agent.act(obs, memory)[1][0].deter
+        agent.agent.generators["act"].manual_seed(0)
+        return agent.act(obs, memory)[1].state.deter
 
     assert not torch.equal(deter(obs, first), deter(obs, None))
     assert torch.equal(deter(obs, first), deter({**obs, "is_first": np.False_}, first))
     assert torch.equal(deter(obs, None), deter({**obs, "is_first": np.True_}, first))
 
 
+@pytest.mark.parametrize(
+    "obs, said",
+    [
+        ({"state": np.zeros(3)}, "expected an observation with the keys"),
+        (np.zeros(3), "got ndarray"),
+        (None, "got NoneType"),
+        ({**OBS, "state": np.zeros(5)}, r"observation state: expected shape \(2,\), got \(5,\)"),
+        ({**OBS, "image": np.zeros((8, 8, 3), np.uint8)}, r"observation image: expected shape \(16, 16, 3\)"),
+    ],
+)
+def test_an_observation_that_the_agent_was_not_trained_on_is_refused(multi, obs, said):
+    with pytest.raises(ValueError, match=said):
+        dreamer.load_agent(multi, "cpu").act(obs)
+
+
+def test_another_mode_of_acting_is_refused(multi):
+    with pytest.raises(ValueError, match="mode 'best' is none of"):
+        dreamer.load_agent(multi, "cpu").act(OBS, mode="best")
+
+
+def test_actions_are_within_what_an_environment_takes(vector, monkeypatch):
+    agent = dreamer.load_agent(vector, "cpu")
+    monkeypatch.setattr(agent.agent, "act", lambda *args: ({"action": np.array([[7.0, -0.5], [0.1, -3.0]])}, (), None))
+    action, _ = agent.act({"state": np.zeros((2, 3))})
+    assert action["action"].tolist() == [[1.0, -0.5], [0.1, -1.0]]
+
+
 def test_load_agent_needs_no_environment(tmp_path, monkeypatch, vector):
     monkeypatch.setattr("envs.make_env", lambda *_: pytest.fail("an environment was made"))
     agent = dreamer.load_agent(str(vector), torch.device("cpu"))
     saved = torch.load(vector / "latest.pt", weights_only=True)["agent"]
-    assert agent.specs() == saved["specs"] and agent.signature() == saved["signature"]
+    state = agent.agent.state_dict()
+    assert state["specs"] == saved["specs"] and state["signature"] == saved["signature"]
 
 
 def test_a_single_class_is_one_observation(tmp_path):
@@ -327,11 +355,11 @@ def test_an_agent_of_another_size_or_of_other_classes_is_refused(vector, tmp_pat
     (tmp_path / "config.yaml").write_text(config.replace("deter: 32", "deter: 64"))
     with pytest.raises(UserError, match=r"is \(.*\) there and \(.*\) here"):
         dreamer.load_agent(tmp_path, "cpu")
-    agent = dreamer.load_agent(vector, "cpu")
-    saved = agent.save()
+    agent = dreamer.load_agent(vector, "cpu").agent
+    saved = agent.state_dict()
     saved["specs"]["action"]["classes"] = {"action": [2]}
     with pytest.raises(UserError, match=r"action classes: {'action': \[2\]} there and {} here"):
-        agent.load(saved)
+        agent.load_state_dict(saved)
 
 
 def test_checkpoints_without_specs_resume_but_tell_load_agent_too_little(vector, tmp_path):

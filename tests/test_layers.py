@@ -1,32 +1,31 @@
-"""The shape of the project: what may import what, no dead option, no device chosen in secret."""
+"""Rules on the code: layers of imports, sizes of files and functions, no unused option, no hard-coded device."""
 
 import ast
 import pathlib
 
 import pytest
 
-from agents.dreamer import Dreamer
 from envs import SUITES
-from tests.test_agent import SPACES, make_batch, make_config
+from tests.factories import SPACES, initial, make_batch, make_config, make_dreamer
 from training.config import Config, load_config
 
 ROOT = pathlib.Path(__file__).parents[1]
-OUTSIDE = {"tests", "benchmarks", "docs", "inference_video"}  # they stand above all layers
+OUTSIDE = {"tests", "benchmarks", "docs", "inference_video"}  # these may import all layers
 LAYERS = [
     {"tools"},
     {"specs", "ops"},
     {"replay", "modalities", "networks"},
-    {"models", "exploration", "envs"},
+    {"training", "envs", "models"},
+    {"exploration"},
     {"behaviors"},
     {"agents"},
-    {"training"},
     {"dreamer"},
 ]
 PACKAGES = [path.name for path in ROOT.iterdir() if (path / "__init__.py").exists() and path.name not in OUTSIDE]
 
 
 def layer(path):
-    """The first part of a file's name below the root: `envs` for envs/dmc.py."""
+    """Return the first part of a file's path below the root: `envs` for envs/dmc.py."""
     return path.relative_to(ROOT).with_suffix("").parts[0]
 
 
@@ -39,7 +38,7 @@ NAMES = {layer(ROOT / file) for file in FILES} | OUTSIDE
 
 
 def imports(tree):
-    """The layers that a file imports, anywhere in it."""
+    """Yield the top-level names that a file imports, anywhere in it."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[0] for alias in node.names)
@@ -57,12 +56,40 @@ def test_a_file_imports_only_from_the_layers_below_its_own(file):
     own = layer(ROOT / file)
     level = next(i for i, names in enumerate(LAYERS) if own in names)
     below = set.union(set(), *LAYERS[:level])
-    allowed = below | ({own} if (ROOT / own).is_dir() else set())  # the files of a directory know each other
+    allowed = below | ({own} if (ROOT / own).is_dir() else set())  # files of one package may import each other
     assert set(imports(FILES[file])) & NAMES <= allowed
 
 
+def test_training_is_handed_the_agent_and_the_environments():
+    allowed = {"training", "tools", "specs", "replay"}
+    for file in FILES:
+        if layer(ROOT / file) == "training":
+            assert set(imports(FILES[file])) & NAMES <= allowed, file
+
+
+def test_the_root_holds_few_files():
+    names = {path.name for path in ROOT.glob("*.py")}
+    parts = {"models.py", "networks.py", "exploration.py", "specs.py", "tools.py"}
+    assert names == {"dreamer.py", "inference_video.py"} | parts
+    assert not (ROOT / "dreamer").exists()  # it would shadow dreamer.py
+
+
+def length(node):
+    return node.end_lineno - node.lineno + 1
+
+
+def test_functions_fit_a_screen_and_classes_a_head():
+    for file, tree in FILES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                assert length(node) <= 60, f"{file}: {node.name} has {length(node)} lines"
+            if isinstance(node, ast.ClassDef):
+                methods = [part for part in node.body if isinstance(part, ast.FunctionDef)]
+                assert len(methods) <= 15 or layer(ROOT / file) in ("envs", "replay"), f"{file}: {node.name}"
+
+
 def test_packages_of_suites_are_imported_only_when_asked_for():
-    # A package of a suite that is not installed must not matter to the others.
+    # A missing package of one suite must not affect the others.
     packages = {"dm_control", "mujoco", "ale_py", "crafter", "cv2", "minerl", "bsuite", "minigrid", "popgym", "procgen"}
     packages |= {"memory_maze", "deepmind_lab", "gym"}
     lazy = {module.replace(".", "/") + ".py" for module, *_ in SUITES.values()}
@@ -76,7 +103,7 @@ def test_packages_of_suites_are_imported_only_when_asked_for():
 
 
 class Spy:
-    """Reads like a Config and remembers which keys were read."""
+    """Wrap a Config and record which keys are read."""
 
     def __init__(self, config, read, prefix=""):
         self.config, self.read, self.prefix = config, read, prefix
@@ -101,7 +128,7 @@ KEYS = list(leaves(DEFAULTS.to_dict()))
 
 
 def names_in(tree):
-    """Attributes, strings that are no docstrings, and parameters: all the ways to read an option."""
+    """Yield attributes, parts of strings, and parameters: all the ways to read an option."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
             yield node.attr
@@ -111,7 +138,12 @@ def names_in(tree):
             yield node.arg
 
 
-USED = {name for file, tree in FILES.items() if file != "training/config.py" for name in names_in(tree)}
+USED = {
+    name
+    for file, tree in FILES.items()
+    if file not in ("training/config.py", "training/settings.py")
+    for name in names_in(tree)
+}
 
 
 def test_every_option_is_read_somewhere():
@@ -120,8 +152,9 @@ def test_every_option_is_read_somewhere():
 
 def test_the_agent_reads_every_option_of_its_parts():
     read = set()
-    agent = Dreamer(*SPACES["mixed"], Spy(make_config(), read))
-    agent.loss(make_batch("mixed"), agent.world.rssm.initial(3, "cpu"))
+    for flags in ([], ["--actor.grad", "mixed"]):
+        agent = make_dreamer(*SPACES["mixed"], Spy(make_config(*flags), read))
+        agent.loss(make_batch("mixed"), initial(agent))
     parts = ("rssm", "decoder", "reward_head", "cont_head", "actor", "critic", "return_norm", "opt", "loss_scales")
     own = {key for key in KEYS if key.split(".")[0] in parts}
     own |= {"encoder.layers", "encoder.units", "encoder.depth", "encoder.mults", "encoder.kernel"}
@@ -131,7 +164,7 @@ def test_the_agent_reads_every_option_of_its_parts():
 
 def test_every_loss_scale_belongs_to_a_loss():
     scales = set(DEFAULTS.loss_scales.to_dict())
-    assert scales == {"rec", "reward", "cont", "dyn", "rep", "policy", "value", "repval", "disag"}
+    assert scales == {"rec", "reward", "cont", "dyn", "rep", "policy", "value", "repval"}
 
 
 # ---------------------------------------------------------------------------
@@ -143,7 +176,7 @@ def is_cuda(node):
 
 
 def chosen_devices(tree):
-    """Places where a CUDA device is asked for by name: .cuda(), device="cuda", .to("cuda"), def f(device="cuda")."""
+    """Yield lines that name a CUDA device: .cuda(), device="cuda", .to("cuda"), def f(device="cuda")."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             method = getattr(node.func, "attr", None)

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import training.logger as logger_module
 from tools import UserError
-from training.logger import Logger, Progress
+from training.logger import Logger, Metrics, NonFiniteLoss, Progress
 
 
 def lines(path):
@@ -79,6 +79,27 @@ def test_tensorboard_has_the_same_names_steps_and_values(tmp_path):
     board = events(tmp_path)
     assert sorted(board.Tags()["scalars"]) == ["opt/grad norm", "train_return"]
     assert [(e.step, e.value) for e in board.Scalars("train_return")] == [(1000, 125.0), (2000, 250.0)]
+
+
+def test_means_are_over_the_updates_that_had_the_metric():
+    metrics = Metrics()
+    for step, entries in enumerate(
+        [{"kl": 1.0, "rare": 8.0}, {"kl": 2.0}, {}, {"kl": 6.0, "late": 5.0}, {"late": 7.0}]
+    ):
+        metrics.add({name: torch.tensor(value) for name, value in entries.items()}, step)
+    metrics.drain()
+    assert metrics.means() == {"kl": 3.0, "rare": 8.0, "late": 6.0}
+    assert metrics.means() == {}
+    metrics.add({"kl": torch.tensor(4.0)}, 5)
+    assert metrics.means() == {"kl": 4.0}  # what was before is forgotten
+
+
+def test_a_loss_that_is_not_finite_is_told_with_its_step_and_the_other_losses():
+    metrics = Metrics()
+    metrics.add({"kl": torch.tensor(float("nan"))}, 10)  # is no loss
+    with pytest.raises(NonFiniteLoss, match=r"not finite at step 20: rew_loss inf, cont_loss 0\.5, grad_norm 1$"):
+        values = {"rew_loss": np.inf, "cont_loss": 0.5, "kl": 3.0, "grad_norm": 1.0}
+        metrics.add({name: torch.tensor(value) for name, value in values.items()}, 20)
 
 
 # Videos
@@ -178,7 +199,7 @@ def test_tensorboard_forgets_what_a_resumed_run_does_again(tmp_path):
 
 
 def wandb_records(path):
-    """The records in the file of an offline run, in the format of LevelDB's log.
+    """Yield the records in the file of an offline run, in the format of LevelDB's log.
 
     A header of 7 bytes, then blocks of 32 KiB that hold pieces, each with a checksum (4 bytes), a length (2) and a
     type (1): 1 a whole record, 2 its beginning, 3 its middle, 4 its end.
@@ -200,7 +221,7 @@ def wandb_records(path):
 
 
 def wandb_history(path):
-    """What was logged to an offline run: [{name: value}]."""
+    """Return the history of an offline run: [{name: value}]."""
     for record in wandb_records(path):
         if record.WhichOneof("record_type") == "history":
             items = record.history.item
@@ -271,7 +292,7 @@ def test_json_lines_are_written_without_any_output(tmp_path):
 
 
 class Screen(io.StringIO):
-    """A stream that says whether it is a terminal."""
+    """A stream that can pretend to be a terminal."""
 
     def __init__(self, terminal):
         super().__init__()

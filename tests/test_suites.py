@@ -1,4 +1,4 @@
-"""Crafter, Memory Maze, bsuite, MiniGrid, POPGym and Gymnasium's own families keep the promises of `envs.Env`."""
+"""Crafter, Memory Maze, bsuite, MiniGrid, POPGym and Gymnasium's own families conform to `envs.Env`."""
 
 import csv
 import sys
@@ -12,7 +12,8 @@ import envs.opengl
 from envs import make_env
 from envs.from_gym import FromGym
 from envs.wrappers import PlainActions, PlainObs
-from tests.test_envs import check_conformance, make_config, one_line_error, play, run_python, same
+from tests.factories import check_conformance, one_line_error, play, run_python, same
+from tests.factories import env_config as make_config
 from tools import derive_seed
 
 
@@ -204,7 +205,7 @@ MAZE = """
 
 
 def test_memory_maze():
-    """In a process of its own, for nothing may be printed at exit by an environment that was left open."""
+    """Run in a separate process: an environment that was left open must not print anything at exit."""
     result = run_python(MAZE)
     backend = "egl" if envs.opengl.egl_works() else "osmesa"
     expected = [
@@ -223,7 +224,7 @@ def test_memory_maze():
 
 
 def follow_ball(env, episodes):
-    """Rewards of Catch when the paddle always steps towards the column of the ball."""
+    """Return the rewards of Catch if the paddle always moves towards the column of the ball."""
     rewards = []
     for _ in range(episodes):
         obs = env.reset()
@@ -252,6 +253,17 @@ def test_bsuite_records_the_first_training_environment(tmp_path):
         expected = {"steps": 9 * len(rows), "episode": len(rows), "total_return": len(rows), "total_regret": 0}
         assert {key: last[key] for key in expected} == expected
     assert lengths == [3, 1]
+
+
+def test_bsuite_records_a_run_that_goes_on(tmp_path):
+    """After a resume or a restart the environment has another seed, but still is the first one."""
+    config = make_config("bsuite_catch/0", logdir=tmp_path)
+    for number, later in enumerate(({}, {"behind": 300}, {"behind": 300, "restart": 1})):
+        follow_ball(make_env(config, "train", 0, **later), 2)
+        with open(tmp_path / "bsuite" / str(number) / "bsuite_id_-_catch-0.csv", newline="") as file:
+            assert [int(row["episode"]) for row in csv.DictReader(file)] == [1, 2]
+    play(make_env(config, "train", 1, behind=300), 30)
+    assert len(list((tmp_path / "bsuite").iterdir())) == 3
 
 
 def test_bsuite_numbers_have_streams_of_their_own():
@@ -349,7 +361,7 @@ class Tuples:
 
 def test_tuples_are_flattened():
     bare = Tuples()
-    env = PlainActions(PlainObs(FromGym(bare, 0)))
+    env = PlainActions(PlainObs(FromGym(bare, 0), make_config("any")))
     obs = env.reset()
     assert {key: obs[key].tolist() for key in env.obs_space} == {"state/0": 2, "state/1/far/0": [0.5, -0.5]}
     env.step({"action/0": np.float32([0, 0, 1]), "action/1/push": np.float32([0.5])})
@@ -358,7 +370,7 @@ def test_tuples_are_flattened():
 
 @pytest.mark.parametrize("found", [True, False])
 def test_mujoco_pictures_without_a_screen(found):
-    """Where no OpenGL is found they are refused. An environment left open at the end is closed in silence."""
+    """Without OpenGL they are refused. An environment left open at exit is closed silently."""
     code = f"""
         import os
         import envs.opengl

@@ -1,4 +1,4 @@
-"""The benchmark of speed: what it counts by hand, what it writes, and what it refuses. Times mean nothing here."""
+"""The speed benchmark: numbers checked by hand, output, and errors. Times are not tested."""
 
 import itertools
 import json
@@ -16,7 +16,7 @@ KEYS = {"ms_per_update", "updates_per_s", "compile_s", "flops", "peak_gflops", "
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Little to fill, to multiply and to repeat."""
+    """Leave little to fill, to multiply and to repeat."""
     for name, value in {
         "HELD": 400,
         "EPISODE": 20,
@@ -29,7 +29,7 @@ def small(monkeypatch):
 
 
 def measure(folder, *words):
-    """What a command line writes to its JSON file."""
+    """Return what a command line writes to its JSON file."""
     path = folder / "out.json"
     assert throughput.main([*words, "--json", str(path)]) == 0
     return json.loads(path.read_text())
@@ -110,7 +110,7 @@ def test_compared_settings_take_turns(tmp_path, monkeypatch, capsys):
     assert result["b"]["flops"] == 2 * result["a"]["flops"]  # every product grows with the batch
     ratio = result["ratio"]
     assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
-    assert result["a"]["peak_memory_mb"] is None  # of one process, nobody can tell whose it is
+    assert result["a"]["peak_memory_mb"] is None  # both share one process, so it cannot be attributed
 
     files = [tmp_path / "a.json", tmp_path / "b.json"]
     for file, name in zip(files, "ab", strict=True):
@@ -179,6 +179,7 @@ def test_a_process_of_its_own():
         ("--sweep batch_size=2 --profile", "--sweep and --profile do not go together"),
         ("--json nowhere/out.json", "no such directory"),
         ("--compare nowhere.json nothing.json", "nowhere.json: No such file or directory"),
+        ("--configs debug --agent random", "--agent random: there is no update to time"),
         ("--configs debug --task custom_nowhere:Env", "'nowhere' cannot be imported"),
     ],
 )

@@ -1,19 +1,19 @@
-"""Checkpoints: reading them, and making the agent that they hold."""
+"""Checkpoints: reading and writing them, and whether a run may go on from one."""
+
+from __future__ import annotations
 
 import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
-from agents.dreamer import Dreamer
-from specs import ActionSpec, ObsSpec
-from tools import UserError
-from training.config import CONFIGS, load_config
-from training.machine import choose_device, choose_dtype
+from tools import UserError, atomic_write
 
 SAME = ("task", "action_repeat")  # in all of a logdir's run
 
 
-def load_checkpoint(path):
+def load_checkpoint(path: pathlib.Path) -> dict[str, Any]:
     """Read a checkpoint to CPU memory. Raises UserError if it is missing or no checkpoint."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -26,8 +26,8 @@ def load_checkpoint(path):
     return saved
 
 
-def load_latents(path, warn):
-    """What a replay saved beside a checkpoint, or None, after `warn(line)`, where it cannot be read."""
+def load_stored(path: pathlib.Path, warn: Callable[[str], None]) -> dict[str, Any] | None:
+    """Read what a replay saved beside a checkpoint, or return None, after `warn(line)`, if it cannot be read."""
     try:
         return torch.load(path, weights_only=True)
     except Exception as error:  # torch and pickle have many of their own for a damaged file
@@ -36,38 +36,37 @@ def load_latents(path, warn):
         return None
 
 
-def check_same(saved, config):
+def save_checkpoint(logdir: pathlib.Path, checkpoint: dict[str, Any], stored: Any, updates: int) -> None:
+    """Write latest.pt, and what the replay stores to a file of its own beside it, each atomically.
+
+    Raises OSError where the logdir cannot take them; what was there before is still good then.
+    """
+    name = f"replay-{updates}.pt"
+    atomic_save(logdir / name, stored)
+    atomic_save(logdir / "latest.pt", {**checkpoint, "replay": name})
+    for old in logdir.glob("replay-*.pt"):
+        if old.name != name:
+            old.unlink(missing_ok=True)
+
+
+def atomic_save(path: pathlib.Path, state: Any) -> None:
+    """`torch.save(state, path)`, atomically. Raises OSError where the path cannot take it."""
+    try:
+        atomic_write(path, lambda file: torch.save(state, file))
+    except RuntimeError as error:  # torch finds its archive incomplete after a write that failed
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+
+
+def check_same(saved: Mapping[str, Any], config: Any) -> None:
     """Raises UserError if a checkpoint is to be gone on with by a run whose replay and curves it does not belong to."""
-    for key in SAME if config.script != "eval_only" else ():
+    for key in SAME:
         was = saved.get(key, config[key])  # older ones do not tell
         if was != config[key]:
             way = f"give another --logdir, with --from_checkpoint {config.logdir} to start from what it has learned"
             raise UserError(f"--{key} {config[key]}: the run in {config.logdir} has {was}; {way}")
 
 
-def checkpoint_file(path):
-    """The checkpoint that a path means: itself, or the latest of a logdir."""
+def checkpoint_file(path: str | pathlib.Path) -> pathlib.Path:
+    """Return the checkpoint that a path means: itself, or the latest of a logdir."""
     path = pathlib.Path(path).expanduser()
     return path / "latest.pt" if path.is_dir() else path
-
-
-def load_agent(path, device="auto"):
-    """A trained agent as its checkpoint and the config.yaml beside it describe it; no environment is needed.
-
-        agent, state = load_agent("logdir/run"), None
-        action, state = agent.act(obs, state)  # see Dreamer.act
-
-    Args:
-      path: a checkpoint or its logdir; device: auto, cpu, cuda or cuda:N.
-    Returns: the Dreamer. Raises UserError if it cannot be loaded or is of another size than its config.yaml says.
-    """
-    path = checkpoint_file(path)
-    saved = load_checkpoint(path)["agent"]
-    if "specs" not in saved:
-        raise UserError(f"{path} does not tell its spaces, being of an older version: resume its run to write it anew")
-    config = load_config(["--config", str(path.parent / "config.yaml")], CONFIGS)
-    obs_spec, act_spec = ObsSpec(**saved["specs"]["observation"]), ActionSpec(**saved["specs"]["action"])
-    device = choose_device(str(device))
-    agent = Dreamer(obs_spec, act_spec, config, device, choose_dtype(config.precision, device))
-    agent.load(saved)
-    return agent

@@ -1,4 +1,4 @@
-"""What a run tells: metrics and scores as JSON lines, TensorBoard, Weights & Biases, and a line of progress."""
+"""Logging: metrics and scores as JSON lines, TensorBoard, Weights & Biases, and a progress line."""
 
 import io
 import json
@@ -9,6 +9,7 @@ import sys
 from collections import deque
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import imageio.v3 as imageio
 import numpy as np
@@ -20,27 +21,27 @@ from tools import UserError, atomic_write
 
 
 class Logger:
-    """Writes into a logdir: metrics.jsonl, scores.jsonl and what `outputs` names. Appends to what is there."""
+    """Write metrics.jsonl, scores.jsonl and the named `outputs` in a logdir. Existing files are appended to."""
 
     def __init__(self, logdir, step=0, outputs=("tensorboard",), config=None):
         """
         Args:
-          step: where a resumed run goes on; TensorBoard then hides what was logged from there on. 0: a fresh run.
-          outputs: any of "tensorboard" and "wandb", where metrics and videos go beside the JSON lines.
+          step: at which a resumed run continues; TensorBoard hides earlier logs from there on. 0 for a fresh run.
+          outputs: any of "tensorboard" and "wandb", which get metrics and videos besides the JSON lines.
           config: nested dict of the run's settings, for wandb to show.
         Raises UserError if wandb is not installed, before anything is written, or if it refuses the run.
         """
         logdir = Path(logdir)
         kinds = {"tensorboard": _TensorBoard, "wandb": _Wandb}
-        # The one that may fail comes first.
-        self._outputs = [kinds[name](logdir, step, config) for name in sorted(set(outputs), reverse=True)]
+        # wandb may fail, so it comes first, before anything is written.
+        self._outputs: list[Any] = [kinds[name](logdir, step, config) for name in sorted(set(outputs), reverse=True)]
         logdir.mkdir(parents=True, exist_ok=True)
         self._metrics = _JsonLines(logdir / "metrics.jsonl")
         self._scores = _JsonLines(logdir / "scores.jsonl")
         self._pending = {}
 
     def scalars(self, values, step):
-        """Keep {name: number or array or tensor of one number} for the next flush, merged with others of `step`."""
+        """Buffer {name: number, or array or tensor of one number} for the next flush, merged with others of `step`."""
         numbers = {name: _plain(value) for name, value in values.items()}
         for name, number in numbers.items():
             if not isinstance(number, (int, float)):
@@ -48,7 +49,7 @@ class Logger:
         self._pending.setdefault(int(step), {}).update(numbers)
 
     def video(self, name, frames, step, fps=20):
-        """Hand frames, uint8 (T,H,W,C) with C 1 or 3, to the outputs as a GIF."""
+        """Write frames, uint8 (T,H,W,C) with C 1 or 3, to the outputs as a GIF."""
         frames = np.asarray(frames)
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] not in (1, 3):
             raise ValueError(f"video {name}: expected uint8 (T,H,W,1 or 3), got {frames.dtype} {frames.shape}")
@@ -60,7 +61,7 @@ class Logger:
             output.video(name, gif, frames.shape[1:], int(step))
 
     def score(self, step, mode, score, length, **extra):
-        """Write a finished episode to scores.jsonl at once. mode: "train" or "eval"; extra: numbers or text."""
+        """Write a finished episode to scores.jsonl immediately. mode: "train" or "eval"; extra: numbers or text."""
         self._scores.write({"step": step, "mode": mode, "score": score, "length": length, **extra})
 
     def flush(self):
@@ -92,7 +93,7 @@ class _TensorBoard:
             self._events.add_scalar(name, number, step)
 
     def video(self, name, gif, shape, step):
-        """SummaryWriter.add_video needs a moviepy that is no longer made, and without it writes nothing, in silence."""
+        """Write a GIF as an image: SummaryWriter.add_video silently does nothing without an obsolete moviepy."""
         height, width, channels = shape
         image = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=gif)
         summary = Summary(value=[Summary.Value(tag=name, image=image)])
@@ -100,9 +101,9 @@ class _TensorBoard:
 
 
 class _Wandb:
-    """Weights & Biases, steered by its own variables (WANDB_MODE=offline, WANDB_PROJECT, ...).
+    """Weights & Biases, configured by its own environment variables (WANDB_MODE=offline, WANDB_PROJECT, ...).
 
-    The id of the run there is kept in the logdir, so that a resumed run goes on as the same one.
+    The id of its run is stored in the logdir, so that a resumed run continues the same one.
     """
 
     def __init__(self, logdir, step, config):
@@ -121,12 +122,12 @@ class _Wandb:
                 id=known.read_text().strip() if known.exists() else None,
                 resume="allow",
                 config=config,
-                settings=wandb.Settings(console="off"),  # or the progress line fills its log
+                settings=wandb.Settings(console="off"),  # otherwise the progress line fills its log
             )
         except wandb.Error as error:
             raise UserError(f"--logger wandb: {str(error).splitlines()[0]}") from None
         atomic_write(known, lambda file: file.write(self._run.id.encode()))
-        # The x axis is our step: wandb's own counter drops what comes late, as after a resume.
+        # The x axis is our step: wandb's own counter drops late values, as after a resume.
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
 
@@ -137,14 +138,14 @@ class _Wandb:
         self._run.log({"step": step, name: self._video(io.BytesIO(gif), format="gif")})
 
     def flush(self):
-        """Its own process writes at once."""
+        """Do nothing: wandb's own process writes immediately."""
 
     def close(self):
         self._run.finish()
 
 
 class _JsonLines:
-    """A file of one JSON object a line. A kill can tear the last line only; opening cuts such a piece off."""
+    """A file of one JSON object per line. A kill can truncate only the last line; opening removes such a line."""
 
     def __init__(self, path):
         # Unbuffered, so that a line is one call of write(2).
@@ -152,7 +153,7 @@ class _JsonLines:
         self._file.truncate(path.read_bytes().rfind(b"\n") + 1)
 
     def write(self, entries):
-        """entries: {name: number or text}; nan, inf and -inf are written as text, which JSON has no numbers for."""
+        """Write {name: number or text} as a line; nan, inf and -inf become text, as JSON has no such numbers."""
         plain = {name: _plain(value) for name, value in entries.items()}
         strict = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in plain.items()}
         self._file.write(json.dumps(strict, allow_nan=False).encode() + b"\n")
@@ -162,28 +163,28 @@ class _JsonLines:
 
 
 def _plain(value):
-    """The Python number in an array or tensor of one element; anything else as it is."""
+    """Return the Python number in an array or tensor of one element; anything else unchanged."""
     return value.item() if hasattr(value, "item") else value
 
 
 class Progress:
-    """One line that shows how far a run is: rewritten in place on a terminal, now and then a new line elsewhere.
+    """Show progress on one line: rewritten in place on a terminal, a new line every `interval` elsewhere.
 
-    Rates are those of the last ten lines printed, so that they follow a run that slows down, and one that resumes.
+    Rates are averaged over the last ten lines, so that they adapt if a run slows down or resumes.
     """
 
     def __init__(self, total, step=0, updates=0, stream=None, interval=10.0):
-        """total: steps of the whole run; step, updates: where it starts; interval: seconds between lines in a file."""
+        """total: steps of the whole run; step, updates: at its start; interval: seconds between lines in a file."""
         self._total = total
         self._stream = stream or sys.stderr
         self._terminal = self._stream.isatty()
         self._interval = 1.0 if self._terminal else interval
         self._marks = deque([(monotonic(), step, updates)], maxlen=10)
-        self._latest = None
+        self._latest: Any = None
         self._shown = ""
 
     def update(self, step, updates, last_return=None, extra=""):
-        """Tell where the run is: step of `total`, gradient updates, the return of the last episode, more text."""
+        """Set the current state: step of `total`, gradient updates, return of the last episode, further text."""
         self._latest = (step, updates, last_return, extra)
         if monotonic() - self._marks[-1][0] >= self._interval:
             self._show()
@@ -196,7 +197,7 @@ class Progress:
             self._write(f"{text}\n")
 
     def close(self):
-        """Show where the run ended, and end the line."""
+        """Show the final state and end the line."""
         if self._latest:
             self._show()
         if self._terminal and self._shown:
@@ -245,24 +246,25 @@ class NonFiniteLoss(Exception):
 
 
 class Metrics:
-    """Averages the metrics of updates between two logs; they stay on the device until they are drained.
+    """Average the metrics of updates between two logs.
 
-    Args:
-      device: of the metrics; on CPU they are drained at every update, elsewhere at every 50th.
+    They stay on the device until they are fetched: on CPU at every update, elsewhere at every 50th.
     """
 
-    def __init__(self, device):
-        self.every = 1 if device.type == "cpu" else 50
-        self.pending, self.sums, self.count = [], {}, 0
+    def __init__(self):
+        self.pending, self.sums, self.counts = [], {}, {}
 
     def add(self, metrics, step):
-        """metrics: {name: 0-d tensor}; step: environment frames at this update."""
-        self.pending.append((step, list(metrics), torch.stack([value.float() for value in metrics.values()])))
-        if len(self.pending) >= self.every:
+        """Add {name: 0-d tensor} of one update, made at `step` environment frames."""
+        if not metrics:
+            return
+        values = torch.stack([value.float() for value in metrics.values()])
+        self.pending.append((step, list(metrics), values))
+        if len(self.pending) >= (1 if values.device.type == "cpu" else 50):
             self.drain()
 
     def drain(self):
-        """Fetch what is pending. Raises NonFiniteLoss with the step and the terms."""
+        """Fetch pending metrics. Raises NonFiniteLoss with the step and the terms if a loss is not finite."""
         pending, self.pending = self.pending, []
         for step, names, values in pending:
             values = dict(zip(names, values.tolist(), strict=True))
@@ -270,12 +272,12 @@ class Metrics:
             if not all(map(math.isfinite, terms.values())):
                 shown = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
                 raise NonFiniteLoss(f"the loss is not finite at step {step}: {shown}")
-            self.count += 1
             for name, value in values.items():
                 self.sums[name] = self.sums.get(name, 0.0) + value
+                self.counts[name] = self.counts.get(name, 0) + 1
 
     def means(self):
-        """{name: mean since the last call}"""
-        means = {name: value / self.count for name, value in self.sums.items()}
-        self.sums, self.count = {}, 0
+        """Return {name: mean since the last call}, each over the updates that reported it."""
+        means = {name: value / self.counts[name] for name, value in self.sums.items()}
+        self.sums, self.counts = {}, {}
         return means

@@ -1,4 +1,4 @@
-"""What a run asks of the machine: device, compute dtype, compiler, CPU settings."""
+"""Settings of the machine: device, compute dtype, compiler, CPU."""
 
 import contextlib
 import ctypes
@@ -6,17 +6,27 @@ import os
 import pathlib
 import shutil
 import sysconfig
+from typing import Any
 
 import torch
 
 from tools import UserError
+from training.rng import seed_everything
 
 
-def prepare_cpu(threads):
-    """Settings that CPU arithmetic is slow without; call before the first tensor operation.
+def prepare(config: Any) -> torch.device:
+    """Apply a configuration's settings to this process, seed it, and return the device."""
+    prepare_cpu(config.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision != "32"
+    seed_everything(config.seed)
+    return choose_device(config.device)
 
-    Denormal numbers are flushed to zero (threads inherit this from the one that starts them), and freed memory is kept
-    for the next tensor rather than returned to the system, which would have to map it page by page again.
+
+def prepare_cpu(threads: int) -> None:
+    """Apply settings without which CPU arithmetic is slow; call before the first tensor operation.
+
+    Denormal numbers are flushed to zero (threads inherit this from the one that starts them), and freed memory is
+    reused for the next tensor rather than returned to the system, which would have to map it page by page again.
 
     Args:
       threads: CPU threads of tensor operations; 0 leaves the choice to PyTorch.
@@ -26,12 +36,12 @@ def prepare_cpu(threads):
     torch.set_flush_denormal(True)
     with contextlib.suppress(OSError, AttributeError):  # C libraries other than glibc
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: least size of an allocation that is mapped by itself
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free memory at the top of the heap that is given back
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: smallest allocation that gets its own mapping
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free memory at the top of the heap above which it is returned
 
 
-def choose_device(name):
-    """auto, cpu, cuda or cuda:N -> torch.device. Raises UserError if it is not there."""
+def choose_device(name: str) -> torch.device:
+    """Return the torch.device of auto, cpu, cuda or cuda:N. Raises UserError if it does not exist."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
@@ -40,16 +50,16 @@ def choose_device(name):
     return device
 
 
-def choose_dtype(precision, device):
-    """The compute dtype: bfloat16 for bf16, and for auto where the hardware has it."""
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Return the compute dtype: bfloat16 for bf16, and for auto if the hardware supports it."""
     if precision == "auto":
         fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
         precision = "bf16" if fast else "32"
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def check_compiler():
-    """Raises UserError if this machine lacks what torch.compile calls: a C++ compiler and Python's headers."""
+def check_compiler() -> None:
+    """Raise UserError if this machine lacks what torch.compile needs: a C++ compiler and Python's headers."""
     headers = pathlib.Path(sysconfig.get_path("include")) / "Python.h"
     if not any(map(shutil.which, [os.environ.get("CXX", "g++"), "clang++"])) or not headers.exists():
         raise UserError(

@@ -1,36 +1,32 @@
-"""Videos of a run: images as people see them, an episode on film, and files."""
+"""Videos: convert observed images to frames, arrange predictions in a grid, write files."""
 
 import imageio.v2 as imageio
+import numpy as np
 
 
 def visible(video, stack):
-    """Images (T, H, W, C) -> what a person sees of them (T, H, W, 3): the last of `stack`, gray or in colour."""
+    """Return frames (T, H, W, 3) of images (T, H, W, C): the newest of `stack` images, in gray or color."""
     last = video[..., -(video.shape[-1] // stack) :]
     return last.repeat(3, -1) if last.shape[-1] == 1 else last[..., :3]
 
 
-def film(envs, act, longest=2000):
-    """Pictures of an episode of the first of `envs`, or of its first `longest` steps.
+def grid(panels):
+    """Arrange panels (truth, model, error), each (B, T, H, W, C), in rows and sequences in columns.
 
-    Args:
-      act: function (observations, memory) -> actions, memory.
-    Raises UserError if the environment cannot be filmed.
+    Returns: (T, 3 H, B W, C)
     """
-    frames, obs, memory = [], envs.reset(), None
-    while not obs["is_last"][0] and len(frames) < longest:
-        frames.append(envs.render(0))
-        actions, memory = act(obs, memory)
-        obs = envs.step(actions)
-    return frames
+    video = np.concatenate(panels, 2)  # (B, T, 3 H, W, C)
+    batch, time, height, width, channels = video.shape
+    return video.transpose(1, 2, 0, 3, 4).reshape(time, height, batch * width, channels)
 
 
 def write_gif(path, frames, fps):
-    """Write frames (T, H, W, 3) as a GIF without end, and make the folder for it."""
+    """Write frames (T, H, W, 3) as an endless GIF; create its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     imageio.mimwrite(path, list(frames), duration=1000 / fps, loop=0)
 
 
 def write_mp4(path, frames, fps):
-    """Write a list of frames (H, W, 3), and make the folder for it."""
+    """Write a list of frames (H, W, 3) as an MP4; create its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     imageio.mimwrite(path, frames, fps=fps, macro_block_size=2)

@@ -1,17 +1,49 @@
 """Encoders and decoders of images.
 
-Letters: N images, D deter, S groups x K classes stoch, H height, W width, C channels.
+Letters: B batch, T time, N = B T, D deter, S groups x K classes stoch, H height, W width, C channels.
 """
 
 import itertools
 import math
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import ops.distributions as dists
-from ops.layers import BlockLinear, Conv2d, ConvTranspose2d, Linear, MaxPool, norm_act
+from ops.layers import BlockLinear, Conv2d, ConvTranspose2d, Linear, MaxPool, Style, norm_act
+from ops.random import rand
+from tools import UserError
+
+
+def make_encoder(observed, config):
+    """Return the encoder of {key: Observed}; config: the whole configuration."""
+    shapes = {key: seen.shape for key, seen in observed.items()}
+    check_encoder(shapes, config.encoder)
+    style = Style(config.norm, config.cnn_act, config.init)
+    return ImageEncoder(shapes, config.encoder, style, config.image_bits)
+
+
+def make_decoder(observed, deter, stoch, config):
+    """Return the decoder of {key: Observed} from features [deter, stoch]; config: the whole configuration."""
+    shapes = {key: seen.shape for key, seen in observed.items()}
+    check_decoder(shapes, deter, config.decoder)
+    style = Style(config.norm, config.cnn_act, config.init)
+    kind = ImageDecoder if config.decoder.cnn == "pool" else TransposedDecoder
+    return kind(shapes, deter, stoch, config.decoder, style)
+
+
+def draw(truth, model):
+    """Show a prediction: true and predicted images, and their difference around gray.
+
+    Args:
+      truth: (B, T, H, W, C) uint8; model: (B, T, H, W, C) float, 0 to 1.
+    Returns: (truth, model, error), each uint8 (B, T, H, W, C).
+    """
+    truth = truth / np.float32(255)
+    panels = truth, model, (model - truth + 1) / 2
+    return tuple((np.clip(panel, 0, 1) * 255).astype(np.uint8) for panel in panels)
 
 
 class ImageEncoder(nn.Module):
@@ -21,9 +53,9 @@ class ImageEncoder(nn.Module):
     by a convolution of stride 2, with 'same' padding (its 2023 form) or with none (PlaNet to DreamerV2).
     """
 
-    def __init__(self, shapes, config, style):
+    def __init__(self, shapes, config, style, bits=8):
         super().__init__()
-        self.keys = sorted(shapes)
+        self.keys, self.bits = sorted(shapes), bits
         depths = [sum(shapes[key][-1] for key in self.keys), *[config.depth * mult for mult in config.mults]]
         pooled = config.cnn == "pool"
         kind = {"stride": 1 if pooled else 2, "valid": config.cnn == "valid", "init": style.init}
@@ -35,6 +67,10 @@ class ImageEncoder(nn.Module):
         for conv in self.convs:
             height, width = (conv.size(size) // (2 if pooled else 1) for size in (height, width))
         self.size = height * width * depths[-1]
+
+    def prepare(self, obs):
+        """Return {key: (..., H, W, C)} as the model predicts them: quantized where fewer than 8 bits are kept."""
+        return {key: quantize(image, self.bits) for key, image in obs.items()} if self.bits < 8 else obs
 
     def forward(self, obs, dtype):
         """{key: (N, H, W, C) in 0..255} -> (N, size)"""
@@ -53,7 +89,7 @@ class ImageDecoder(nn.Module):
 
     def __init__(self, shapes, deter, stoch, config, style):
         super().__init__()
-        self.shapes = shapes
+        self.shapes, self.image_dist = shapes, IMAGE_DISTS[config.image_dist]
         depths = [config.depth * mult for mult in config.mults]
         height, width = (size // 2 ** len(depths) for size in next(iter(shapes.values()))[:2])
         self.start = (height, width, depths[-1])
@@ -77,6 +113,10 @@ class ImageDecoder(nn.Module):
             x = norm(conv(upsample(x)))
         return split_channels(torch.sigmoid(self.out(upsample(x)).float()), self.shapes)
 
+    def dist(self, key, out):
+        """Output (..., H, W, C) of a key -> distribution over such images."""
+        return self.image_dist(out)
+
 
 def upsample(x):
     """Nearest-neighbour doubling of (N, H, W, C)."""
@@ -93,7 +133,7 @@ class TransposedDecoder(nn.Module):
 
     def __init__(self, shapes, deter, stoch, config, style):
         super().__init__()
-        self.shapes = shapes
+        self.shapes, self.image_dist = shapes, IMAGE_DISTS[config.image_dist]
         depths = [config.depth * mult for mult in config.mults]
         height, width = (size // 2 ** len(depths) for size in next(iter(shapes.values()))[:2])
         valid = config.cnn == "valid"
@@ -114,6 +154,10 @@ class TransposedDecoder(nn.Module):
             x = norm(conv(x))
         return split_channels(self.out(x).float() + 0.5, self.shapes)
 
+    def dist(self, key, out):
+        """Output (..., H, W, C) of a key -> distribution over such images."""
+        return self.image_dist(out)
+
 
 def split_channels(x, shapes):
     """(N, H, W, all channels) -> {key: (N, H, W, C)}"""
@@ -121,3 +165,45 @@ def split_channels(x, shapes):
 
 
 IMAGE_DISTS = {"mse": dists.ImageMSE, "normal": dists.ImageNormal}
+
+
+def quantize(image, bits):
+    """Return images in 0..255 with `bits` bits, and uniform noise in place of the rest (Glow, arXiv:1807.03039)."""
+    levels = torch.div(image, 2 ** (8 - bits), rounding_mode="floor")
+    return (levels + rand(image.shape, image.device)) * (255 / 2**bits)
+
+
+# ---------------------------------------------------------------------------
+# Sizes that the stages can halve and double
+
+
+def check_encoder(shapes, config):
+    """Raises UserError for images that the encoder cannot take."""
+    factor, least = 2 ** len(config.mults), least_size(config) if config.cnn == "valid" else 0
+    for key, (height, width, _) in shapes.items():
+        if height % factor or width % factor:
+            raise UserError(f"image {key} is {height}x{width}: --size must be a multiple of {factor}")
+        if min(height, width) < least:
+            raise UserError(f"image {key} is {height}x{width}: --encoder.cnn valid needs at least {least}x{least}")
+
+
+def least_size(config):
+    """Return the side of the smallest image that an encoder without padding brings down to a single place."""
+    side = 1
+    for _ in config.mults:
+        side = 2 * (side - 1) + config.kernel
+    return side
+
+
+def check_decoder(shapes, deter, config):
+    """Raises UserError for images that the decoder cannot draw, and for widths that its blocks do not divide."""
+    factor = 2 ** len(config.mults)
+    for key, (height, width, _) in shapes.items():
+        if config.cnn == "valid" and ((height, width) != (64, 64) or len(config.mults) != 4):
+            raise UserError(f"image {key} is {height}x{width}: --decoder.cnn valid needs 64x64 and 4 mults")
+        if height % factor or width % factor:
+            raise UserError(f"image {key} is {height}x{width}: --size must be a multiple of {factor}")
+    widths = {"rssm.deter": deter, "decoder.depth x decoder.mults[-1]": config.depth * config.mults[-1]}
+    for name, width in widths.items() if config.cnn == "pool" else ():
+        if width % config.blocks:
+            raise UserError(f"{name} = {width} is no multiple of --decoder.blocks {config.blocks}")

@@ -1,0 +1,81 @@
+"""An actor whose gradient comes, all of it or in part, through the world model: what the older forms share."""
+
+import torch
+
+from models import ImagBehavior, Rollout
+from networks import feature
+from ops.math import lambda_return
+
+
+class DynamicsBehavior(ImagBehavior):
+    """As DreamerV3, but the actor also climbs the returns by their gradient through the imagined dynamics.
+
+    The older forms override how values are estimated, how states are weighed and what is climbed.
+
+    Args: as for ImagBehavior. `actor.grad` says `auto` for the dynamics if all actions are continuous and REINFORCE
+      otherwise; `mixed` takes a share `actor.grad_mix` of the dynamics.
+    """
+
+    def __init__(self, feat_size, act_spec, config):
+        super().__init__(feat_size, act_spec, config)
+        shares = {"reinforce": 0.0, "dynamics": 1.0, "mixed": config.actor.grad_mix}
+        self.share = (shares | {"auto": 0.0 if act_spec.classes else 1.0})[config.actor.grad]
+
+    def rollout(self, world, states):
+        """Imagine with the policy from every state (B, T, ...): a Rollout, with gradient where that is wanted."""
+        start = states.map(lambda x: x.detach().flatten(0, 1))  # (N, ...)
+        noise = iter(self.actor.noise((self.horizon, len(start.deter)), start.deter.device))  # (H, N, n)
+        with torch.set_grad_enabled(self.share > 0):
+            states, actions = world.rssm.imagine(start, lambda state: self.policy(*state, next(noise)), self.horizon)
+            return Rollout(states, actions, feature(states))
+
+    def losses(self, world, rollout, batch, rewards):
+        """Return the losses of actor and critic: as ImagBehavior's."""
+        feat, alive = rollout.feat, 1 - batch["is_terminal"].flatten().float()
+        critic = self.critic(feat.detach())
+        with torch.set_grad_enabled(self.share > 0):
+            reward, cont = rewards(rollout), world.discounts(feat)  # (H + 1, N)
+            slow = self.slow_values(feat)
+            value = self.values(critic, feat, slow)  # (H + 1, N)
+            ret = lambda_return(torch.zeros_like(cont.T), 1 - cont.T, reward.T, value.T, 1.0, self.lam).T  # (H, N)
+        weight = self.weigh(cont.detach(), alive)  # (H + 1, N)
+        offset, scale = self.return_norm(ret.detach())
+        adv = (ret - value[:-1]) / scale  # (H, N)
+        policy = self.actor(feat[:-1].detach())
+        logpi, entropy = policy.log_prob(rollout.actions.detach()), policy.entropy()
+        objective = (1 - self.share) * logpi * adv.detach()
+        if self.share:
+            objective = objective + self.share * self.climbed(ret, adv, scale)
+        target = torch.cat([ret, value[-1:]]).detach()
+        losses = {
+            "policy": -weight[:-1] * (objective + self.entropy * entropy),
+            "value": weight[:-1] * self.critic_loss(critic, target, slow)[:-1],
+        }
+        outs = {"reward": reward, "cont": cont, "weight": weight, "value": value, "ret": ret, "adv": adv}
+        outs |= {"logpi": logpi, "entropy": entropy, "ret_offset": offset, "ret_scale": scale}
+        outs |= {} if slow is None else {"slow": slow}
+        return losses, {name: out.detach() for name, out in outs.items()}
+
+    @torch.no_grad()
+    def slow_values(self, feat):
+        """Return the slow critic's values (H + 1, N), or None if nothing needs them."""
+        return self.slow(feat).mode()
+
+    def values(self, critic, feat, slow):
+        """Return the values (H + 1, N) that returns are made of, with a gradient towards `feat` alone: the critic's."""
+        if not feat.requires_grad:
+            return critic.mode()
+        params = {name: param.detach() for name, param in self.critic.named_parameters()}
+        return torch.func.functional_call(self.critic, params, (feat,)).mode()
+
+    def weigh(self, cont, alive):
+        """Return the weight (H + 1, N) of each state: the probability to have come so far.
+
+        Args:
+          cont: discounts (H + 1, N); alive: (N,) 0 where the start is terminal in truth.
+        """
+        return cont.cumprod(0)
+
+    def climbed(self, ret, adv, scale):
+        """Return what the actor climbs through the dynamics (H, N): the normalized advantage."""
+        return adv

@@ -1,0 +1,62 @@
+"""Vectors: numbers, and integers that name classes. How an environment's become plain."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+
+from specs import Observed, classes_of
+from tools import UserError
+
+KEYS = "mlp_keys"
+
+
+def accepts(space: spaces.Space) -> bool:
+    """True: what no other kind takes is a vector, or `converter` refuses it."""
+    return True
+
+
+class Numbers:
+    """Carries numbers and bits of any shape to float32 vectors (n,)."""
+
+    def __init__(self, space: spaces.Box | spaces.MultiBinary):
+        size = math.prod(space.shape)
+        self.space = spaces.Box(-np.inf, np.inf, (size,))
+        self._is_vector = space.shape == self.space.shape
+
+    def __call__(self, value: Any, is_first: bool) -> np.ndarray:
+        vector = np.array(value, np.float32)  # a copy: an environment may write its next state into its array
+        return vector if self._is_vector else vector.reshape(self.space.shape)
+
+
+class Integers:
+    """Carries integers, which begin anywhere, to int32 from 0 on: a scalar of Discrete, (n,) of MultiDiscrete."""
+
+    def __init__(self, space: spaces.Discrete | spaces.MultiDiscrete):
+        self._start = space.start
+        self.space: spaces.Space
+        if isinstance(space, spaces.Discrete):
+            self.space = spaces.Discrete(int(space.n))
+        else:
+            self.space = spaces.MultiDiscrete(space.nvec.reshape(-1))
+
+    def __call__(self, value: Any, is_first: bool) -> np.ndarray:
+        return (np.asarray(value) - self._start).reshape(self.space.shape or ()).astype(np.int32)
+
+
+def converter(key: str, space: spaces.Space, config: Any) -> Numbers | Integers:
+    """Return what makes observations plain. Raises UserError unless they are Box, MultiBinary or (Multi)Discrete."""
+    if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)):
+        return Integers(space)
+    if isinstance(space, (spaces.Box, spaces.MultiBinary)):
+        return Numbers(space)
+    kind = type(space).__name__
+    raise UserError(f"observation '{key}' is a {kind} space, not supported: leave it out by encoder.{KEYS}")
+
+
+def observed(space: spaces.Space) -> Observed:
+    """Return what networks need to know: the shape (n,), (1,) of a scalar, and the classes of integers."""
+    return Observed("vector", (math.prod(space.shape or ()),), classes_of(space))

@@ -1,0 +1,90 @@
+"""The one loop in which agents meet environments: collecting, evaluating, filming and benchmarks are calls of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from replay.episodes import stored_step
+from specs import ActionSpec
+from training.protocol import Agent
+
+
+class Episode(NamedTuple):
+    """A finished episode of environment number `env`: sum of its rewards, length in actions, what it logged."""
+
+    env: int
+    score: float
+    length: int
+    logs: dict[str, float]
+
+
+class Driver:
+    """Steps environments with an agent, one step in all of them at a time.
+
+    The environments act on while the caller does something else: what they come to is received at the next step.
+
+    Args:
+      envs: `envs.parallel.Envs`, with N environments; act_spec: ActionSpec.
+      layout: {key: (shape, dtype)} of a stored step.
+      on_obs: functions of the observations {key: (N, ...)}, called before the agent acts on them.
+      on_step: functions (index, step, stored) of an environment's step {key: value} and of what the agent stores with
+        it, {key: value} or None.
+      on_episode: functions of an Episode.
+    Attributes:
+      returns, lengths: (N,) sum of the rewards and number of actions of the episodes under way.
+    """
+
+    def __init__(
+        self,
+        envs: Any,
+        act_spec: ActionSpec,
+        layout: Mapping[str, Any],
+        on_obs: Sequence[Callable] = (),
+        on_step: Sequence[Callable] = (),
+        on_episode: Sequence[Callable] = (),
+    ):
+        self.envs, self.layout = envs, layout
+        self.on_obs, self.on_step, self.on_episode = on_obs, on_step, on_episode
+        self.obs: dict[str, np.ndarray] | None = None
+        self.agent: Agent | None = None
+        self.carry: Any = None
+        self.actions = act_spec.zeros(len(envs))
+        self.returns, self.lengths = np.zeros(len(envs)), np.zeros(len(envs), int)
+
+    def step(self, agent: Agent, mode: str) -> int:
+        """Let the agent act once everywhere; return how many agent steps that were: the ends of episodes are none."""
+        obs = self.obs = self.envs.reset() if self.obs is None else self.envs.receive()
+        if agent is not self.agent:
+            self.agent, self.carry = agent, agent.initial(len(self.envs))
+        for function in self.on_obs:
+            function(obs)
+        before = self.carry
+        actions, self.carry, stored = agent.act(obs, before, mode)
+        for index in range(len(self.envs)):
+            self._note(index, obs, stored)
+        self.actions = actions
+        self.envs.send(actions)
+        return int((~obs["is_last"]).sum())
+
+    def _note(self, index, obs, stored):
+        """Account for one environment's current step, and tell it on."""
+        step = stored_step(self.layout, obs, self.actions, index)
+        going_on = not step["is_first"]
+        self.returns[index] = step["reward"] + self.returns[index] * going_on
+        self.lengths[index] = (self.lengths[index] + 1) * going_on
+        for function in self.on_step:
+            function(index, step, stored and {key: value[index] for key, value in stored.items()})
+        if step["is_last"] and going_on:
+            logs = {key: float(value[index]) for key, value in obs.items() if key.startswith("log_")}
+            episode = Episode(index, float(self.returns[index]), int(self.lengths[index]), logs)
+            for function in self.on_episode:
+                function(episode)
+
+    def rest(self) -> None:
+        """Receive the step under way, so that the environments can be asked for something else."""
+        if self.obs is not None:
+            self.envs.receive()
+            self.obs = None

@@ -1,0 +1,200 @@
+"""Episodes that are played to be watched: evaluations, open-loop predictions, films."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from replay.episodes import EpisodeWriter
+from specs import ActionSpec, ObsSpec, step_layout
+from tools import UserError
+from training.driver import Driver, Episode
+from training.outputs import Outputs
+from training.protocol import Agent
+from training.videos import grid, visible, write_gif, write_mp4
+
+OPEN_LOOPS = 6  # sequences whose predictions are shown
+LONGEST = 500  # frames of an evaluation's first episode that are kept for its video
+FILM = 2000  # steps of an episode that are filmed
+
+
+class Evaluation:
+    """Plays a number of episodes in environments of their own.
+
+    Args:
+      envs: Envs; act_spec: ActionSpec; layout: {key: (shape, dtype)} of a stored step.
+      episodes: how many; each environment plays its share. mode: of acting.
+      watched: image keys whose frames are kept, for the video of the first environment's first episode.
+      on_step, on_episode: as the Driver's, for the steps and episodes that count.
+    Attributes:
+      frames: {key: [(H, W, C)]} of `watched`.
+    """
+
+    def __init__(
+        self,
+        envs: Any,
+        act_spec: Any,
+        layout: Mapping[str, Any],
+        episodes: int,
+        mode: str,
+        watched: Iterable[str] = (),
+        on_step: Sequence[Callable] = (),
+        on_episode: Sequence[Callable] = (),
+    ):
+        self.envs, self.mode = envs, mode
+        self.quota = np.array([len(part) for part in np.array_split(np.arange(episodes), len(envs))])
+        self.done = np.zeros(len(envs), int)
+        self.played: list[Episode] = []
+        self.frames: dict[str, list[np.ndarray]] = {key: [] for key in watched}
+        self.on_step, self.on_episode = on_step, on_episode
+        self.driver = Driver(envs, act_spec, layout, [self._watch], [self._step], [self._finish])
+
+    def play(self, agent: Agent, going: Callable[[], bool] = lambda: True) -> list[Episode]:
+        """Play the episodes, as long as `going()`; return those that were finished."""
+        while (self.done < self.quota).any() and going():
+            self.driver.step(agent, self.mode)
+        self.driver.rest()
+        return self.played
+
+    def _watch(self, obs):
+        for key, frames in self.frames.items():
+            if not self.done[0] and len(frames) < LONGEST:
+                frames.append(obs[key][0].copy())  # not a view, which would keep the images of all environments
+
+    def _step(self, index, step, stored):
+        if self.done[index] < self.quota[index]:
+            for function in self.on_step:
+                function(index, step, stored)
+
+    def _finish(self, episode):
+        if self.done[episode.env] < self.quota[episode.env]:
+            self.done[episode.env] += 1
+            self.played.append(episode)
+            for function in self.on_episode:
+                function(episode)
+
+
+def evaluate(
+    agent: Agent,
+    envs: Any,
+    config: Any,
+    out: Outputs,
+    specs: tuple[ObsSpec, ActionSpec],
+    step: int,
+    going: Callable[[], bool] = lambda: True,
+    replay: Any = None,
+) -> None:
+    """Play `eval_episode_num` episodes and log their returns and videos.
+
+    Args:
+      envs: evaluation environments; step: environment frames that training has seen.
+      going: the evaluation ends early when this is false.
+      replay: from which open-loop predictions are shown; None shows them from the episodes just played.
+    """
+    obs_spec, act_spec = specs
+    layout = step_layout(envs.obs_space, act_spec)
+    writer = EpisodeWriter(out.logdir / "eval_eps", len(envs), config.dataset_size)
+    beginnings = Beginnings(config.batch_length)
+    evaluation = Evaluation(
+        envs,
+        act_spec,
+        layout,
+        config.eval_episode_num,
+        config.eval_mode,
+        watched=obs_spec.of("image") if config.video_pred_log else (),
+        on_step=[lambda index, obs, stored: writer.add(index, obs), beginnings],
+        on_episode=[lambda episode: out.score(step, "eval", episode)],
+    )
+    episodes = evaluation.play(agent, going)
+    out.say_restarts(envs)
+    if not episodes:
+        return
+    scores, lengths = ([getattr(episode, name) for episode in episodes] for name in ("score", "length"))
+    result = {"eval_return": np.mean(scores), "eval_length": np.mean(lengths), "eval_episodes": len(scores)}
+    out.logger.scalars(result, step)
+    if evaluation.frames:
+        start = time.monotonic()
+        for key, frames in evaluation.frames.items():
+            video = visible(np.stack(frames), config.frame_stack)
+            out.logger.video(f"eval_policy/{key}", video, step, fps=20)
+        if replay is None:
+            arrays = beginnings.arrays()
+        elif replay.ready():
+            arrays, _ = replay.sample(min(OPEN_LOOPS, config.batch_size), fresh=False)
+        else:
+            arrays = None
+        show_open_loop(agent, config, out, step, arrays)
+        out.logger.scalars({"video_seconds": time.monotonic() - start}, step)
+    out.logger.flush()
+    out.say("info", f"step {step:,}: eval_return {np.mean(scores):.1f} over {len(scores)} episodes")
+
+
+class Beginnings:
+    """Keeps the first `length` steps of the first episodes, as sequences whose prediction can be shown."""
+
+    def __init__(self, length: int):
+        self.length = length
+        self.episodes: list[list[dict[str, Any]]] = []
+        self.under_way: dict[int, list[dict[str, Any]]] = {}
+
+    def __call__(self, index: int, step: dict[str, Any], stored: Any) -> None:
+        """Take a step of environment `index`."""
+        if step["is_first"] and len(self.episodes) < OPEN_LOOPS:
+            self.under_way[index] = []
+            self.episodes.append(self.under_way[index])
+        elif step["is_first"]:
+            self.under_way.pop(index, None)
+        if len(self.under_way.get(index, [None] * self.length)) < self.length:
+            self.under_way[index].append(step)
+
+    def arrays(self) -> dict[str, np.ndarray] | None:
+        """Return {key: (B, length, ...)} of the episodes that were long enough, or None if none was."""
+        long = [episode for episode in self.episodes if len(episode) == self.length]
+        return {key: np.stack([[s[key] for s in episode] for episode in long]) for key in long[0][0]} if long else None
+
+
+def show_open_loop(agent: Agent, config: Any, out: Outputs, step: int, arrays: Mapping[str, Any] | None) -> None:
+    """Log open-loop predictions, truth | model | error, also as GIFs under openloop/<key>/."""
+    for key, panels in (agent.report(arrays, config.batch_length // 2) if arrays else {}).items():
+        video = visible(grid(panels), config.frame_stack)
+        out.logger.video(f"openloop/{key}", video, step, fps=10)
+        write_gif(out.logdir / "openloop" / key / f"{step:09d}.gif", video, fps=10)
+
+
+def record_film(agent: Agent, envs: Any, act_spec: Any, mode: str, out: Outputs, step: int) -> None:
+    """Play one episode on film, if the environment can be filmed: logdir/videos/<step>.mp4."""
+    path = out.logdir / "videos" / f"{step:09d}.mp4"
+    try:
+        frames = film(envs, act_spec, agent, mode)
+    except UserError as error:
+        out.say("info", f"no video: {error}")
+        return
+    write_mp4(path, frames, fps=30)
+    out.say("info", f"video: {path}")
+
+
+def film(envs: Any, act_spec: Any, agent: Agent, mode: str, longest: int = FILM) -> list[np.ndarray]:
+    """Return pictures of an episode of the first of `envs`, or of its first `longest` steps.
+
+    Raises UserError if the environment cannot be filmed.
+    """
+    frames: list[np.ndarray] = []
+    over = []
+
+    def watch(obs):
+        over.append(bool(obs["is_last"][0]))
+        if not over[-1]:
+            frames.append(envs.render(0))
+
+    driver = Driver(envs, act_spec, {"reward": (), "is_first": (), "is_last": ()}, on_obs=[watch])
+    try:
+        while not (over and over[-1]) and len(frames) < longest:
+            driver.step(agent, mode)
+    finally:
+        with contextlib.suppress(RuntimeError, UserError):
+            driver.rest()
+    return frames

@@ -1,0 +1,235 @@
+"""What a training run is beside environments, agent and replay: counters, clocks, logs, checkpoints, signals."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import pathlib
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from replay.episodes import EpisodeWriter, episode_files
+from tools import Every, Rates, UserError, locked
+from training.checkpoint import SAME, check_same, checkpoint_file, load_checkpoint, load_stored, save_checkpoint
+from training.driver import Episode
+from training.logger import Metrics
+from training.outputs import Outputs, Recorder, warn_at
+from training.protocol import Agent
+from training.rng import generator_states, get_rng_state, set_generator_states, set_rng_state
+
+LONGEST_UNLOGGED = 60  # seconds that an agent may learn on and on, while no frames pass, until there is a log
+LONGEST_UNSAVED = 600  # the same for a checkpoint
+
+
+class Run:
+    """A run that can be interrupted at any learn call and resumed.
+
+    Args:
+      config: the whole configuration.
+      agent: Agent; replay: Replay, empty; random: the agent that collects before there is enough to learn from.
+    Attributes:
+      agent_steps, updates, episodes: counters of what was collected and learned in all.
+      stopped: number of the signal that asked the run to end, or None.
+    """
+
+    def __init__(self, config: Any, agent: Agent, replay: Any, random: Agent):
+        self.config, self.agent, self.replay, self.random = config, agent, replay, random
+        self.logdir = pathlib.Path(config.logdir).expanduser()
+        self.offline = config.script == "train_offline" or bool(config.offline_traindir)
+        self.agent_steps = self.updates = self.episodes = 0
+        self.last_return: float | None = None
+        self.stopped: int | None = None
+        self.metrics = Metrics()
+        self.clock = agent.clock(config)
+        self.clocks: dict[str, Any] = {
+            "ratio": self.clock,
+            "log": Every(config.log_every),
+            "eval": Every(config.eval_every, first=False),
+            "save": Every(config.save_every, first=False),
+        }
+        self.logged_at = self.saved_at = time.monotonic()  # or when last nothing was due
+        self.restarts: Callable[[], int] = lambda: 0  # of environments
+
+    # -- where the run stands
+
+    @property
+    def step(self) -> int:
+        """Environment frames so far, action repeat included."""
+        return self.agent_steps * self.config.action_repeat
+
+    def going(self) -> bool:
+        """True until the last frame was seen or a signal came."""
+        return self.step < self.config.steps and not self.stopped
+
+    def filled(self) -> bool:
+        """True if enough was collected to learn from."""
+        return (self.agent_steps >= self.config.prefill or self.offline) and self.replay.ready()
+
+    def collector(self) -> tuple[Agent, str]:
+        """Return who collects now, and its mode of acting."""
+        exploring = not self.config.expl_until or self.step < self.config.expl_until
+        if not self.filled() or (exploring and self.config.expl_behavior == "random"):
+            return self.random, "sample"
+        return self.agent, "explore" if exploring else "noisy"
+
+    def learning_due(self) -> bool:
+        """True if a learn call is due now."""
+        return self.filled() and not self.stopped and self.clock.due(self.agent_steps) > 0
+
+    # -- what happened
+
+    def learned(self, metrics: Mapping[str, Any]) -> None:
+        """Count a learn call, and serve what is overdue where no frames pass."""
+        self.clock.tick()
+        self.updates += 1
+        self.metrics.add(metrics, self.step)
+        self.out.show(self.step, self.updates, self.last_return)
+        now, save = time.monotonic(), self.clocks["save"]
+        if now - self.logged_at > LONGEST_UNLOGGED:
+            self.log()
+        if (now - self.saved_at > LONGEST_UNSAVED and self.config.save_every) or (save.by_time and save(self.step)):
+            self.save()
+
+    def finished(self, episode: Episode) -> None:
+        """Count and log a training episode."""
+        self.episodes += 1
+        self.last_return = episode.score
+        self.out.score(self.step, "train", episode)
+        scalars = {"train_return": episode.score, "train_length": episode.length, "train_episodes": self.episodes}
+        self.out.logger.scalars({**scalars, **episode.logs}, self.step)
+
+    def serve(self) -> None:
+        """Show, log and save what is due."""
+        self.logged_at = self.saved_at = time.monotonic()
+        self.out.show(self.step, self.updates, self.last_return)
+        if self.clocks["log"](self.step):
+            self.log()
+        if self.clocks["save"](self.step):
+            self.save()
+
+    def log(self) -> None:
+        """Write the means of the metrics since the last log."""
+        self.logged_at = time.monotonic()
+        if self.agent_steps > self.config.prefill and not self.replay.ready():
+            what = "an episode" if self.config.replay_window.startswith("episode") else "what an environment gave"
+            need = f"--batch_length {self.config.batch_length}"
+            self.out.say("warning", f"nothing is learned before {what} is as long as {need}, and a step more")
+        self.metrics.drain()
+        scalars = self.metrics.means()
+        scalars |= {"updates": self.updates, "replay_steps": len(self.replay), "env_restarts": self.restarts()}
+        scalars |= self.rates(fps=self.step, updates_per_second=self.updates)
+        self.out.logger.scalars(scalars, self.step)
+        self.out.logger.flush()
+
+    # -- saving
+
+    def open(self, stack: contextlib.ExitStack) -> Outputs:
+        """Begin to write, where the run stands; `stack` closes what is opened. Raises UserError if that fails."""
+        is_new = not self.logdir.is_dir()
+        try:
+            self.out = Outputs(self.config, self.step, self.updates)
+            stack.callback(self.out.close)
+            if is_new:
+                stack.enter_context(locked(self.logdir))
+            self.config.save(self.logdir / "config.yaml")
+            if self.config.eval_episode_num:
+                (self.logdir / "eval_eps").mkdir(exist_ok=True)
+            writer = EpisodeWriter(self.logdir / "train_eps", self.config.envs, self.config.dataset_size)
+        except OSError as error:
+            raise UserError(f"--logdir {self.config.logdir}: {error.strerror}") from None
+        self.recorder = Recorder(self.replay, writer, lambda: self.step)
+        self.rates = Rates(fps=self.step, updates_per_second=self.updates)
+        return self.out
+
+    def save(self) -> None:
+        """Write a checkpoint that `restore` goes on from."""
+        self.metrics.drain()
+        checkpoint = {
+            "agent": self.agent.state_dict(),
+            "counters": {"agent_steps": self.agent_steps, "updates": self.updates, "episodes": self.episodes},
+            "clocks": {name: clock.state_dict() for name, clock in self.clocks.items()},
+            "rng": get_rng_state() | {"agent": generator_states(self.agent.generators)},
+            "random": generator_states(self.random.generators)["act"],
+            **{key: self.config[key] for key in SAME},
+        }
+        save_checkpoint(self.logdir, checkpoint, self.replay.state_dict(), self.updates)
+        self.saved_at = time.monotonic()
+
+    def save_all(self) -> None:
+        """Save all there is, unfinished episodes included."""
+        self.recorder.flush()
+        self.save()
+
+    @contextlib.contextmanager
+    def saving_on_error(self) -> Iterator[None]:
+        """Save everything collected so far if the body raises."""
+        try:
+            yield
+        except Exception:
+            self.save_all()
+            raise
+
+    def restore(self, saved: dict[str, Any] | None, paths: Sequence[pathlib.Path]) -> None:
+        """Go on from the logdir's checkpoint, or start from another run's agent; fill the replay from episode files.
+
+        Nothing is written. Raises UserError if the checkpoint does not fit, or if there is nothing to learn from.
+        """
+        config, warn = self.config, functools.partial(warn_at, self.config.log_level)
+        if saved:
+            check_same(saved, config)
+            self.agent.load_state_dict(saved["agent"])
+        self.replay.restore(load_stored(self.logdir / saved["replay"], warn) if saved else None, paths, warn)
+        if self.offline and not self.replay.ready():
+            where = config.offline_traindir or f"--offline_traindir or {self.logdir / 'train_eps'}"
+            raise UserError(f"{where} must hold {config.batch_length + 1} steps of this task to learn from")
+        if saved is None:
+            if config.from_checkpoint:
+                self.agent.load_state_dict(load_checkpoint(checkpoint_file(config.from_checkpoint))["agent"])
+            return
+        for name, value in saved["counters"].items():
+            setattr(self, name, value)
+        for name, clock in self.clocks.items():
+            clock.load_state_dict(saved["clocks"][name])
+        set_rng_state(saved["rng"])
+        set_generator_states(self.agent.generators, saved["rng"].get("agent", {}))  # older ones lack them
+        set_generator_states(self.random.generators, {"act": saved["random"]})
+
+
+def open_logdir(config: Any, stack: contextlib.ExitStack) -> dict[str, Any] | None:
+    """Keep other runs out of the logdir, if it exists, and return its checkpoint, if it has one."""
+    logdir = pathlib.Path(config.logdir).expanduser()
+    if logdir.is_dir():
+        stack.enter_context(locked(logdir))
+    path = logdir / "latest.pt"
+    return load_checkpoint(path) if path.exists() else None
+
+
+def episode_paths(config: Any) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
+    """Return the episode files of offline_traindir, and those that the run has written, each oldest first.
+
+    Raises UserError if there is no such directory.
+    """
+    folder = pathlib.Path(config.offline_traindir).expanduser()
+    if config.offline_traindir and not folder.is_dir():
+        raise UserError(f"--offline_traindir {folder}: no such directory")
+    own = episode_files(pathlib.Path(config.logdir) / "train_eps")
+    return (episode_files(folder) if config.offline_traindir else []), own
+
+
+@contextlib.contextmanager
+def signals_noted(run: Any) -> Iterator[None]:
+    """Let SIGINT and SIGTERM set `run.stopped`, which ends a run in good order; a second one, at once."""
+
+    def note(number, frame):
+        if run.stopped:
+            raise KeyboardInterrupt
+        run.stopped = number
+
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
