@@ -166,7 +166,7 @@ def eval_only(config, stack):
     from modalities import obs_spec
     from specs import act_spec
     from training import evaluation, machine
-    from training.checkpoint import checkpoint_file, load_checkpoint
+    from training.checkpoint import checkpoint_file, load_agent_state, load_checkpoint
     from training.outputs import Outputs
     from training.run import signals_noted
 
@@ -181,7 +181,7 @@ def eval_only(config, stack):
     stack.callback(envs.close)
     specs = obs_spec(envs.obs_space), act_spec(envs.act_space)
     agent = make_agent(config, *specs)
-    agent.load_state_dict(saved["agent"])
+    load_agent_state(agent, saved, config)
     try:
         out = Outputs(config, 0, 0)  # at 0 it leaves the curves of a run alone
         stack.callback(out.close)

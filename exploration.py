@@ -15,7 +15,10 @@ from ops.random import rand, randn
 
 
 class Explorer(Protocol):
-    """A source of intrinsic reward: a torch module that learns beside the world model. Letters as in models.py."""
+    """A source of intrinsic reward: a torch module that learns beside the world model. Letters as in models.py.
+
+    So that an update can be recorded as a CUDA graph, state changes in place and nothing waits for the host.
+    """
 
     def losses(self, world: WorldModel, states: State, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the explorer's losses {name: (B, ...)}; no gradient reaches the world model.

@@ -22,11 +22,11 @@ from tqdm import tqdm
 from agents import make_agent
 from agents.random import Random
 from envs import make_envs
-from modalities import obs_spec
+from modalities import nets, obs_spec
 from specs import act_spec, step_layout
 from tools import UserError, atomic_write, derive_seed
 from training import machine
-from training.checkpoint import checkpoint_file, load_checkpoint
+from training.checkpoint import checkpoint_file, load_agent_state, load_checkpoint
 from training.config import CONFIGS, load_config
 from training.driver import Driver
 from training.rng import seed_everything
@@ -133,7 +133,7 @@ class Player:
         try:
             self.specs = obs_spec(self.envs.obs_space), act_spec(self.envs.act_space)
             self.agent = self.load(saved) if saved else Random(self.specs[1], derive_seed(config.seed, 3))
-            if options.openloop and saved and not self.specs[0].of("image"):
+            if options.openloop and saved and not any(nets(seen.kind).draw for seen in self.specs[0].values()):
                 raise UserError(f"--openloop shows images, and the agent of {path} sees none")
             self.envs.reset()
             self.frame()  # an environment that cannot be filmed says so before anything is written
@@ -145,7 +145,7 @@ class Player:
         """Return the agent of a checkpoint."""
         agent = make_agent(self.config.replace(compile=False), *self.specs)
         try:
-            agent.load_state_dict(saved["agent"])
+            load_agent_state(agent, saved, self.config)
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from None
         return agent

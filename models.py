@@ -228,7 +228,7 @@ class ImagBehavior(nn.Module):
         self.policy = torch.compile(self.policy, dynamic=False)
         self.losses = torch.compile(self.losses, dynamic=False)
 
-    def initial(self, count):
+    def initial(self, count, device):
         """Nothing is carried from step to step."""
         return ()
 
@@ -313,6 +313,27 @@ class ImagBehavior(nn.Module):
         torch._foreach_lerp_(slow, fast, [rate] * len(slow))
         self.updates += 1
 
+    def metrics(self, outs):
+        """Return metrics of what `losses` returned, mostly means over the imagined trajectories: 0-d tensors."""
+        ret = (outs["ret"] - outs["ret_offset"]) / outs["ret_scale"]
+        slow = {"imag_slow_value": outs["slow"].mean()} if "slow" in outs else {}
+        return slow | {
+            "actor_entropy": outs["entropy"].mean(),
+            "adv": outs["adv"].mean(),
+            "adv_std": outs["adv"].std(correction=0),
+            "adv_mag": outs["adv"].abs().mean(),
+            "imag_reward": outs["reward"].mean(),
+            "imag_cont": outs["cont"].mean(),
+            "imag_return": outs["ret"].mean(),
+            "imag_return_norm": ret.mean(),
+            "imag_return_min": ret.min(),
+            "imag_return_max": ret.max(),
+            "imag_return_rate": (ret.abs() >= 1).float().mean(),
+            "imag_value": outs["value"].mean(),
+            "imag_weight": outs["weight"].mean(),
+            "return_scale": outs["ret_scale"],
+        }
+
 
 class ReturnNorm(nn.Module):
     """Offset and scale of the returns, averaged over batches (DreamerV3, eq. 7).
@@ -336,26 +357,3 @@ class ReturnNorm(nn.Module):
         self.range.lerp_(torch.quantile(returns.float().flatten(), self.percentiles), self.rate)
         low, high = self.range
         return low, (high - low).clamp(min=self.limit)
-
-
-@torch.no_grad()
-def behavior_metrics(outs):
-    """Return metrics of what a behavior's `losses` returned: means over imagined trajectories, 0-d tensors."""
-    ret = (outs["ret"] - outs["ret_offset"]) / outs["ret_scale"]
-    slow = {"imag_slow_value": outs["slow"].mean()} if "slow" in outs else {}
-    return slow | {
-        "actor_entropy": outs["entropy"].mean(),
-        "adv": outs["adv"].mean(),
-        "adv_std": outs["adv"].std(correction=0),
-        "adv_mag": outs["adv"].abs().mean(),
-        "imag_reward": outs["reward"].mean(),
-        "imag_cont": outs["cont"].mean(),
-        "imag_return": outs["ret"].mean(),
-        "imag_return_norm": ret.mean(),
-        "imag_return_min": ret.min(),
-        "imag_return_max": ret.max(),
-        "imag_return_rate": (ret.abs() >= 1).float().mean(),
-        "imag_value": outs["value"].mean(),
-        "imag_weight": outs["weight"].mean(),
-        "return_scale": outs["ret_scale"],
-    }

@@ -3,7 +3,7 @@
 Letters: B batch, T time, H imagined steps, N sequences or start states, D deter, S groups x K classes stoch, E embed.
 """
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -245,8 +245,9 @@ class Latent(Protocol):
     size: int
     outputs: int
 
-    def dist(self, params: torch.Tensor):
-        """(..., outputs) -> distribution with batch shape (..., S)"""
+    def dist(self, params: torch.Tensor) -> Any:
+        """(..., outputs) -> distribution with batch shape (..., S): sample(noise) and mode() (..., S, K), entropy()
+        (..., S), and detach(), the same without gradient."""
 
     def noise(self, shape: tuple, device) -> torch.Tensor:
         """Draw the noise that the distribution's `sample` takes, for states of batch shape `shape`."""

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 import modalities
 from agents.older import modernize
 from behaviors import make_behavior
 from exploration import EXPLORERS, perturb
-from models import WorldModel, behavior_metrics, frozen
+from models import WorldModel, frozen
 from networks import State
 from ops.graphs import Captured
 from ops.optim import Adams, LaProp
@@ -51,7 +51,7 @@ class Dreamer:
         self.behavior = make_behavior(config.behavior, self.world.feat_size, act_spec, config)
         self.explorer = self.expl_behavior = None
         if config.expl_behavior in EXPLORERS:
-            learned = "actor_critic" if config.behavior == "cem" else config.behavior
+            learned = config.behavior if self.behavior.optimized() else "actor_critic"
             self.explorer = EXPLORERS[config.expl_behavior](self.world, act_spec, config)
             self.expl_behavior = make_behavior(learned, self.world.feat_size, act_spec, config)
             scales = config.expl_intr_scale, config.expl_extr_scale
@@ -92,7 +92,7 @@ class Dreamer:
         self.behavior.improve(outs["rollout"])
         if self.explorer:
             self.expl_behavior.improve(outs["expl_rollout"])
-        metrics |= summarize(outs)
+        metrics |= summarize(outs, self.behavior, self.expl_behavior)
         metrics |= {f"{name}_loss": loss.detach().mean() for name, loss in losses.items()}
         metrics["loss"] = total.detach()
         metrics["model_loss"] = sum(self.scales[name] * metrics[f"{name}_loss"] for name in outs["model"])
@@ -117,12 +117,12 @@ class Dreamer:
         with frozen(world):
             rollout = outs["rollout"] = behavior.rollout(world, states)  # (H + 1, B T, ...)
             imagined, outs["imagined"] = behavior.losses(world, rollout, batch, world.rewards)  # (H, B T)
-        losses |= {name: loss.mean(0).view(batch["reward"].shape) for name, loss in imagined.items()}  # (B, T)
+        losses = joined(losses, {name: loss.mean(0).view(batch["reward"].shape) for name, loss in imagined.items()})
 
         # --- Replay: learn from the rewards that were received, too.
-        losses |= behavior.replay_losses(world, states, batch, outs["imagined"])  # (B, T - 1)
+        losses = joined(losses, behavior.replay_losses(world, states, batch, outs["imagined"]))  # (B, T - 1)
         if self.explorer:
-            losses |= self.expl_losses(states, batch, outs)
+            losses = joined(losses, self.expl_losses(states, batch, outs))
         return losses, states, outs
 
     def expl_losses(self, states, batch, outs):
@@ -132,7 +132,7 @@ class Dreamer:
             rollout = outs["expl_rollout"] = self.expl_behavior.rollout(self.world, states)
             imagined, outs["expl_imagined"] = self.expl_behavior.losses(self.world, rollout, batch, self.expl_rewards)
         lead = batch["reward"].shape
-        return losses | {f"expl_{name}": loss.mean(0).view(lead) for name, loss in imagined.items()}
+        return joined(losses, {f"expl_{name}": loss.mean(0).view(lead) for name, loss in imagined.items()})
 
     def total(self, losses):
         """{name: loss} -> their weighted sum of means, 0-d; the explorer's weigh as much as the task's."""
@@ -179,8 +179,8 @@ class Dreamer:
         """Return the Carry before the first step of `count` environments."""
         state = self.world.rssm.initial(count, self.device, self.dtype)
         action = torch.zeros(count, self.act_spec.size, device=self.device)
-        behaviors = self.behavior, self.expl_behavior
-        return Carry(state, action, *(behavior.initial(count) if behavior else () for behavior in behaviors))
+        pair = self.behavior, self.expl_behavior
+        return Carry(state, action, *(behavior.initial(count, self.device) if behavior else () for behavior in pair))
 
     @torch.compiler.set_stance("force_eager")
     @torch.no_grad()
@@ -215,7 +215,7 @@ class Dreamer:
         embed = world.encode(world.encoder.prepare(obs))  # (N, 1, E)
         states, _ = world.rssm.observe(embed, carry.action[:, None], obs["is_first"], carry.state)
         state = states.map(lambda x: x[:, 0])  # (N, ...)
-        fresh = self.initial(len(first)) if carry.task or carry.explorer else carry
+        fresh = self.initial(len(first)) if tree_leaves(carry[2:]) else carry
         task = tree_map(functools.partial(restart, first), fresh.task, carry.task)
         explorer = tree_map(functools.partial(restart, first), fresh.explorer, carry.explorer)
         if mode == "explore" and self.explorer:
@@ -235,12 +235,15 @@ class Dreamer:
             from the actions alone. carry: of the agent before the first step, if it is known.
         """
         kinds = {key: modalities.nets(seen.kind) for key, seen in self.obs_spec.items()}
+        kinds = {key: kind for key, kind in kinds.items() if kind.draw}
+        if not kinds:
+            return {}
         batch, state = self.batch(arrays)
         with torch.no_grad(), drawing_from(self.generators["act"]):
             prepared = self.world.prepare({**batch, "action": self.act_spec.join(batch)})
             model = self.world.open_loop(prepared, carry.state if carry else state, seen)
         pairs = {key: (batch[key].cpu().numpy(), model[key].float().cpu().numpy()) for key in kinds}
-        return {key: kind.draw(*pairs[key]) for key, kind in kinds.items() if kind.draw}
+        return {key: kind.draw(*pairs[key]) for key, kind in kinds.items()}
 
     # -- saving
 
@@ -289,8 +292,9 @@ def make_optimizer(nets, config):
         own = nets["expl_behavior"].optimized().items()
         modules |= {"expl_model": nets["explorer"], **{f"expl_{group}": module for group, module in own}}
     groups = {g: {names[p]: p for p in module.parameters() if p in names} for g, module in modules.items()}
-    sections = {"model": config.model_opt, "actor": config.actor_opt, "critic": config.critic_opt}
-    return Adams(groups, {group: sections[group.removeprefix("expl_")] for group in groups})
+    groups = {group: params for group, params in groups.items() if params}  # an explorer may only count
+    sections = {"model": config.model_opt, "critic": config.critic_opt}
+    return Adams(groups, {group: sections.get(group.removeprefix("expl_"), config.actor_opt) for group in groups})
 
 
 def mixed_rewards(intrinsic, task, scales, rollout):
@@ -305,13 +309,20 @@ def restart(first, fresh, leaf):
 
 
 @torch.no_grad()
-def summarize(outs):
+def summarize(outs, behavior, expl_behavior):
     """Return the metrics of what came up in `loss`, 0-d tensors."""
     metrics = {name: outs[name].mean() for name in ("kl", "post_ent", "prior_ent")}
-    metrics |= behavior_metrics(outs["imagined"]) if outs["imagined"] else {}
-    if "expl_imagined" in outs:
-        metrics |= {f"expl_{name}": value for name, value in behavior_metrics(outs["expl_imagined"]).items()}
+    metrics |= behavior.metrics(outs["imagined"])
+    if expl_behavior:
+        metrics |= {f"expl_{name}": value for name, value in expl_behavior.metrics(outs["expl_imagined"]).items()}
     return metrics
+
+
+def joined(losses, more):
+    """Join two dicts of losses. Raises UserError for a name that is in both, as an observation may have a loss's."""
+    for name in losses.keys() & more.keys():
+        raise UserError(f"the environment calls an observation {name}, which is the name of a loss here")
+    return losses | more
 
 
 def differences(theirs, ours):

@@ -7,7 +7,7 @@ import numpy as np
 from agents import make_agent
 from specs import ActionSpec, ObsSpec
 from tools import UserError
-from training.checkpoint import checkpoint_file, load_checkpoint
+from training.checkpoint import checkpoint_file, load_agent_state, load_checkpoint
 from training.config import CONFIGS, load_config
 
 
@@ -62,11 +62,12 @@ class Policy:
 def load_policy(path, device="auto"):
     """Load a Policy from a checkpoint or its logdir; see `dreamer.load_agent`."""
     path = checkpoint_file(path)
-    saved = load_checkpoint(path)["agent"]
+    checkpoint = load_checkpoint(path)
+    saved = checkpoint["agent"]
     if "specs" not in saved:
         raise UserError(f"{path} does not tell its spaces, being of an older version: resume its run to write it anew")
     config = load_config(["--config", str(pathlib.Path(path).parent / "config.yaml"), "--compile", "false"], CONFIGS)
     specs = ObsSpec.read(saved["specs"]["observation"]), ActionSpec(**saved["specs"]["action"])
     agent = make_agent(config.replace(device=str(device)), *specs)
-    agent.load_state_dict(saved)
+    load_agent_state(agent, checkpoint, config)
     return Policy(agent)

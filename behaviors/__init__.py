@@ -25,17 +25,21 @@ BEHAVIORS = {
 class Behavior(Protocol):
     """A way to act in a world model, and to learn that: a torch module, perhaps without parameters.
 
-    Letters as in models.py. The agent freezes the world model around `rollout` and `losses`.
+    Letters as in models.py. The agent freezes the world model around `rollout` and `losses`. So that an update can be
+    recorded as a CUDA graph, state changes in place and nothing waits for the host.
     """
 
     def optimized(self) -> dict[str, torch.nn.Module]:
-        """Return {name of an optimizer's group, such as actor: module}."""
+        """Return {name of an optimizer's group: module}; with Adam, `critic` has its own settings, others actor_opt."""
 
     def compile_parts(self) -> None:
         """Compile what learning spends its time in."""
 
-    def initial(self, count: int) -> Any:
-        """Return the behavior's own carry before the first step: a tree of tensors (count, ...), () for none."""
+    def initial(self, count: int, device: torch.device) -> Any:
+        """Return the behavior's own carry before the first step: a tree of tensors (count, ...), () for none.
+
+        `act` returns the same shapes and dtypes; the agent starts leaves anew where an episode does.
+        """
 
     def act(self, world: WorldModel, state: State, carry: Any, mode: str) -> tuple[torch.Tensor, Any]:
         """Choose actions (N, A) in posterior states (N, ...); return them and the next carry.
@@ -65,6 +69,9 @@ class Behavior(Protocol):
 
         outs: the second of what `losses` returned.
         """
+
+    def metrics(self, outs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return 0-d metrics of the second of what `losses` returned."""
 
     def improve(self, rollout: Rollout | None) -> None:
         """Do what follows the gradient step: slow critics, or epochs of an optimizer of the behavior's own."""

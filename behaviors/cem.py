@@ -33,7 +33,7 @@ class CEM(nn.Module):
     def compile_parts(self):
         """There is nothing to compile: acting stays as it is written."""
 
-    def initial(self, count):
+    def initial(self, count, device):
         """Nothing is carried from step to step: each step plans anew."""
         return ()
 
@@ -71,6 +71,10 @@ class CEM(nn.Module):
         return {}, {}
 
     def replay_losses(self, world, states, batch, outs):
+        """Nothing is learned."""
+        return {}
+
+    def metrics(self, outs):
         """Nothing is learned."""
         return {}
 

@@ -103,8 +103,8 @@ def finite(value: np.ndarray) -> bool:
 
 def fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     """True if values of a shape fit another: images may lack a channel axis of size 1, the rest needs equal size."""
-    if len(wanted) == 3:
-        return shape == wanted or (*shape, 1) == wanted
+    if len(wanted) > 1:
+        return shape == wanted or (len(wanted) == 3 and (*shape, 1) == wanted)
     return int(np.prod(shape)) == int(np.prod(wanted))
 
 

@@ -300,3 +300,10 @@ def test_another_action_space_is_refused_by_its_widths():
 def test_an_observation_may_not_take_the_name_of_a_loss():
     with pytest.raises(UserError, match="observation value"):
         make_dreamer({"value": Box(-1, 1, (2,))}, {"action": Discrete(2)}, make_config())
+
+
+def test_an_explorers_loss_may_not_replace_an_observations():
+    agent = make_agent("proprio", "--expl_behavior", "plan2explore")
+    agent.explorer.losses = lambda world, states, batch: {"height": batch["reward"]}
+    with pytest.raises(UserError, match="observation height"):
+        agent.loss(make_batch("proprio"), initial(agent))

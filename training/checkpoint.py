@@ -66,6 +66,14 @@ def check_same(saved: Mapping[str, Any], config: Any) -> None:
             raise UserError(f"--{key} {config[key]}: the run in {config.logdir} has {was}; {way}")
 
 
+def load_agent_state(agent: Any, saved: Mapping[str, Any], config: Any) -> None:
+    """Load a checkpoint into an agent. Raises UserError if it is of another agent."""
+    kind = saved.get("kind", "dreamer")  # older ones do not tell
+    if kind != config.agent:
+        raise UserError(f"the checkpoint is of another agent: --agent is {kind} there and {config.agent} here")
+    agent.load_state_dict(saved["agent"])
+
+
 def checkpoint_file(path: str | pathlib.Path) -> pathlib.Path:
     """Return the checkpoint that a path means: itself, or the latest of a logdir."""
     path = pathlib.Path(path).expanduser()

@@ -116,7 +116,7 @@ def evaluate(
     scores, lengths = ([getattr(episode, name) for episode in episodes] for name in ("score", "length"))
     result = {"eval_return": np.mean(scores), "eval_length": np.mean(lengths), "eval_episodes": len(scores)}
     out.logger.scalars(result, step)
-    if evaluation.frames:
+    if config.video_pred_log:
         start = time.monotonic()
         for key, frames in evaluation.frames.items():
             video = visible(np.stack(frames), config.frame_stack)
@@ -127,8 +127,8 @@ def evaluate(
             arrays, _ = replay.sample(min(OPEN_LOOPS, config.batch_size), fresh=False)
         else:
             arrays = None
-        show_open_loop(agent, config, out, step, arrays)
-        out.logger.scalars({"video_seconds": time.monotonic() - start}, step)
+        if show_open_loop(agent, config, out, step, arrays) or evaluation.frames:
+            out.logger.scalars({"video_seconds": time.monotonic() - start}, step)
     out.logger.flush()
     out.say("info", f"step {step:,}: eval_return {np.mean(scores):.1f} over {len(scores)} episodes")
 
@@ -157,12 +157,14 @@ class Beginnings:
         return {key: np.stack([[s[key] for s in episode] for episode in long]) for key in long[0][0]} if long else None
 
 
-def show_open_loop(agent: Agent, config: Any, out: Outputs, step: int, arrays: Mapping[str, Any] | None) -> None:
-    """Log open-loop predictions, truth | model | error, also as GIFs under openloop/<key>/."""
-    for key, panels in (agent.report(arrays, config.batch_length // 2) if arrays else {}).items():
+def show_open_loop(agent: Agent, config: Any, out: Outputs, step: int, arrays: Mapping[str, Any] | None) -> bool:
+    """Log open-loop predictions, truth | model | error, also as GIFs under openloop/<key>/; True if there are any."""
+    shown = agent.report(arrays, config.batch_length // 2) if arrays else {}
+    for key, panels in shown.items():
         video = visible(grid(panels), config.frame_stack)
         out.logger.video(f"openloop/{key}", video, step, fps=10)
         write_gif(out.logdir / "openloop" / key / f"{step:09d}.gif", video, fps=10)
+    return bool(shown)
 
 
 def record_film(agent: Agent, envs: Any, act_spec: Any, mode: str, out: Outputs, step: int) -> None:

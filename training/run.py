@@ -12,7 +12,15 @@ from typing import Any
 
 from replay.episodes import EpisodeWriter, episode_files
 from tools import Every, Rates, UserError, locked
-from training.checkpoint import SAME, check_same, checkpoint_file, load_checkpoint, load_stored, save_checkpoint
+from training.checkpoint import (
+    SAME,
+    check_same,
+    checkpoint_file,
+    load_agent_state,
+    load_checkpoint,
+    load_stored,
+    save_checkpoint,
+)
 from training.driver import Episode
 from training.logger import Metrics
 from training.outputs import Outputs, Recorder, warn_at
@@ -147,6 +155,7 @@ class Run:
         """Write a checkpoint that `restore` goes on from."""
         self.metrics.drain()
         checkpoint = {
+            "kind": self.config.agent,
             "agent": self.agent.state_dict(),
             "counters": {"agent_steps": self.agent_steps, "updates": self.updates, "episodes": self.episodes},
             "clocks": {name: clock.state_dict() for name, clock in self.clocks.items()},
@@ -179,14 +188,14 @@ class Run:
         config, warn = self.config, functools.partial(warn_at, self.config.log_level)
         if saved:
             check_same(saved, config)
-            self.agent.load_state_dict(saved["agent"])
+            load_agent_state(self.agent, saved, config)
         self.replay.restore(load_stored(self.logdir / saved["replay"], warn) if saved else None, paths, warn)
         if self.offline and not self.replay.ready():
             where = config.offline_traindir or f"--offline_traindir or {self.logdir / 'train_eps'}"
             raise UserError(f"{where} must hold {config.batch_length + 1} steps of this task to learn from")
         if saved is None:
             if config.from_checkpoint:
-                self.agent.load_state_dict(load_checkpoint(checkpoint_file(config.from_checkpoint))["agent"])
+                load_agent_state(self.agent, load_checkpoint(checkpoint_file(config.from_checkpoint)), config)
             return
         for name, value in saved["counters"].items():
             setattr(self, name, value)
