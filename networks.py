@@ -3,6 +3,7 @@
 Letters: B batch, T time, H imagined steps, N sequences or start states, D deter, S groups x K classes stoch, E embed.
 """
 
+import functools
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -178,7 +179,7 @@ class DenseGRU(nn.Module):
     Args:
       deter, stoch, action: widths of the state and the action.
       hidden, layers: width and number of the hidden layers.
-      gru: `GRU` or `NormGRU`; style: Style.
+      gru: `GRU` or `NormGRU`, or what makes one; style: Style.
     """
 
     def __init__(self, deter, stoch, action, hidden, layers, gru, style=DREAMERV3):
@@ -214,11 +215,14 @@ class GRU(nn.Module):
 
 
 class NormGRU(nn.Module):
-    """The GRU of DreamerV2 with LayerNorm on its gates, and a bias of -1 towards keeping the state; as `GRU`."""
+    """The GRU of DreamerV2 with LayerNorm on its gates, and a bias of -1 towards keeping the state; as `GRU`.
 
-    def __init__(self, inputs, deter, init="fan_in"):
+    bias: of the linear part, before the norm; DreamerV3's 2023 form has none there.
+    """
+
+    def __init__(self, inputs, deter, init="fan_in", bias=False):
         super().__init__()
-        self.linear = Linear(inputs + deter, 3 * deter, init=init, bias=False)
+        self.linear = Linear(inputs + deter, 3 * deter, init=init, bias=bias)
         self.norm = LayerNorm(3 * deter)
 
     def forward(self, x, deter):
@@ -227,10 +231,13 @@ class NormGRU(nn.Module):
         return torch.lerp(deter, cand, torch.sigmoid(update - 1))
 
 
+BiasedNormGRU = functools.partial(NormGRU, bias=True)
+
 # Recurrent cells by name: function of the widths of deter, stoch and action, the RSSM's configuration, and the Style.
 CELLS = {
     "block_gru": lambda d, s, a, c, style: BlockGRU(d, s, a, c.hidden, c.blocks, c.dyn_layers),
     "norm_gru": lambda d, s, a, c, style: DenseGRU(d, s, a, c.hidden, c.dyn_layers, NormGRU, style),
+    "norm_gru_bias": lambda d, s, a, c, style: DenseGRU(d, s, a, c.hidden, c.dyn_layers, BiasedNormGRU, style),
     "gru": lambda d, s, a, c, style: DenseGRU(d, s, a, c.hidden, c.dyn_layers, GRU, style),
 }
 

@@ -19,7 +19,8 @@ EPS = 1e-4  # added to the mean square in norms
 class Style(NamedTuple):
     """Names of the norm, activation and initialization of hidden layers.
 
-    norm: after the linear part: rms (DreamerV3), layer (its 2023 form; the linear part then has no bias) or none.
+    norm: after the linear part: rms (DreamerV3), layer (its 2023 form; the linear part then has no bias), layer_bias
+      (DreamerV2; it has one) or none.
     act: activation, silu, elu or relu.
     init: rule of the initial weights, see `INITS`.
     """
@@ -216,7 +217,7 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x.float(), self.scale.shape, self.scale, self.bias, 1e-3).to(x.dtype)
 
 
-NORMS = {"rms": RMSNorm, "layer": LayerNorm, "none": lambda size: nn.Identity()}
+NORMS = {"rms": RMSNorm, "layer": LayerNorm, "layer_bias": LayerNorm, "none": lambda size: nn.Identity()}
 ACTS = {"silu": nn.SiLU, "elu": nn.ELU, "relu": nn.ReLU}
 
 

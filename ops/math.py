@@ -1,4 +1,4 @@
-"""Mathematics that every version shares: symlog and returns."""
+"""Mathematics that the versions share: symlog and returns."""
 
 import torch
 
@@ -37,3 +37,21 @@ def lambda_return(last, term, reward, boot, disc, lam):
         ret = base[..., t] + decay[..., t] * ret
         rets.append(ret)
     return torch.stack(rets[::-1], -1)
+
+
+def lambda_target(reward, value, disc, lam):
+    """Return the TD(lambda) returns of a sequence in which a state's own reward is part of its value (Dreamer, V2).
+
+        target[t] = reward[t] + disc[t] * ((1 - lam) * value[t+1] + lam * target[t+1]),  target[H] = value[H]
+
+    Args:
+      reward, value, disc: (H + 1, N) reward on arriving at t, value estimate of t, discount of what follows t.
+      lam: float.
+    Returns: (H, N)
+    """
+    base, decay = reward[:-1] + (1 - lam) * disc[:-1] * value[1:], lam * disc[:-1]  # (H, N)
+    target, targets = value[-1], []
+    for t in reversed(range(len(base))):
+        target = base[t] + decay[t] * target
+        targets.append(target)
+    return torch.stack(targets[::-1])

@@ -1,4 +1,5 @@
-"""LaProp with adaptive gradient clipping and warm-up, on one flat buffer, without a host sync; and several Adams."""
+"""LaProp with adaptive gradient clipping and warm-up, on one flat buffer, without a host sync; and several Adams, in
+PyTorch's form and in TensorFlow's."""
 
 import torch
 
@@ -89,16 +90,17 @@ class Adams:
 
     def __init__(self, groups, settings):
         self.groups, self.settings = groups, settings
-        self.adams = {
-            group: torch.optim.AdamW(
-                params.values(),
-                lr=settings[group].lr,
-                eps=settings[group].eps,
-                weight_decay=settings[group].decay / settings[group].lr if settings[group].lr else 0.0,
-                capturable=next(iter(params.values())).is_cuda,
-            )
-            for group, params in groups.items()
-        }
+        self.adams = {group: self.make(list(params.values()), settings[group]) for group, params in groups.items()}
+
+    def make(self, params, settings):
+        """Return the Adam of a group."""
+        return torch.optim.AdamW(
+            params,
+            lr=settings.lr,
+            eps=settings.eps,
+            weight_decay=settings.decay / settings.lr if settings.lr else 0.0,
+            capturable=params[0].is_cuda,
+        )
 
     def zero_grad(self):
         """Set all gradients to None."""
@@ -129,6 +131,68 @@ class Adams:
         for group, adam in self.adams.items():
             kept = {i: state["moments"].get(name) for i, name in enumerate(self.groups[group])}
             adam.load_state_dict({**adam.state_dict(), "state": {i: found for i, found in kept.items() if found}})
+
+
+class TFAdam(torch.optim.Optimizer):
+    """Adam as TensorFlow computes it (arXiv:1412.6980, the paragraph before section 2.1):
+
+        p -= lr sqrt(1 - beta2^t) / (1 - beta1^t) m / (sqrt(v) + eps)
+
+    The second moment v is not corrected before eps is added, so that this is PyTorch's Adam with eps / sqrt(1 -
+    beta2^t): 32 times larger at the first step, and as large after some thousands. The counters t are tensors beside
+    the parameters and nothing waits for the host, so that an update can be captured as a CUDA graph.
+
+    Args:
+      params: parameters; lr: learning rate; eps: floor of the denominator.
+      decay: share that parameters lose in every update, whatever the learning rate (DreamerV2).
+    """
+
+    def __init__(self, params, lr, eps, decay=0.0, beta1=0.9, beta2=0.999):
+        settings = {"lr": lr, "eps": eps, "decay": decay, "beta1": beta1, "beta2": beta2}
+        super().__init__(params, {**settings, "capturable": True})  # a loaded counter goes to the parameter's device
+
+    @torch.no_grad()
+    def step(self):
+        """Update from the gradients in place. A parameter without a gradient stays."""
+        for group in self.param_groups:
+            params = [param for param in group["params"] if param.grad is not None]
+            if params:
+                self.update(params, [param.grad for param in params], group)
+
+    def update(self, params, grads, group):
+        """Update parameters by their gradients; group: with lr, eps, decay, beta1, beta2."""
+        for param in params:
+            if not self.state[param]:
+                self.state[param] = fresh(param)
+        states = [self.state[param] for param in params]
+        counts, means, squares = ([state[key] for state in states] for key in ("step", "exp_avg", "exp_avg_sq"))
+        torch._foreach_add_(counts, 1)
+        torch._foreach_lerp_(means, grads, 1 - group["beta1"])
+        torch._foreach_mul_(squares, group["beta2"])
+        torch._foreach_addcmul_(squares, grads, grads, 1 - group["beta2"])
+        count = torch.stack(counts)
+        rates = group["lr"] * (1 - group["beta2"] ** count).sqrt() / (1 - group["beta1"] ** count)
+        steps = torch._foreach_sqrt(squares)
+        torch._foreach_add_(steps, group["eps"])
+        torch._foreach_reciprocal_(steps)
+        torch._foreach_mul_(steps, means)
+        torch._foreach_mul_(steps, list(rates.unbind()))
+        if group["decay"]:
+            torch._foreach_mul_(params, 1 - group["decay"])
+        torch._foreach_sub_(params, steps)
+
+
+def fresh(param):
+    """Return the state of a parameter before its first update, with the names of PyTorch's Adam."""
+    moments = {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
+    return {"step": torch.zeros((), device=param.device), **moments}
+
+
+class TFAdams(Adams):
+    """Adams in TensorFlow's form, which PlaNet to DreamerV2 were trained with. Its state is that of `Adams`."""
+
+    def make(self, params, settings):
+        return TFAdam(params, settings.lr, settings.eps, settings.decay)
 
 
 def check_state(state, kind, params):

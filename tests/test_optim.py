@@ -1,10 +1,12 @@
 import io
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn as nn
 
-from ops.optim import LaProp
+from ops.optim import Adams, LaProp, TFAdams
+from tests.factories import Watch
 from tests.golden_math import ScheduledLaProp
 
 
@@ -118,3 +120,69 @@ def test_the_state_of_other_parameters_is_refused(theirs):
     with pytest.raises(ValueError, match="other parameters"):
         opt.load_state_dict(make(theirs)[1].state_dict())
     assert torch.equal(opt.nu, before)
+
+
+# ---------------------------------------------------------------------------
+# Adam in TensorFlow's form
+
+
+def make_tf_adams(**changes):
+    """Return two parameters in two groups, and their TFAdams."""
+    params = {name: nn.Parameter(torch.tensor([1.0, -2.0])) for name in ("a.weight", "b.bias")}
+    settings = SimpleNamespace(**{"lr": 0.1, "eps": 0.2, "clip": 1e9, "decay": 0.0, **changes})
+    groups = {name[0]: {name: param} for name, param in params.items()}
+    return params, TFAdams(groups, dict.fromkeys(groups, settings))
+
+
+def test_two_steps_in_tensorflows_form_by_hand():
+    params, opt = make_tf_adams(decay=0.5)
+    mean, square, expected = 0.0, 0.0, 1.0
+    for count, grad in enumerate((3.0, -1.0), 1):
+        params["a.weight"].grad = torch.tensor([grad, 0.0])
+        opt.step()
+        mean, square = 0.9 * mean + 0.1 * grad, 0.999 * square + 0.001 * grad**2
+        rate = 0.1 * (1 - 0.999**count) ** 0.5 / (1 - 0.9**count)
+        expected = 0.5 * expected - rate * mean / (square**0.5 + 0.2)
+        assert params["a.weight"].tolist() == pytest.approx([expected, -2 * 0.5**count], rel=1e-4)
+    assert params["b.bias"].tolist() == [1, -2]  # no gradient, not even decay
+
+
+def test_tensorflows_form_is_pytorchs_with_a_larger_epsilon_at_first():
+    params, opt = make_tf_adams(eps=1e-3)
+    theirs = nn.Parameter(torch.tensor([1.0, -2.0]))
+    adam = torch.optim.Adam([theirs], lr=0.1)
+    for count in range(1, 4):
+        adam.param_groups[0]["eps"] = 1e-3 / (1 - 0.999**count) ** 0.5
+        for param in (params["a.weight"], theirs):
+            param.grad = 0.01 * (param.detach() - 0.5)
+        opt.step(), adam.step()
+        torch.testing.assert_close(params["a.weight"], theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_an_update_in_tensorflows_form_waits_for_nothing_and_stays_in_place():
+    params, opt = make_tf_adams()
+    for param in params.values():
+        param.grad = torch.ones(2)
+    opt.step()
+    tensors = [value for adam in opt.adams.values() for state in adam.state.values() for value in state.values()]
+    places = [tensor.data_ptr() for tensor in (*tensors, *params.values())]
+    with Watch() as watch:
+        for adam in opt.adams.values():
+            adam.step()
+    assert watch.found == [] and watch.count
+    assert [tensor.data_ptr() for tensor in (*tensors, *params.values())] == places
+
+
+def test_both_forms_of_adam_read_each_others_state():
+    params, opt = make_tf_adams()
+    for param in params.values():
+        param.grad = torch.tensor([1.0, 2.0])
+    opt.step()
+    saved = opt.state_dict()
+    other = Adams(opt.groups, opt.settings)
+    other.load_state_dict(saved)
+    again = make_tf_adams()[1]
+    again.load_state_dict(other.state_dict())
+    for name, moments in saved["moments"].items():
+        for key, value in moments.items():
+            assert torch.equal(value, again.state_dict()["moments"][name][key])
