@@ -17,7 +17,7 @@ from exploration import EXPLORERS, perturb
 from models import WorldModel, frozen
 from networks import State
 from ops.graphs import Captured
-from ops.optim import Adams, LaProp
+from ops.optim import Adams, LaProp, TFAdams
 from ops.random import drawing_from, make_generator
 from tools import Ratio, UserError, derive_seed
 
@@ -293,8 +293,12 @@ def make_optimizer(nets, config):
         modules |= {"expl_model": nets["explorer"], **{f"expl_{group}": module for group, module in own}}
     groups = {g: {names[p]: p for p in module.parameters() if p in names} for g, module in modules.items()}
     groups = {group: params for group, params in groups.items() if params}  # an explorer may only count
-    sections = {"model": config.model_opt, "critic": config.critic_opt}
-    return Adams(groups, {group: sections.get(group.removeprefix("expl_"), config.actor_opt) for group in groups})
+    sections = {"model": config.model_opt, "critic": config.critic_opt, "expl_model": config.expl_opt}
+    settings = {g: sections.get(g, sections.get(g.removeprefix("expl_"), config.actor_opt)) for g in groups}
+    return ADAMS[config.optimizer](groups, settings)
+
+
+ADAMS = {"adam": Adams, "tf_adam": TFAdams}
 
 
 def mixed_rewards(intrinsic, task, scales, rollout):

@@ -57,7 +57,7 @@ class Behavior(Protocol):
         batch: Mapping[str, torch.Tensor],
         rewards: Callable[[Rollout], torch.Tensor],
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Return losses {name: (H, N)} of the imagined trajectories, and {name: tensor} for metrics.
+        """Return losses {name: (H, N) or fewer steps} of the imagined trajectories, and {name: tensor} for metrics.
 
         They are joined with the world model's in one backward pass. `rewards` gives (H + 1, N), on arriving.
         """

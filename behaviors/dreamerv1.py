@@ -1,7 +1,13 @@
 """Behavior of Dreamer (arXiv:1912.01603)."""
 
-from behaviors.dreamerv2 import shifted_weights
+import torch
+
 from behaviors.dynamics import DynamicsBehavior
+
+
+def shifted_weights(cont, alive, discount):
+    """Return weights (H + 1, N) in which the discount of arriving in a state counts from the state after it on."""
+    return torch.cat([alive[None], torch.full_like(cont[:1], discount), cont[1:-1]]).cumprod(0)
 
 
 class DreamerV1(DynamicsBehavior):

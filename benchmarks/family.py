@@ -48,7 +48,8 @@ OWN = {
 EPISODES = 40  # of each of BASELINES
 EXPLORERS = {"random": "--expl_behavior random --train_ratio 0", "Plan2Explore": "--expl_behavior plan2explore"}
 EXPLORE = """--task dummy_maze --steps 4000 --eval_every 0 --video_pred_log false --compile true --disag_target embed
---disag_layers 2 --disag_units 64 --disag_models 5 --loss_scales.rec 10 --horizon 33 --actor.entropy 1e-2"""
+--disag_log true --disag_layers 2 --disag_units 64 --disag_models 5 --loss_scales.rec 10 --horizon 33
+--actor.entropy 1e-2"""
 
 
 class Still(Random):

@@ -207,8 +207,12 @@ class TruncatedNormal(Normal):
         return rand(shape, device)
 
     def sample(self, noise):
-        """Invert the cumulative distribution, which preserves the gradient; results lie just inside the bounds."""
-        z = torch.special.ndtri((self.below + noise * self.inside).clamp(1e-6, 1 - 1e-6))
+        """Invert the cumulative distribution; results lie just inside the bounds.
+
+        The gradient is that of mean + stddev z with z held, 1 and z, as TensorFlow Probability has it; the exact one
+        would also move the cut, and vanish towards the bounds.
+        """
+        z = torch.special.ndtri((self.below + noise * self.inside).clamp(1e-6, 1 - 1e-6)).detach()
         value = self.mean + self.stddev * z
         return value + (value.clamp(-1 + 1e-6, 1 - 1e-6) - value).detach()
 
@@ -402,7 +406,8 @@ class VectorNormal:
         return self.mean
 
     def log_prob(self, value):
-        return -(0.5 * (self.mean - value.reshape(self.mean.shape)).square() + HALF_LOG_2PI).sum(-1)
+        error = (self.mean - value.reshape(self.mean.shape)).square().sum(-1)
+        return -0.5 * error - HALF_LOG_2PI * self.mean.shape[-1]
 
 
 class ImageMSE:

@@ -23,7 +23,7 @@ def update(agent, batch):
 
 
 # Dreamer's actor has its gradient through the compiled steps of the scan.
-@pytest.mark.parametrize("version", ["dreamerv3", "dreamerv1"])
+@pytest.mark.parametrize("version", ["dreamerv3", "dreamerv2", "dreamerv1"])
 def test_compiled_update_equals_eager_update(version):
     eager, compiled = (make_agent(version, "proprio", {"imag_horizon": 2}, seed) for seed in (0, 1))
     compiled.load_state_dict(eager.state_dict())

@@ -13,7 +13,9 @@ from gymnasium.spaces import Box
 
 import dreamer
 from agents.dreamer import mixed_rewards
+from exploration import SPREADS
 from models import Rollout
+from ops.distributions import HALF_LOG_2PI
 from ops.optim import Adams
 from tests.factories import (
     FAMILY,
@@ -325,11 +327,12 @@ def test_every_target_of_the_ensemble(target, log):
 
 @every_version
 def test_the_ensemble_learns_a_repeated_batch(version):
-    agent = make_agent(version, "proprio", EXPLORE | {"model_opt.lr": 0.02, "opt.lr": 0.02})
+    agent = make_agent(version, "proprio", EXPLORE | {"expl_opt.lr": 0.02, "opt.lr": 0.02})
     for param in agent.world.parameters():
         param.requires_grad_(False)  # so that what is to be predicted stays
     losses = [float(update(agent, "proprio")["disag_loss"]) for _ in range(5)]
-    assert losses[-1] < 0.9 * losses[0]
+    least = len(agent.explorer.ensemble) * HALF_LOG_2PI * agent.world.rssm.latent.size * 0.8  # of 12 of 15 steps
+    assert losses[-1] - least < 0.9 * (losses[0] - least)
 
 
 def test_disagreement_is_the_variance_on_arriving_and_the_scales_weigh_the_rewards():
@@ -343,6 +346,12 @@ def test_disagreement_is_the_variance_on_arriving_and_the_scales_weigh_the_rewar
     torch.testing.assert_close(novelty[1:], predicted.var(0, unbiased=True).mean(-1))
     assert not novelty[0].any()  # no action led to the start
     assert agent.explorer.rewards() == {"disag": agent.explorer.disagreement}
+    agent.explorer.spread = SPREADS["std"]  # of DreamerV2's code
+    stddev = agent.explorer.disagreement(rollout)
+    torch.testing.assert_close(stddev[1:], predicted.var(0, unbiased=False).sqrt().mean(-1))
+    agent.explorer.log = True
+    torch.testing.assert_close(agent.explorer.disagreement(rollout)[1:], stddev[1:].log())
+    agent.explorer.spread, agent.explorer.log = SPREADS["variance"], False
     agent.world.rewards = lambda rollout: torch.full((4, 2), 2.0)
     total = mixed_rewards(agent.explorer.rewards(), agent.world.rewards, (2.0, 3.0), rollout)
     torch.testing.assert_close(total, 2 * novelty + 6)
@@ -354,9 +363,24 @@ def test_the_ensemble_predicts_across_no_border_of_episodes():
     feat, action, target = torch.randn(1, 4, 32 + 16), torch.randn(1, 4, 6), torch.randn(1, 4, 16)
     error = agent.explorer.ensemble_loss(feat, action, target, torch.tensor([[True, False, True, False]]))
     predicted = agent.explorer.predict(feat[:, :3], action[:, 1:])  # action[t + 1] led from step t to step t + 1
-    expected = (predicted - target[:, 1:]).square().sum(-1).mean(0)
+    expected = (0.5 * (predicted - target[:, 1:]).square() + HALF_LOG_2PI).sum(-1).sum(0)  # over the models
     assert error.shape == (1, 3) and error[0, 1] == 0
     torch.testing.assert_close(error[0, [0, 2]], expected[0, [0, 2]])
+
+
+def test_curiosity_rewards_what_is_new_and_never_punishes_it():
+    agent = make_agent("dreamerv3", "proprio", EXPLORE)
+    rollout = Rollout(None, torch.randn(3, 2, 6), torch.randn(4, 2, agent.world.feat_size))
+    assert (agent.explorer.disagreement(rollout)[1:] > 0).all()  # a negative reward is one for ending the episode
+    forms = {version: make_config(version).disag_form for version in ("dreamerv3", "dreamerv2")}
+    assert forms == {"dreamerv3": "variance", "dreamerv2": "std"}
+
+
+def test_the_ensemble_of_an_older_form_has_an_adam_of_its_own():
+    for version, rate in {"dreamerv2": 3e-4, "dreamerv2_atari": 3e-4}.items():
+        opt = make_agent(version, "proprio", EXPLORE).opt
+        assert opt.settings["expl_model"].lr == opt.adams["expl_model"].param_groups[0]["lr"] == rate
+        assert opt.settings["model"].lr == {"dreamerv2": 3e-4, "dreamerv2_atari": 2e-4}[version]
 
 
 def test_the_explorer_acts_only_when_exploring():

@@ -16,13 +16,14 @@ from behaviors.cem import CEM, search
 from exploration import perturb
 from modalities.image.nets import ImageEncoder, TransposedDecoder, quantize
 from models import CLIPS, frozen, kl_losses
-from networks import GRU, RSSM, DenseGRU, GaussianLatent, NormGRU, OneHotLatent, State
-from ops.layers import Conv2d, ConvTranspose2d, Style
+from networks import GRU, RSSM, DenseGRU, GaussianLatent, NormGRU, OneHotLatent, State, make_rssm
+from ops.layers import MLP, Conv2d, ConvTranspose2d, Style
 from replay.sampling import Replay
 from specs import ActionSpec
 from tests.factories import family_config as make_config
 from tests.factories import shake
 from tests.test_replay import LAYOUT, make_episode, steps_of
+from tools import UserError
 
 # ---------------------------------------------------------------------------
 # Latents and their KL
@@ -131,8 +132,8 @@ def test_truncated_normal_inverts_its_distribution_function_within_the_bounds():
     assert ends.abs().max() < 1 and dist.log_prob(ends).isfinite().all()
 
 
-@pytest.mark.parametrize("make", [truncated, squashed])
-def test_samples_have_the_gradient_of_their_parameters(make):
+def test_samples_have_the_gradient_of_their_parameters():
+    make = squashed
     raw, noise = RAW.double().requires_grad_(), torch.tensor([[0.2], [0.6], [0.7]])
     make(raw).sample(noise).sum().backward()
     for column in (0, 1):
@@ -140,6 +141,15 @@ def test_samples_have_the_gradient_of_their_parameters(make):
         step[:, column] = 0.01
         slope = (make(RAW + step).sample(noise) - make(RAW - step).sample(noise))[:, 0] / 0.02
         torch.testing.assert_close(raw.grad[:, column].float(), slope, rtol=2e-2, atol=2e-3)
+
+
+def test_samples_of_the_truncated_normal_move_as_if_the_cut_did_not():
+    dist, noise = truncated(RAW), torch.tensor([[0.2], [0.6], [0.999]])
+    dist.mean, dist.stddev = dist.mean.requires_grad_(), dist.stddev.requires_grad_()
+    sample = dist.sample(noise)
+    by_mean, by_stddev = torch.autograd.grad(sample.sum(), (dist.mean, dist.stddev))
+    torch.testing.assert_close(by_mean, torch.ones(3, 1))
+    torch.testing.assert_close(by_stddev, ((sample - dist.mean) / dist.stddev).detach(), rtol=1e-4, atol=1e-4)
 
 
 def test_symlog_twohot_shares_by_distance_in_symlog_space():
@@ -170,6 +180,8 @@ H, D = 15, 3
 
 
 class LinearWorld(nn.Module):
+    cont = None
+
     def __init__(self, actions):
         super().__init__()
         self.a, self.b = nn.Parameter(0.3 * torch.eye(D)), nn.Parameter(0.1 * torch.randn(actions, D))
@@ -210,8 +222,9 @@ def imagined(behavior, world):
 def test_fifteen_imagined_transitions_give_fifteen_targets(version, spec):
     behavior, world = make_behavior(version, spec)
     losses, outs = imagined(behavior, world)
-    assert outs["ret"].shape == outs["adv"].shape == outs["logpi"].shape == (15, 4)
-    assert outs["weight"].shape == (16, 4) and losses["policy"].shape == losses["value"].shape == (15, 4)
+    acted = 14 if version.startswith("dreamerv2") else 15  # its returns hold the reward of arriving where they begin
+    assert outs["adv"].shape == outs["logpi"].shape == losses["policy"].shape == (acted, 4)
+    assert outs["weight"].shape == (16, 4) and outs["ret"].shape == losses["value"].shape == (15, 4)
     sum(loss.sum() for loss in losses.values()).backward()
     assert all(param.grad is None and param.requires_grad for param in world.parameters())  # only through the world
     assert all(param.grad.any() for part in (behavior.actor, behavior.critic) for param in part.parameters())
@@ -220,7 +233,8 @@ def test_fifteen_imagined_transitions_give_fifteen_targets(version, spec):
 
 @pytest.mark.parametrize("version", ["dreamerv1", "dreamerv2", "dreamerv3_2023"])
 def test_the_gradient_through_the_dynamics_is_the_slope_of_the_loss(version):
-    behavior, world = make_behavior(version)
+    exact = {"actor.dist": "tanh_normal"} if version == "dreamerv2" else {}  # its own has another gradient on purpose
+    behavior, world = make_behavior(version, **exact)
     first, *rest = behavior.actor.parameters()
     first.data.zero_()  # a policy that does not see the state, whose gradient would stop there
     direction = [0.3 * torch.randn_like(param) for param in rest]
@@ -250,7 +264,7 @@ def test_a_discrete_action_passes_the_gradient_of_its_probabilities():
 def test_a_mixed_gradient_is_the_weighted_sum_of_both():
     grads = {}
     for grad in ("reinforce", "dynamics", "mixed"):
-        behavior, world = make_behavior("dreamerv2", BOX, actor={"grad": grad, "grad_mix": 0.25})
+        behavior, world = make_behavior("dreamerv3_2023", BOX, actor={"grad": grad, "grad_mix": 0.25})
         loss = imagined(behavior, world)[0]["policy"].mean()
         (grads[grad],) = torch.autograd.grad(loss, behavior.actor.mlp[0].kernel)
     torch.testing.assert_close(grads["mixed"], 0.75 * grads["reinforce"] + 0.25 * grads["dynamics"])
@@ -261,7 +275,6 @@ def test_a_mixed_gradient_is_the_weighted_sum_of_both():
     [
         ("dynamics", [0.8, 0.4, 0.16, 0.032], [0.8, 0.4, 0.16, 0.032]),  # the prediction of the start says it all
         ("dreamerv3_2023", [1, 0.5, 0.2, 0.04], [0, 0, 0, 0]),
-        ("dreamerv2", [1, 0.9, 0.45, 0.18], [0, 0, 0, 0]),
         ("dreamerv1", [1, 0.9, 0.45, 0.18], [0, 0, 0, 0]),
     ],
 )
@@ -271,6 +284,58 @@ def test_weights_by_hand(version, going_on, terminal):
     weight = behavior.weigh(cont, torch.tensor([1.0, 0.0]))
     assert weight[:, 0].tolist() == pytest.approx(going_on)
     assert weight[:, 1].tolist() == pytest.approx(terminal)  # the first action, too, comes behind the end
+
+
+# -- DreamerV2
+
+
+def valued(rewards, value, conts=None, terminal=(0.0, 1.0), **changes):
+    """Return DreamerV2's losses and what came up, where a slow critic says `value` everywhere and the world gives the
+    rewards and, if it predicts them, the discounts (H + 1,); the second of two starts is terminal in truth."""
+    behavior, world = make_behavior("dreamerv2", imag_horizon=3, horizon=10, **changes)  # a discount of 0.9
+    behavior.slow.out.kernel.data.zero_(), behavior.slow.out.bias.data.fill_(value)
+    if conts:
+        world.cont, world.discounts = True, lambda feat: torch.tensor(conts)[:, None].expand(4, 2)
+    states, batch = State(torch.randn(1, 2, D), torch.randn(1, 2, 2, 1)), {"is_terminal": torch.tensor([terminal])}
+    rollout = behavior.rollout(world, states)
+    return *behavior.losses(world, rollout, batch, lambda rollout: torch.tensor(rewards)[:, None].expand(4, 2)), rollout
+
+
+def test_a_value_of_dreamerv2_includes_the_reward_of_arriving():
+    _, outs, _ = valued([1.0, 10.0, 100.0, 1000.0], 2.0)
+    last = 100 + 0.9 * 2  # the reward of the last state is in its value
+    middle = 10 + 0.9 * (0.05 * 2 + 0.95 * last)
+    expected = [1 + 0.9 * (0.05 * 2 + 0.95 * middle), middle, last]
+    assert outs["ret"][:, 0].tolist() == outs["ret"][:, 1].tolist() == pytest.approx(expected)
+    assert outs["adv"][:, 0].tolist() == pytest.approx([middle - 2, last - 2])  # of the two actions that count
+
+
+def test_weights_of_dreamerv2_by_hand():
+    weight = valued([0.0] * 4, 2.0, [0.8, 0.5, 0.4, 0.2])[1]["weight"]
+    assert weight[:, 0].tolist() == pytest.approx([1, 0.9, 0.45, 0.18])  # the start's discount is the true one
+    assert weight[:, 1].tolist() == [1, 0, 0, 0]  # the value of a terminal state is learned: its reward
+    ret = valued([5.0, 7.0, 7.0, 7.0], 2.0, [0.8, 0.5, 0.4, 0.2])[1]["ret"]
+    assert ret[0, 1] == 5 and ret[0, 0] > 5
+    weight = valued([0.0] * 4, 2.0)[1]["weight"]  # no head: nothing ends
+    assert weight[:, 1].tolist() == pytest.approx([1, 0.9, 0.81, 0.729])
+
+
+def test_the_losses_of_dreamerv2_end_two_and_one_before_the_horizon():
+    losses, outs, rollout = valued([1.0, 10.0, 100.0, 1000.0], 2.0, **{"actor.grad": "reinforce"})
+    behavior, _ = make_behavior("dreamerv2", imag_horizon=3, horizon=10)
+    policy, critic = behavior.actor(rollout.feat[:2]), behavior.critic(rollout.feat[:3]).mode()
+    objective = policy.log_prob(rollout.actions[:2]) * outs["adv"] + 1e-4 * policy.entropy()
+    torch.testing.assert_close(losses["policy"], -outs["weight"][:2] * objective)
+    constant = 0.5 * math.log(2 * math.pi)
+    torch.testing.assert_close(losses["value"], outs["weight"][:3] * (0.5 * (critic - outs["ret"]) ** 2 + constant))
+    with pytest.raises(UserError, match="--imag_horizon 1"):
+        make_behavior("dreamerv2", imag_horizon=1)
+
+
+def test_a_mixture_of_dreamerv2_follows_its_actions_in_both_parts():
+    losses, _, rollout = valued([1.0] * 4, 2.0, actor={"grad": "mixed"})  # returns that do not depend on the actions
+    (grad,) = torch.autograd.grad(losses["policy"].sum(), rollout.actions)
+    assert grad[:2].all() and not grad[2].any()
 
 
 # ---------------------------------------------------------------------------
@@ -377,6 +442,28 @@ def test_norm_gru_by_hand():
     update = 1 / (1 + math.e)  # a bias of -1 retains most of the state
     deter = cell(torch.tensor([[1.0]]), torch.tensor([[0.5]]))
     assert deter.item() == pytest.approx(update * cand + (1 - update) * 0.5)
+
+
+def test_a_bias_before_the_norm_shifts_the_gates_of_dreamerv2():
+    torch.manual_seed(0)
+    cell = make_rssm(3, BOX, make_config("dreamerv2").rssm, Style("none", "elu", "glorot")).cell.gru
+    cell.linear.bias.data.normal_()
+    x, deter = torch.randn(2, 16), torch.randn(2, 32)
+    parts = torch.cat([x, deter], -1) @ cell.linear.kernel + cell.linear.bias
+    reset, cand, update = nn.functional.layer_norm(parts, parts.shape[1:], eps=1e-3).chunk(3, -1)
+    share = torch.sigmoid(update - 1)
+    expected = share * torch.tanh(torch.sigmoid(reset) * cand) + (1 - share) * deter
+    torch.testing.assert_close(cell(x, deter), expected)
+    assert make_rssm(3, BOX, make_config("dreamerv3_2023").rssm).cell.gru.linear.bias is None
+
+
+@pytest.mark.parametrize("norm, biased", [("none", True), ("layer", False), ("layer_bias", True)])
+def test_the_norm_says_whether_a_bias_stands_before_it(norm, biased):
+    shapes, style = {"image": (64, 64, 3)}, Style(norm, "elu", "glorot")
+    encoder = ImageEncoder(shapes, SimpleNamespace(cnn="valid", **STACK), style)
+    decoder = TransposedDecoder(shapes, 6, 3, SimpleNamespace(cnn="valid", **STACK), style)
+    layers = [*encoder.convs, *decoder.convs, MLP(3, 1, 4, style)[0]]
+    assert {layer.bias is not None for layer in layers} == {biased}
 
 
 def test_a_learned_initial_state_stands_where_episodes_begin():

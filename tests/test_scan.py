@@ -12,6 +12,7 @@ from tests.factories import make_agent, make_batch, shake, world_losses
 VERSIONS = {
     "block_gru": ("--rssm.dyn_layers", "2", "--rssm.obs_layers", "2"),
     "norm_gru": ("--rssm.cell", "norm_gru", "--rssm.dyn_layers", "2", "--rssm.initial", "learned"),
+    "norm_gru_bias": ("--rssm.cell", "norm_gru_bias", "--norm", "layer_bias"),
     "gru": ("--rssm.cell", "gru", "--rssm.latent", "gaussian", "--replay_context", "false"),
     "layer_norm": ("--rssm.cell", "norm_gru", "--norm", "layer"),  # hidden layers without a bias
 }
