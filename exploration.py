@@ -68,7 +68,7 @@ class Plan2Explore(nn.Module):
         style = Style(config.norm, config.act, config.init)
         self.ensemble = nn.ModuleList(
             nn.Sequential(
-                MLP(inputs, config.disag_layers, units, style), Linear(units, sizes[self.target], 1.0, style.init)
+                MLP(inputs, config.disag_layers, units, style), Linear(units, sizes[self.target], 1.0, style.out)
             )
             for _ in range(config.disag_models)
         )

@@ -31,7 +31,7 @@ class Head(nn.Module):
     def __init__(self, inputs, outputs, dist, layers, units, outscale=1.0, style=DREAMERV3):
         super().__init__()
         self.mlp = MLP(inputs, layers, units, style)
-        self.out = Linear(units, outputs, outscale, style.init)
+        self.out = Linear(units, outputs, outscale, style.out)
         self.dist = dist
 
     def forward(self, feat):
@@ -100,7 +100,7 @@ class Actor(nn.Module):
         self.spec = spec
         self.mlp = MLP(inputs, config.layers, config.units, style)
         self.heads = nn.ModuleList(
-            ActionHead(width, spec.classes.get(key), config, style.init) for key, width in spec.widths.items()
+            ActionHead(width, spec.classes.get(key), config, style.out) for key, width in spec.widths.items()
         )
 
     def forward(self, feat):
@@ -384,7 +384,7 @@ class RSSM(nn.Module):
         self.cell = cell
         self.latent = latent
         self.deter = deter = config.deter
-        out = (config.hidden, latent.outputs, 1.0, style.init)
+        out = (config.hidden, latent.outputs, 1.0, style.out)
         self.prior = nn.Sequential(MLP(deter, config.img_layers, config.hidden, style), Linear(*out))
         self.posterior = nn.Sequential(MLP(deter + embed, config.obs_layers, config.hidden, style), Linear(*out))
         self.start = nn.Parameter(torch.zeros(deter)) if config.initial == "learned" else None
@@ -398,10 +398,12 @@ class RSSM(nn.Module):
     # -- states
 
     def initial(self, batch, device, dtype=torch.float32):
-        """Return the state before anything was seen, (batch, ...): zeros, or the prior's mode at a learned deter."""
+        """Return the state before anything was seen, (batch, ...): zeros, or a learned deter and the prior's mode at
+        it, without gradient."""
         if self.start is not None:
             deter = torch.tanh(self.start).to(dtype).expand(batch, -1)
-            return State(deter, self.predict(deter).mode().to(dtype))
+            with torch.no_grad():
+                return State(deter, self.predict(deter).mode().to(dtype))
         return State(
             torch.zeros(batch, self.deter, device=device, dtype=dtype),
             torch.zeros(batch, *self.latent.shape, device=device, dtype=dtype),

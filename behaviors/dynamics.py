@@ -34,7 +34,7 @@ class DynamicsBehavior(ImagBehavior):
         feat, alive = rollout.feat, 1 - batch["is_terminal"].flatten().float()
         critic = self.critic(feat.detach())
         with torch.set_grad_enabled(self.share > 0):
-            reward, cont = rewards(rollout), world.discounts(feat)  # (H + 1, N)
+            reward, cont = rewards(rollout), self.discounts(world, feat)  # (H + 1, N)
             slow = self.slow_values(feat)
             value = self.values(critic, feat, slow)  # (H + 1, N)
             ret = lambda_return(torch.zeros_like(cont.T), 1 - cont.T, reward.T, value.T, 1.0, self.lam).T  # (H, N)
@@ -55,6 +55,10 @@ class DynamicsBehavior(ImagBehavior):
         outs |= {"logpi": logpi, "entropy": entropy, "ret_offset": offset, "ret_scale": scale}
         outs |= {} if slow is None else {"slow": slow}
         return losses, {name: out.detach() for name, out in outs.items()}
+
+    def discounts(self, world, feat):
+        """Return the discount (H + 1, N) of what follows each state."""
+        return world.discounts(feat)
 
     @torch.no_grad()
     def slow_values(self, feat):

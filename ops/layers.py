@@ -29,6 +29,11 @@ class Style(NamedTuple):
     act: str = "silu"
     init: str = "fan_in"
 
+    @property
+    def out(self):
+        """Rule of layers without a norm: of DreamerV3's 2023 form uniform, with the variance of its other layers."""
+        return "glorot" if self.init == "fan_avg" else self.init
+
 
 DREAMERV3 = Style()
 

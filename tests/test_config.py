@@ -663,30 +663,51 @@ def test_every_key_and_preset_of_configs_yaml_has_help_on_one_line():
 
 
 @pytest.mark.parametrize(
-    "preset, units, depth, deter, hidden, classes, layers",
+    "preset, units, depth, deter, hidden, classes",
     [
-        ("size1m", 64, 4, 512, 64, 4, None),
-        ("size12m", 256, 16, 2048, 256, 16, None),
-        ("size25m", 384, 24, 3072, 384, 24, None),
-        ("size50m", 512, 32, 4096, 512, 32, None),
-        ("size100m", 768, 48, 6144, 768, 48, None),
-        ("size200m", 1024, 64, 8192, 1024, 64, None),
-        ("size400m", 1536, 96, 12288, 1536, 96, None),
-        ("dreamerv3_2023_m", 640, 48, 1024, 640, None, 3),
-        ("dreamerv3_2023_l", 768, 64, 2048, 768, None, 4),
-        ("dreamerv3_2023_xl", 1024, 96, 4096, 1024, None, 5),
+        ("size1m", 64, 4, 512, 64, 4),
+        ("size12m", 256, 16, 2048, 256, 16),
+        ("size25m", 384, 24, 3072, 384, 24),
+        ("size50m", 512, 32, 4096, 512, 32),
+        ("size100m", 768, 48, 6144, 768, 48),
+        ("size200m", 1024, 64, 8192, 1024, 64),
+        ("size400m", 1536, 96, 12288, 1536, 96),
     ],
 )
-def test_sizes_set_these_keys_and_no_others(preset, units, depth, deter, hidden, classes, layers):
+def test_sizes_set_these_keys_and_no_others(preset, units, depth, deter, hidden, classes):
     parts = ("encoder", "decoder", "reward_head", "cont_head", "actor", "critic")
     expected = dict.fromkeys((f"{part}.units" for part in parts), units)
     expected |= dict.fromkeys(("encoder.depth", "decoder.depth"), depth)
-    expected |= {"rssm.deter": deter, "rssm.hidden": hidden}
-    expected |= {"rssm.classes": classes} if classes else dict.fromkeys((f"{part}.layers" for part in parts), layers)
+    expected |= {"rssm.deter": deter, "rssm.hidden": hidden, "rssm.classes": classes}
     presets = load_presets(CONFIGS)
     assert presets[preset] == expected
     assert preset != "size1m" or expected.items() <= presets["dmc_proprio"].items()
     assert preset != "size12m" or load_config(["--configs", preset], CONFIGS) == load_config([], CONFIGS)
+
+
+@pytest.mark.parametrize(
+    "preset, layers, units, depth, deter",
+    [
+        ("dreamerv3_2023_m", 3, 640, 48, 1024),
+        ("dreamerv3_2023_l", 4, 768, 64, 2048),
+        ("dreamerv3_2023_xl", 5, 1024, 96, 4096),
+    ],
+)
+def test_sizes_of_the_2023_form_leave_vectors_as_they_are(preset, layers, units, depth, deter):
+    parts = ("reward_head", "cont_head", "actor", "critic")
+    expected = {f"{part}.{key}": value for part in parts for key, value in {"layers": layers, "units": units}.items()}
+    expected |= {"encoder.depth": depth, "decoder.depth": depth, "rssm.deter": deter, "rssm.hidden": units}
+    expected |= {"disag_layers": layers, "disag_units": units}
+    assert load_presets(CONFIGS)[preset] == expected
+    for names in (["dreamerv3_2023"], ["dreamerv3_2023", preset]):
+        config = load_config(["--configs", *names], CONFIGS)
+        assert {(part.layers, part.units) for part in (config.encoder, config.decoder)} == {(5, 1024)}
+
+
+@pytest.mark.parametrize("suite", ["atari", "procgen", "dmc_vision", "crafter"])
+def test_the_2023_form_has_small_images_in_color_and_a_replay_and_evaluation_of_its_own(suite):
+    config = load_config(["--configs", suite, "dreamerv3_2023"], CONFIGS)
+    assert (config.size, config.atari.gray, config.dataset_size, config.eval_mode) == ((64, 64), False, 1e6, "sample")
 
 
 def test_the_keys_of_this_version():

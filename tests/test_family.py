@@ -61,6 +61,11 @@ def moved(before, after):
 # Learning
 
 BEHAVIOR = ("policy", "value", "repval")
+SLOW_SHARES = {  # of the critic that the slow one takes over in the first updates: at first it becomes a copy
+    "dreamerv3_2023": [1.0, 0.02],
+    "dreamerv2": [1.0, 0.0],
+    "dreamerv2_atari": [1.0, 0.0],
+}
 
 
 @every_kind
@@ -94,7 +99,7 @@ def test_updates_move_all_that_is_trained_and_the_slow_critic_by_its_own_rule(ve
         assert all(value.shape == () and value.isfinite() for value in metrics.values())
         assert {name for name in moved(before, after) if ".slow." not in name} == named(agent, "")
         for name in (name for name in after if ".slow." in name):
-            share = float(count == 0) if version.startswith("dreamerv2") else 0.02  # a copy, then none for long
+            share = SLOW_SHARES.get(version, [0.02, 0.02])[count]
             expected = torch.lerp(before[name], after[name.replace(".slow.", ".critic.")], share)
             torch.testing.assert_close(after[name], expected, rtol=0, atol=1e-6)
 
@@ -356,6 +361,16 @@ def test_disagreement_is_the_variance_on_arriving_and_the_scales_weigh_the_rewar
     total = mixed_rewards(agent.explorer.rewards(), agent.world.rewards, (2.0, 3.0), rollout)
     torch.testing.assert_close(total, 2 * novelty + 6)
     assert agent.expl_rewards.args[2] == (2.0, 3.0)
+
+
+def test_the_2023_form_rewards_the_standard_deviation_of_its_models():
+    agent = make_agent("dreamerv3_2023", "proprio", EXPLORE)
+    feat, actions = torch.randn(4, 2, 32 + 16), torch.randn(3, 2, 6)
+    predicted = agent.explorer.predict(feat[:-1], actions)
+    expected = predicted.std(0, unbiased=False).mean(-1)
+    torch.testing.assert_close(agent.explorer.disagreement(Rollout(None, actions, feat))[1:], expected)
+    assert agent.expl_rewards.args[2] == (0.1, 1.0)
+    assert [group["eps"] for group in agent.opt.adams["expl_model"].param_groups] == [1e-5]
 
 
 def test_the_ensemble_predicts_across_no_border_of_episodes():

@@ -16,8 +16,8 @@ from behaviors.cem import CEM, search
 from exploration import perturb
 from modalities.image.nets import ImageEncoder, TransposedDecoder, quantize
 from models import CLIPS, frozen, kl_losses
-from networks import GRU, RSSM, DenseGRU, GaussianLatent, NormGRU, OneHotLatent, State, make_rssm
-from ops.layers import MLP, Conv2d, ConvTranspose2d, Style
+from networks import GRU, RSSM, DenseGRU, GaussianLatent, Head, NormGRU, OneHotLatent, State, make_rssm
+from ops.layers import MLP, Conv2d, ConvTranspose2d, Linear, Style
 from replay.sampling import Replay
 from specs import ActionSpec
 from tests.factories import family_config as make_config
@@ -186,7 +186,7 @@ class LinearWorld(nn.Module):
         super().__init__()
         self.a, self.b = nn.Parameter(0.3 * torch.eye(D)), nn.Parameter(0.1 * torch.randn(actions, D))
         self.c = nn.Parameter(torch.randn(D))
-        self.rssm = self
+        self.rssm, self.cont = self, None  # no head says where episodes end
 
     def imagine(self, start, policy, horizon):
         states, actions = [start], []
@@ -338,6 +338,34 @@ def test_a_mixture_of_dreamerv2_follows_its_actions_in_both_parts():
     assert grad[:2].all() and not grad[2].any()
 
 
+# -- DreamerV3 of 2023
+
+
+def test_the_2023_form_imagines_whole_ends_and_learns_nothing_from_them():
+    world = LinearWorld(2)
+    world.cont = Head(D, 1, dists.Bernoulli, 1, 4)
+    world.cont.out.kernel.data.zero_(), world.cont.out.bias.data.fill_(0.1)  # a probability of 0.52
+    behavior = behavior_of("dreamerv3_2023", D + 2, BOX, make_config("dreamerv3_2023", {"horizon": 10}))
+    feat = torch.randn(4, 2, D, requires_grad=True)
+    going_on = behavior.discounts(world, feat)
+    assert not going_on.requires_grad and going_on.flatten().tolist() == pytest.approx([0.9] * 8)
+    world.cont.out.bias.data.fill_(-0.1)
+    assert not behavior.discounts(world, feat).any()
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_the_slow_critic_of_the_2023_form_becomes_a_copy_once(every):
+    changes = {"critic.slow_every": every, "critic.slow_rate": 0.25}
+    behavior, _ = make_behavior("dreamerv3_2023", **changes)
+    slow, fast = behavior.slow.out.bias, behavior.critic.out.bias
+    shares = []
+    for _ in range(4):
+        slow.data.zero_(), fast.data.fill_(1.0)
+        behavior.improve(None)
+        shares.append(float(slow.mean()))
+    assert shares == ([1, 0.25, 0.25, 0.25] if every == 1 else [1, 0, 0, 0.25])
+
+
 # ---------------------------------------------------------------------------
 # Planning
 
@@ -481,7 +509,25 @@ def test_a_learned_initial_state_stands_where_episodes_begin():
     for t, before, led in ((0, other, action[:, 0]), (2, first, torch.zeros(1, 2))):
         expected = cell(before.deter, before.stoch.flatten(1), cell.prepare(led))
         torch.testing.assert_close(states.deter[:, t], expected)
-    assert torch.autograd.grad(states.deter[:, 2].sum(), rssm.start)[0].all()
+    assert torch.autograd.grad(states.deter[:, 2].sum(), rssm.start, retain_graph=True)[0].all()
+    prior = torch.autograd.grad(states.deter[:, 2].sum(), [*rssm.prior.parameters()], allow_unused=True)
+    assert prior == (None,) * len(prior)  # the initial stoch has no gradient
+
+
+def test_outputs_of_the_2023_form_start_uniform_and_hidden_layers_normal():
+    torch.manual_seed(0)
+    layer, style = Linear(300, 200, init=Style("layer", "silu", "fan_avg").init), Style("layer", "silu", "fan_avg")
+    head = Head(300, 200, dists.Bernoulli, 1, 300, style=style)
+    kernels = layer.kernel.detach(), head.mlp[0].kernel.detach(), head.out.kernel.detach()
+    for kernel, widest in zip(kernels, (2 * 1.1368, 2 * 1.1368, 3**0.5), strict=True):
+        stddev = (2 / sum(kernel.shape)) ** 0.5
+        assert float(kernel.std()) == pytest.approx(stddev, rel=0.02)
+        assert float(kernel.abs().max()) == pytest.approx(widest * stddev, rel=0.02)
+    shapes = {"image": (64, 64, 3)}
+    decoder = TransposedDecoder(shapes, 60, 40, SimpleNamespace(cnn="same", **STACK | {"depth": 16}), style)
+    for weight in (decoder.linear.kernel.detach(), decoder.out.weight.detach()):
+        assert float(weight.abs().max() / weight.std()) == pytest.approx(3**0.5, rel=0.05)
+    assert Style(init="fan_in").out == "fan_in" and Style(init="glorot").out == "glorot"
 
 
 # ---------------------------------------------------------------------------

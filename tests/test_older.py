@@ -1,7 +1,7 @@
 """Logdirs of an older version of this project: one for each version of Dreamer, and one with an explorer.
 
 Each has a batch and the results that its version computed from it: losses, gradients, parameters after a step,
-actions.
+actions. Those of `CHANGED` were left behind on purpose, for the authors' numbers (tests/test_golden_family.py).
 """
 
 import json
@@ -20,9 +20,16 @@ from training.config import CONFIGS, load_config
 LOGDIRS = sorted((pathlib.Path(__file__).parent / "data" / "logdirs").iterdir())
 every_logdir = pytest.mark.parametrize("logdir", LOGDIRS, ids=lambda path: path.name)
 GONE = "explorer.behavior."  # a name that is now expl_behavior.
-# Losses and parameters whose numbers changed on purpose, by what their names begin with: DreamerV2's returns are the
-# authors' now, and the models of Plan2Explore minimize the sum of their negative log-likelihoods.
-CHANGED = {"dreamerv2": ("policy", "value", "behavior."), "plan2explore": ("disag", "explorer.")}
+# Losses and parameters whose numbers changed on purpose, to follow the authors' code, by what their names begin with:
+# returns and values of Dreamer and DreamerV2, the models of Plan2Explore, which minimize the sum of their negative
+# log-likelihoods, and all of the 2023 form, whose episodes end where an end is likelier and whose start has no gradient.
+CHANGED = {
+    "dreamerv1": ("policy", "value", "behavior."),
+    "dreamerv2": ("policy", "value", "behavior."),
+    "dreamerv3_2023": ("",),
+    "plan2explore": ("disag", "explorer."),
+}
+OTHER_ACTIONS = {"dreamerv1": ("mode",), "dreamerv3_2023": ("sample", "mode")}  # of those modes
 
 
 def load(logdir):
@@ -61,7 +68,7 @@ def test_the_numbers_are_those_of_the_version_that_wrote_it(logdir):
     carry = agent.initial(2)
     for time, mode in enumerate(("sample", "mode")):
         actions, carry, _ = agent.act({key: value[:, time].numpy() for key, value in batch.items()}, carry, mode)
-        for key, value in expected["actions"][time].items():
+        for key, value in expected["actions"][time].items() if mode not in OTHER_ACTIONS.get(logdir.name, ()) else ():
             np.testing.assert_allclose(actions[key], value, rtol=1e-4, atol=1e-5)
 
 

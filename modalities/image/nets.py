@@ -141,11 +141,11 @@ class TransposedDecoder(nn.Module):
         kernels = (5, 5, 6, 6) if valid else [config.kernel] * len(depths)
         channels = [self.start[-1], *depths[-2::-1], sum(shape[-1] for shape in shapes.values())]
         *stages, last = zip(channels[:-1], channels[1:], kernels, strict=True)
-        self.linear = Linear(deter + stoch, math.prod(self.start), init=style.init)
-        kind = {"valid": valid, "init": style.init}
-        self.convs = nn.ModuleList(ConvTranspose2d(*stage, **kind, bias=style.norm != "layer") for stage in stages)
+        self.linear = Linear(deter + stoch, math.prod(self.start), init=style.out)
+        kind = {"valid": valid, "init": style.init, "bias": style.norm != "layer"}
+        self.convs = nn.ModuleList(ConvTranspose2d(*stage, **kind) for stage in stages)
         self.norms = nn.ModuleList(norm_act(size, style) for _, size, _ in stages)
-        self.out = ConvTranspose2d(*last, **kind)
+        self.out = ConvTranspose2d(*last, valid=valid, init=style.out)
 
     def forward(self, deter, stoch):
         """(N, D), (N, S K) -> {key: mean (N, H, W, C)}"""

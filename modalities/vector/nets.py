@@ -58,7 +58,7 @@ class VectorDecoder(nn.Module):
         self.observed = observed
         self.vector_dist = VECTOR_DISTS[config.vector_dist]
         self.mlp = MLP(inputs, config.layers, config.units, style)
-        self.outs = nn.ModuleList(Linear(config.units, width(seen), init=style.init) for seen in observed.values())
+        self.outs = nn.ModuleList(Linear(config.units, width(seen), init=style.out) for seen in observed.values())
 
     def forward(self, deter, stoch):
         """(N, D), (N, S K) -> {key: (N, width)}"""
