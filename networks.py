@@ -179,7 +179,7 @@ class DenseGRU(nn.Module):
     Args:
       deter, stoch, action: widths of the state and the action.
       hidden, layers: width and number of the hidden layers.
-      gru: `GRU` or `NormGRU`, or what makes one; style: Style.
+      gru: `GRU`, `ResetFirstGRU` or `NormGRU`, or what makes one; style: Style.
     """
 
     def __init__(self, deter, stoch, action, hidden, layers, gru, style=DREAMERV3):
@@ -201,17 +201,34 @@ class DenseGRU(nn.Module):
 
 
 class GRU(nn.Module):
-    """The gated recurrent unit (arXiv:1406.1078): inputs (N, n), state (N, D) -> state (N, D)."""
+    """The GRU of Dreamer, which is Keras's, its recurrent kernel orthogonal at the start: inputs (N, n), state (N, D)
+    -> state (N, D). The reset comes after the product, as in PyTorch's."""
 
     def __init__(self, inputs, deter, init="fan_in"):
         super().__init__()
         self.inputs = Linear(inputs, 3 * deter, init=init)
-        self.state = Linear(deter, 3 * deter, init=init)
+        self.state = Linear(deter, 3 * deter, init="orthogonal")
 
     def forward(self, x, deter):
         (reset, update, cand), (reset_, update_, cand_) = self.inputs(x).chunk(3, -1), self.state(deter).chunk(3, -1)
         cand = torch.tanh(cand + torch.sigmoid(reset + reset_) * cand_)
         return torch.lerp(cand, deter, torch.sigmoid(update + update_))
+
+
+class ResetFirstGRU(nn.Module):
+    """The GRU of PlaNet, which is TensorFlow's block cell (arXiv:1406.1078, v1): the reset comes before the product,
+    and the gates' bias starts at 1, so that 73 % of the state are kept; as `GRU`."""
+
+    def __init__(self, inputs, deter, init="fan_in"):
+        super().__init__()
+        self.gates = Linear(inputs + deter, 2 * deter, init=init)
+        self.cand = Linear(inputs + deter, deter, init=init)
+        nn.init.ones_(self.gates.bias)
+
+    def forward(self, x, deter):
+        reset, update = torch.sigmoid(self.gates(torch.cat([x, deter], -1))).chunk(2, -1)
+        cand = torch.tanh(self.cand(torch.cat([x, reset * deter], -1)))
+        return torch.lerp(cand, deter, update)
 
 
 class NormGRU(nn.Module):
@@ -239,6 +256,7 @@ CELLS = {
     "norm_gru": lambda d, s, a, c, style: DenseGRU(d, s, a, c.hidden, c.dyn_layers, NormGRU, style),
     "norm_gru_bias": lambda d, s, a, c, style: DenseGRU(d, s, a, c.hidden, c.dyn_layers, BiasedNormGRU, style),
     "gru": lambda d, s, a, c, style: DenseGRU(d, s, a, c.hidden, c.dyn_layers, GRU, style),
+    "reset_first_gru": lambda d, s, a, c, style: DenseGRU(d, s, a, c.hidden, c.dyn_layers, ResetFirstGRU, style),
 }
 
 

@@ -22,6 +22,12 @@ from ops.random import drawing_from, make_generator
 from tools import Ratio, UserError, derive_seed
 
 MODES = ("mode", "sample", "noisy", "explore")  # of acting; the last two collect data
+# What is_first (B, T) says of windows without stored latents: that each begins an episode, so that the action that led
+# to its first step counts for nothing, or what was recorded (Dreamer).
+WINDOW_STARTS = {
+    "episode": lambda is_first: torch.cat([torch.ones_like(is_first[:, :1]), is_first[:, 1:]], 1),
+    "recorded": lambda is_first: is_first,
+}
 RESERVED = {"policy", "value", "repval", "cont", "dyn", "rep", "deter", "stoch", "disag", "expl_policy", "expl_value"}
 
 
@@ -63,6 +69,7 @@ class Dreamer:
         self.scales = dict.fromkeys(obs_spec, config.loss_scales.rec) | config.loss_scales.to_dict()
         self.stored = self.world.rssm.layout() if config.replay_context else {}
         self.context = 1 if self.stored else 0
+        self.begin_window = WINDOW_STARTS[config.window_start]
         self.batch_size, self.expl_noise = config.batch_size, config.expl_noise
         seeds = {name: derive_seed(config.seed, 5, index) for index, name in enumerate(("act", "learn"))}
         self.generators = {name: make_generator(seed, self.device) for name, seed in seeds.items()}
@@ -117,7 +124,8 @@ class Dreamer:
         with frozen(world):
             rollout = outs["rollout"] = behavior.rollout(world, states)  # (H + 1, B T, ...)
             imagined, outs["imagined"] = behavior.losses(world, rollout, batch, world.rewards)  # (H, B T)
-        losses = joined(losses, {name: loss.mean(0).view(batch["reward"].shape) for name, loss in imagined.items()})
+        lead = len(batch["reward"]), -1  # B, starts in a sequence: T, or fewer
+        losses = joined(losses, {name: loss.mean(0).unflatten(0, lead) for name, loss in imagined.items()})
 
         # --- Replay: learn from the rewards that were received, too.
         losses = joined(losses, behavior.replay_losses(world, states, batch, outs["imagined"]))  # (B, T - 1)
@@ -131,8 +139,8 @@ class Dreamer:
         with frozen(self.world), frozen(self.explorer):
             rollout = outs["expl_rollout"] = self.expl_behavior.rollout(self.world, states)
             imagined, outs["expl_imagined"] = self.expl_behavior.losses(self.world, rollout, batch, self.expl_rewards)
-        lead = batch["reward"].shape
-        return joined(losses, {f"expl_{name}": loss.mean(0).view(lead) for name, loss in imagined.items()})
+        lead = len(batch["reward"]), -1
+        return joined(losses, {f"expl_{name}": loss.mean(0).unflatten(0, lead) for name, loss in imagined.items()})
 
     def total(self, losses):
         """{name: loss} -> their weighted sum of means, 0-d; the explorer's weigh as much as the task's."""
@@ -148,7 +156,7 @@ class Dreamer:
         """
         tensors = {key: torch.as_tensor(value).to(self.device, non_blocking=True) for key, value in arrays.items()}
         if not self.stored or not tensors.keys() >= self.stored.keys():
-            tensors["is_first"][:, 0] = True
+            tensors["is_first"] = self.begin_window(tensors["is_first"])
             state = self.world.rssm.initial(len(tensors["is_first"]), self.device, self.dtype)
             return tensors, state.map(torch.Tensor.detach)  # to start there is for is_first
         stored = {key: tensors.pop(key)[:, 0] for key in self.stored}

@@ -48,7 +48,8 @@ class Behavior(Protocol):
         """
 
     def rollout(self, world: WorldModel, states: State) -> Rollout | None:
-        """Imagine from every state (B, T, ...), without gradient towards it and with a fresh carry."""
+        """Imagine from states (B, T, ...), every one or the same of each sequence, N in all; without gradient towards
+        them and with a fresh carry."""
 
     def losses(
         self,
@@ -57,7 +58,7 @@ class Behavior(Protocol):
         batch: Mapping[str, torch.Tensor],
         rewards: Callable[[Rollout], torch.Tensor],
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Return losses {name: (H, N) or fewer steps} of the imagined trajectories, and {name: tensor} for metrics.
+        """Return losses {name: (H or fewer, N)} of the imagined trajectories, and {name: tensor} for metrics.
 
         They are joined with the world model's in one backward pass. `rewards` gives (H + 1, N), on arriving.
         """

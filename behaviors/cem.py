@@ -8,6 +8,8 @@ from ops.distributions import one_hot
 from ops.random import randn
 from tools import UserError
 
+FLOOR = 1e-6  # added to the variance in a refit, which so never ends (planet/control/planning.py)
+
 
 class CEM(nn.Module):
     """The cross-entropy method: refit a normal over action sequences to the candidates with the most predicted reward.
@@ -97,5 +99,5 @@ def search(score, shape, iterations, elites, device="cpu"):
         plans = (mean + stddev * randn(shape, device)).clamp(-1, 1)
         best = score(plans).topk(elites, -1).indices[None, :, :, None].expand(horizon, -1, -1, size)
         chosen = plans.gather(2, best)
-        mean, stddev = chosen.mean(2, keepdim=True), chosen.std(2, correction=0, keepdim=True)
+        mean, stddev = chosen.mean(2, keepdim=True), (chosen.var(2, correction=0, keepdim=True) + FLOOR).sqrt()
     return mean[:, :, 0]

@@ -48,6 +48,7 @@ INITS = {
     "fan_in": lambda weight, fan_in, fan_out: truncated_normal_(weight, 1 / fan_in),
     "fan_avg": lambda weight, fan_in, fan_out: truncated_normal_(weight, 2 / (fan_in + fan_out)),
     "glorot": lambda weight, fan_in, fan_out: weight.uniform_(-1, 1).mul_((6 / (fan_in + fan_out)) ** 0.5),
+    "orthogonal": lambda weight, fan_in, fan_out: nn.init.orthogonal_(weight),
 }
 
 

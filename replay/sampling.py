@@ -29,6 +29,7 @@ class Replay:
       uniform: the same without priority of fresh ones (its 2023 form).
       episode: a finished episode, then a window of it, each uniformly (PlaNet, Dreamer).
       episode_ends: the same, but windows that would overlap the end count as the last one (DreamerV2).
+      episode_but_last: as episode, but no window reaches the episode's last step (Dreamer's code).
 
     With each step an agent may store more, such as the latest latent state. A window then begins with `context` steps
     of which only what is stored with them is used.
@@ -58,10 +59,11 @@ class Replay:
         self.length, self.context, self.capacity, self.windows = length, context, capacity, windows
         self.window = length + context
         shares = [(capacity + index) // streams for index in range(streams)]  # their sum is the capacity
-        if shares[0] < self.window:
+        self.spared = 1 if windows == "episode_but_last" else 0  # steps at the end of an episode
+        if shares[0] < self.window + self.spared:
             raise UserError(f"--dataset_size leaves {shares[0]} steps a stream, too few for windows of {self.window}")
         check_memory(self.layout | self.stored, capacity)
-        self.streams = [Stream(self.layout, self.stored, share, self.window) for share in shares]
+        self.streams = [Stream(self.layout, self.stored, share, self.window + self.spared) for share in shares]
         self.mirror = Mirror(self.streams, device) if device else None
         self.fresh: collections.deque[tuple[int, int]] = collections.deque()
         self.queued = [0] * streams
@@ -135,7 +137,7 @@ class Replay:
         """Draw an episode uniformly, then a window (stream, position) of it, uniformly except for `episode_ends`."""
         index, number = self.choose([len(stream.whole_episodes()) for stream in self.streams])
         begin, length = self.streams[index].whole[number]
-        last = length - self.window
+        last = length - self.window - self.spared
         beyond = self.window if self.windows == "episode_ends" else 0
         return index, begin + min(int(self.rng.integers(last + 1 + beyond)), last)
 

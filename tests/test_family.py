@@ -16,7 +16,7 @@ from agents.dreamer import mixed_rewards
 from exploration import SPREADS
 from models import Rollout
 from ops.distributions import HALF_LOG_2PI
-from ops.optim import Adams
+from ops.optim import Adams, TFAdams
 from tests.factories import (
     FAMILY,
     VERSIONS,
@@ -168,11 +168,11 @@ def test_exploration_noise_is_added_to_the_action_chosen_and_nowhere_else(versio
 # Optimizers and clocks
 
 
-def make_adams(**changes):
+def make_adams(kind=Adams, **changes):
     settings = SimpleNamespace(**{"lr": 0.1, "eps": 0.2, "clip": 1.0, "decay": 0.0, **changes})
     names = {"model": "world.weight", "actor": "behavior.actor.weight", "critic": "behavior.critic.bias"}
     groups = {group: {name: nn.Parameter(torch.tensor([1.0, 2.0]))} for group, name in names.items()}
-    opt = Adams(groups, dict.fromkeys(groups, settings))
+    opt = kind(groups, dict.fromkeys(groups, settings))
     return [param for params in groups.values() for param in params.values()], opt
 
 
@@ -199,6 +199,46 @@ def test_adams_are_adam():
         torch.testing.assert_close(param, theirs)
     with pytest.raises(ValueError, match="other parameters"):
         opt.load_state_dict(make_agent("planet", "proprio").opt.state_dict())
+
+
+def test_tf_adams_do_not_unbias_eps():
+    params, opt = make_adams(clip=1e9, eps=1e-3, decay=0.5, kind=TFAdams)
+    x, mean, square = 2.0, 0.0, 0.0
+    for t in range(1, 4):
+        for param in params:
+            param.grad = 0.01 * param.detach()
+        grad = 0.01 * x
+        mean, square = 0.9 * mean + 0.1 * grad, 0.999 * square + 0.001 * grad**2
+        rate = 0.1 * math.sqrt(1 - 0.999**t) / (1 - 0.9**t)
+        x = 0.5 * x - rate * mean / (math.sqrt(square) + 1e-3)
+        opt.step()
+        assert [float(param.detach()[1]) for param in params] == pytest.approx([x] * 3, rel=1e-5)
+
+
+def test_the_optimizers_of_dreamer_and_planet_are_tensorflows():
+    for version, eps in {"dreamerv1": 1e-7, "planet": 1e-4}.items():
+        agent = make_agent(version, "proprio")
+        assert type(agent.opt) is TFAdams and agent.opt.settings["model"].eps == eps
+
+
+def test_tf_adams_take_the_moments_of_adams():
+    agent, other = (make_agent("dreamerv1", "proprio", {"optimizer": kind}) for kind in ("adam", "tf_adam"))
+    update(agent, "proprio")
+    other.load_state_dict(saved(agent))
+    ours, theirs = agent.opt.state_dict()["moments"], other.opt.state_dict()["moments"]
+    assert all(torch.equal(ours[name][moment], theirs[name][moment]) for name in ours for moment in ours[name])
+
+
+def test_the_clock_of_planet_makes_a_hundred_updates_an_episode_of_a_thousand_frames():
+    for repeat in (2, 4, 8):  # as the preset's comment says
+        config = make_config("planet", {"batch_size": 50, "batch_length": 50, "train_burst": 100})
+        clock = make_agent("planet", "proprio").clock(config.replace(train_ratio=250 * repeat))
+        start, counts = 5000 // repeat, []
+        for step in range(start, start + 3 * 1000 // repeat + 1):
+            counts.append(clock.due(step))
+            for _ in range(counts[-1]):
+                clock.tick()
+        assert [counts[i * 1000 // repeat] for i in (1, 2, 3)] == [100] * 3 and sum(counts[1:]) == 300
 
 
 def test_bursts_come_when_they_are_due_and_pretraining_at_once():
@@ -417,6 +457,30 @@ def test_a_batch_can_be_learned_twice():
     assert batch["is_first"][:, 0].all() and state.deter.shape == (3, 32)
     for _ in range(2):
         assert agent.update(batch, state)[1]["loss"].isfinite()
+
+
+def test_a_window_of_dreamer_begins_with_the_action_that_led_there():
+    arrays = {key: value.numpy() for key, value in make_sequences("proprio").items()}
+    arrays["is_first"][:] = False
+    for version in ("dreamerv1", "planet", "dreamerv2", "dreamerv3_2023"):
+        agent, deters = make_agent(version, "proprio"), []
+        for scale in (1.0, 0.5):
+            changed = {
+                **arrays,
+                "action": np.concatenate([scale * arrays["action"][:, :1], arrays["action"][:, 1:]], 1),
+            }
+            batch, state = agent.batch({key: value.copy() for key, value in changed.items()})
+            torch.manual_seed(0)
+            deters.append(agent.loss(batch, state)[1].deter)
+        assert batch["is_first"][:, 0].all() == (version != "dreamerv1")
+        assert torch.equal(*deters) == (version != "dreamerv1")
+
+
+def test_dreamer_learns_where_ends_are_predicted():
+    agent = make_agent("dreamerv1", "proprio", EXPLORE | {"cont_head.use": True})
+    losses, _, _ = agent.loss(make_sequences("proprio"), initial(agent))
+    assert losses["policy"].shape == losses["expl_value"].shape == (3, 4)  # from four of five steps
+    assert update(agent, "proprio")["loss"].isfinite()
 
 
 @pytest.mark.parametrize("latent", ["onehot", "gaussian"])

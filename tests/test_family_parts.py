@@ -16,12 +16,23 @@ from behaviors.cem import CEM, search
 from exploration import perturb
 from modalities.image.nets import ImageEncoder, TransposedDecoder, quantize
 from models import CLIPS, frozen, kl_losses
-from networks import GRU, RSSM, DenseGRU, GaussianLatent, Head, NormGRU, OneHotLatent, State, make_rssm
+from networks import (
+    GRU,
+    RSSM,
+    DenseGRU,
+    GaussianLatent,
+    Head,
+    NormGRU,
+    OneHotLatent,
+    ResetFirstGRU,
+    State,
+    make_rssm,
+)
 from ops.layers import MLP, Conv2d, ConvTranspose2d, Linear, Style
 from replay.sampling import Replay
 from specs import ActionSpec
 from tests.factories import family_config as make_config
-from tests.factories import shake
+from tests.factories import one_line_error, shake
 from tests.test_replay import LAYOUT, make_episode, steps_of
 from tools import UserError
 
@@ -222,9 +233,10 @@ def imagined(behavior, world):
 def test_fifteen_imagined_transitions_give_fifteen_targets(version, spec):
     behavior, world = make_behavior(version, spec)
     losses, outs = imagined(behavior, world)
-    acted = 14 if version.startswith("dreamerv2") else 15  # its returns hold the reward of arriving where they begin
+    acted = 14 if version.startswith(("dreamerv2", "dreamerv1")) else 15  # returns there hold the reward of arriving
+    returns, weights = (14, 14) if version == "dreamerv1" else (15, 16)  # its last state has a value, and no return
     assert outs["adv"].shape == outs["logpi"].shape == losses["policy"].shape == (acted, 4)
-    assert outs["weight"].shape == (16, 4) and outs["ret"].shape == losses["value"].shape == (15, 4)
+    assert outs["weight"].shape == (weights, 4) and outs["ret"].shape == losses["value"].shape == (returns, 4)
     sum(loss.sum() for loss in losses.values()).backward()
     assert all(param.grad is None and param.requires_grad for param in world.parameters())  # only through the world
     assert all(param.grad.any() for part in (behavior.actor, behavior.critic) for param in part.parameters())
@@ -252,7 +264,7 @@ def test_the_gradient_through_the_dynamics_is_the_slope_of_the_loss(version):
 
 
 def test_a_discrete_action_passes_the_gradient_of_its_probabilities():
-    behavior, world = make_behavior("dreamerv1", DISCRETE, imag_horizon=1)
+    behavior, world = make_behavior("dreamerv1", DISCRETE, imag_horizon=2)
     out = behavior.actor.heads[0].outs["logits"]
     for param in (out.kernel, out.bias, *behavior.critic.out.parameters()):
         param.data.zero_()  # probabilities of a third, values of zero
@@ -275,7 +287,6 @@ def test_a_mixed_gradient_is_the_weighted_sum_of_both():
     [
         ("dynamics", [0.8, 0.4, 0.16, 0.032], [0.8, 0.4, 0.16, 0.032]),  # the prediction of the start says it all
         ("dreamerv3_2023", [1, 0.5, 0.2, 0.04], [0, 0, 0, 0]),
-        ("dreamerv1", [1, 0.9, 0.45, 0.18], [0, 0, 0, 0]),
     ],
 )
 def test_weights_by_hand(version, going_on, terminal):
@@ -367,7 +378,85 @@ def test_the_slow_critic_of_the_2023_form_becomes_a_copy_once(every):
 
 
 # ---------------------------------------------------------------------------
+# Dreamer
+
+
+class Listed(LinearWorld):
+    """A world whose discounts are listed, so that returns and weights can be checked by hand."""
+
+    def discounts(self, feat):
+        return torch.tensor([0.9, 0.5, 0.4, 0.2, 0.1])[:, None].expand(feat.shape[:-1])
+
+
+def test_the_returns_and_weights_of_dreamer_by_hand():
+    behavior, _ = make_behavior("dreamerv1", imag_horizon=4)
+    losses, outs = imagined(behavior, Listed(2))
+    cont, reward, value = ([*outs[key][:, 0].tolist()] for key in ("cont", "reward", "value"))
+    rets, weights, after = [], [1, 0.5, 0.5 * 0.4], value[4]
+    for h in (3, 2, 1):  # each with its own reward; the start, 0, has no return
+        after = reward[h] + cont[h] * (0.05 * value[h + 1] + 0.95 * after)
+        rets.insert(0, after)
+    assert outs["ret"][:, 0].tolist() == pytest.approx(rets, rel=1e-5)
+    assert outs["weight"][:, 0].tolist() == pytest.approx(weights)
+    pairs = list(zip(weights, rets, value[1:4], strict=True))
+    assert losses["policy"][:, 0].tolist() == pytest.approx([-w * ret for w, ret, _ in pairs], rel=1e-5)
+    errors = [w * (0.5 * (v - ret) ** 2 + 0.5 * math.log(2 * math.pi)) for w, ret, v in pairs]
+    assert losses["value"][:, 0].tolist() == pytest.approx(errors, rel=1e-4)  # of imagined states alone
+
+
+@pytest.mark.parametrize("ends, starts", [(False, 4), (True, 2)])
+def test_dreamer_starts_from_no_last_step_if_its_model_predicts_ends(ends, starts):
+    behavior, world = make_behavior("dreamerv1", cont_head={"use": ends})
+    state = State(torch.arange(4.0).view(2, 2, 1).expand(2, 2, D), torch.zeros(2, 2, 2, 1))
+    rollout = behavior.rollout(world, state)
+    assert rollout.feat[0, :, 0].tolist() == ([0, 2] if ends else [0, 1, 2, 3])
+    assert rollout.actions.shape == (H, starts, 2)
+
+
+@pytest.mark.parametrize("key, value", [("imag_horizon", 1), ("loss_scales.repval", 0.3)])
+def test_what_dreamer_cannot_do_is_said_in_one_line(key, value):
+    assert key in one_line_error(behavior_of, "dreamerv1", D + 2, BOX, make_config("dreamerv1", {key: value}))
+
+
+def test_the_best_action_of_a_wide_squashed_normal_is_nearly_a_bound():
+    torch.manual_seed(0)
+    raw = torch.tensor([0.3, -0.3]).repeat(200, 1)
+
+    def best(stddev):
+        dist = dists.TanhNormal(raw, torch.zeros_like(raw), 0.0, stddev)
+        return dist.mode()
+
+    wide, narrow = best(1.0), best(0.05)
+    assert wide.shape == (200, 2) and (wide[:, 0] > 0).float().mean() > 0.75
+    assert float(wide.abs().median()) == pytest.approx(0.97, abs=0.02)
+    assert narrow.mean(0).tolist() == pytest.approx([math.tanh(0.3), -math.tanh(0.3)], abs=0.02)
+    assert (best(5.0).abs() > 0.99).float().mean() > 0.95  # with which Dreamer begins
+
+
+def test_the_best_action_is_the_densest_of_its_samples():
+    dist, drawn = squashed(RAW[:2]), []
+    dist.noise = lambda shape, device: drawn.append(torch.randn(shape)) or drawn[0]
+    best = dist.mode()
+    samples = torch.tanh(dist.mean + dist.stddev * drawn[0])
+    assert drawn[0].shape == (100, 2, 1)
+    densities = dist.log_prob(samples)
+    torch.testing.assert_close(dist.log_prob(best), densities.amax(0), rtol=1e-4, atol=1e-4)
+    assert all(best[row] in samples[:, row] for row in (0, 1))
+
+
+# ---------------------------------------------------------------------------
 # Planning
+
+
+def test_a_refit_leaves_a_thousandth_of_spread():
+    seen = []
+
+    def score(plans):
+        seen.append(plans)
+        return -plans.abs().sum((0, -1))
+
+    search(score, (1, 1, 4000, 1), 2, elites=1)  # one elite has no spread of its own
+    assert float(seen[1].std()) == pytest.approx(1e-3, rel=0.1)
 
 
 def test_search_finds_the_best_plan_of_each_problem():
@@ -460,6 +549,25 @@ def test_a_dense_cell_is_hidden_layers_and_pytorchs_gru():
     deter, stoch, action = torch.randn(7, 4), torch.randn(7, 3), torch.rand(7, 2)
     expected = theirs(cell.hidden(torch.cat([stoch, action], -1)), deter)
     torch.testing.assert_close(cell(deter, stoch, cell.prepare(action)), expected)
+
+
+def test_the_cell_of_planet_resets_before_the_product():
+    cell = ResetFirstGRU(1, 1)
+    cell.gates.kernel.data = torch.tensor([[0.0, 0.0], [2.0, -1.0]])
+    cell.cand.kernel.data, cell.cand.bias.data = torch.tensor([[1.0], [3.0]]), torch.tensor([0.25])
+    reset, update = (1 / (1 + math.exp(-x)) for x in (1 + 2 * 0.5, 1 - 0.5))
+    cand = math.tanh(0.7 + 3 * reset * 0.5 + 0.25)
+    deter = cell(torch.tensor([[0.7]]), torch.tensor([[0.5]]))
+    assert deter.item() == pytest.approx(update * 0.5 + (1 - update) * cand)
+
+
+def test_the_cells_of_planet_and_dreamer_at_the_start():
+    planet, dreamer = (make_rssm(6, BOX, make_config(version).rssm).cell.gru for version in ("planet", "dreamerv1"))
+    assert isinstance(planet, ResetFirstGRU) and isinstance(dreamer, GRU)
+    assert planet.gates.bias.tolist() == [1.0] * 64 and not planet.cand.bias.any()  # keeps sigmoid(1) = 73 %
+    kernel = dreamer.state.kernel.detach()
+    torch.testing.assert_close(kernel @ kernel.T, torch.eye(32), rtol=0, atol=1e-5)
+    assert not torch.allclose(dreamer.inputs.kernel @ dreamer.inputs.kernel.T, torch.eye(16), atol=0.1)
 
 
 def test_norm_gru_by_hand():
@@ -562,6 +670,13 @@ def test_episodes_have_equal_chances_and_so_have_their_windows():
 def test_ends_of_episodes_have_the_chances_of_windows_beyond_them():
     shares = begins(make_replay("episode_ends", [6]))  # begins 0, 1, 2, and 3 to 6, which count as 2
     assert [shares[0], shares[1], shares[2]] == pytest.approx([1 / 7, 1 / 7, 5 / 7], abs=0.03)
+
+
+def test_windows_of_dreamer_reach_no_last_step():
+    shares = begins(make_replay("episode_but_last", [6, 4, 5]))  # 4 steps have no window that ends before the last
+    assert shares.keys() == {0, 1, 10}
+    assert [shares[0], shares[1], shares[10]] == pytest.approx([1 / 4, 1 / 4, 1 / 2], abs=0.03)
+    assert not make_replay("episode_but_last", [4]).ready() and make_replay("episode_but_last", [5]).ready()
 
 
 def test_uniform_windows_cross_the_ends_of_episodes_and_none_is_fresh():
