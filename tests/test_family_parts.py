@@ -676,6 +676,7 @@ def test_windows_of_dreamer_reach_no_last_step():
     shares = begins(make_replay("episode_but_last", [6, 4, 5]))  # 4 steps have no window that ends before the last
     assert shares.keys() == {0, 1, 10}
     assert [shares[0], shares[1], shares[10]] == pytest.approx([1 / 4, 1 / 4, 1 / 2], abs=0.03)
+    assert make_config("dreamerv1").replay_window == "episode_but_last"
     assert not make_replay("episode_but_last", [4]).ready() and make_replay("episode_but_last", [5]).ready()
 
 
