@@ -24,7 +24,7 @@ from agents.random import Random
 from envs import make_envs
 from modalities import nets, obs_spec
 from specs import act_spec, step_layout
-from tools import UserError, atomic_write, derive_seed
+from tools import Parser, UserError, atomic_write, derive_seed
 from training import machine
 from training.checkpoint import checkpoint_file, load_agent_state, load_checkpoint
 from training.config import CONFIGS, load_config
@@ -56,13 +56,6 @@ def main(argv=None):
 
 # ---------------------------------------------------------------------------
 # The command line
-
-
-class Parser(argparse.ArgumentParser):
-    """Its errors are a UserError of one line."""
-
-    def error(self, message):
-        raise UserError(message)
 
 
 def parse(argv):

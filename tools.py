@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import fcntl
 import math
@@ -9,11 +10,18 @@ import os
 import time
 import uuid
 from collections.abc import Callable
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 
 class UserError(Exception):
     """A mistake that the user can mend: printed as one line on stderr, exit status 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a mistake in a command line as a UserError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
 
 
 def derive_seed(seed: int, *path: int) -> int:

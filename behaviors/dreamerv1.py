@@ -7,11 +7,6 @@ from ops.math import lambda_return
 from tools import UserError
 
 
-def shifted_weights(cont, alive, discount):
-    """Return weights (H + 1, N) in which the discount of arriving in a state counts from the state after it on."""
-    return torch.cat([alive[None], torch.full_like(cont[:1], discount), cont[1:-1]]).cumprod(0)
-
-
 class DreamerV1(DynamicsBehavior):
     """One critic, without a slow one; the actor climbs returns, by their gradient through the imagined dynamics.
 
@@ -43,7 +38,7 @@ class DreamerV1(DynamicsBehavior):
         """Return the losses (H - 1, N) of actor and critic, and {name: tensor} for metrics; see ImagBehavior."""
         feat = rollout.feat  # (H + 1, N, F)
         with torch.set_grad_enabled(self.share > 0):
-            reward, cont, value = rewards(rollout), world.discounts(feat), self.imagined_values(feat)  # (H + 1, N)
+            reward, cont, value = rewards(rollout), world.discounts(feat), self.values(feat)  # (H + 1, N)
             ret = returns(reward, cont, value, self.lam)  # (H - 1, N)
         weight = torch.cat([torch.ones_like(cont[:1]), cont[1:-2]]).detach().cumprod(0)  # (H - 1, N)
         offset, scale = self.return_norm(ret.detach())
@@ -59,11 +54,6 @@ class DreamerV1(DynamicsBehavior):
         outs = {"reward": reward, "cont": cont, "weight": weight, "value": value, "ret": ret, "adv": adv}
         outs |= {"logpi": logpi, "entropy": entropy, "ret_offset": offset, "ret_scale": scale}
         return losses, {name: out.detach() for name, out in outs.items()}
-
-    def imagined_values(self, feat):
-        """Return the critic's values (...) of features (..., F), with a gradient towards these alone."""
-        params = {name: param.detach() for name, param in self.critic.named_parameters()}
-        return torch.func.functional_call(self.critic, params, (feat,)).mode()
 
 
 def returns(reward, cont, value, lam):

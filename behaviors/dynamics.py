@@ -10,7 +10,7 @@ from ops.math import lambda_return
 class DynamicsBehavior(ImagBehavior):
     """As DreamerV3, but the actor also climbs the returns by their gradient through the imagined dynamics.
 
-    The older forms override how values are estimated, how states are weighed and what is climbed.
+    The 2023 form overrides what it takes for an end and how it weighs states; the older ones have losses of their own.
 
     Args: as for ImagBehavior. `actor.grad` says `auto` for the dynamics if all actions are continuous and REINFORCE
       otherwise; `mixed` takes a share `actor.grad_mix` of the dynamics.
@@ -33,10 +33,11 @@ class DynamicsBehavior(ImagBehavior):
         """Return the losses of actor and critic: as ImagBehavior's."""
         feat, alive = rollout.feat, 1 - batch["is_terminal"].flatten().float()
         critic = self.critic(feat.detach())
+        with torch.no_grad():
+            slow = self.slow(feat).mode()  # (H + 1, N)
         with torch.set_grad_enabled(self.share > 0):
             reward, cont = rewards(rollout), self.discounts(world, feat)  # (H + 1, N)
-            slow = self.slow_values(feat)
-            value = self.values(critic, feat, slow)  # (H + 1, N)
+            value = self.values(feat) if self.share else critic.mode()  # (H + 1, N)
             ret = lambda_return(torch.zeros_like(cont.T), 1 - cont.T, reward.T, value.T, 1.0, self.lam).T  # (H, N)
         weight = self.weigh(cont.detach(), alive)  # (H + 1, N)
         offset, scale = self.return_norm(ret.detach())
@@ -45,30 +46,22 @@ class DynamicsBehavior(ImagBehavior):
         logpi, entropy = policy.log_prob(rollout.actions.detach()), policy.entropy()
         objective = (1 - self.share) * logpi * adv.detach()
         if self.share:
-            objective = objective + self.share * self.climbed(ret, adv, scale)
+            objective = objective + self.share * adv
         target = torch.cat([ret, value[-1:]]).detach()
         losses = {
             "policy": -weight[:-1] * (objective + self.entropy * entropy),
             "value": weight[:-1] * self.critic_loss(critic, target, slow)[:-1],
         }
-        outs = {"reward": reward, "cont": cont, "weight": weight, "value": value, "ret": ret, "adv": adv}
+        outs = {"reward": reward, "cont": cont, "weight": weight, "value": value, "slow": slow, "ret": ret, "adv": adv}
         outs |= {"logpi": logpi, "entropy": entropy, "ret_offset": offset, "ret_scale": scale}
-        outs |= {} if slow is None else {"slow": slow}
         return losses, {name: out.detach() for name, out in outs.items()}
 
     def discounts(self, world, feat):
         """Return the discount (H + 1, N) of what follows each state."""
         return world.discounts(feat)
 
-    @torch.no_grad()
-    def slow_values(self, feat):
-        """Return the slow critic's values (H + 1, N), or None if nothing needs them."""
-        return self.slow(feat).mode()
-
-    def values(self, critic, feat, slow):
-        """Return the values (H + 1, N) that returns are made of, with a gradient towards `feat` alone: the critic's."""
-        if not feat.requires_grad:
-            return critic.mode()
+    def values(self, feat):
+        """Return the critic's values (...) of features (..., F), with a gradient towards these alone."""
         params = {name: param.detach() for name, param in self.critic.named_parameters()}
         return torch.func.functional_call(self.critic, params, (feat,)).mode()
 
@@ -79,7 +72,3 @@ class DynamicsBehavior(ImagBehavior):
           cont: discounts (H + 1, N); alive: (N,) 0 where the start is terminal in truth.
         """
         return cont.cumprod(0)
-
-    def climbed(self, ret, adv, scale):
-        """Return what the actor climbs through the dynamics (H, N): the normalized advantage."""
-        return adv

@@ -27,7 +27,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from gymnasium import spaces
 
 from agents.random import Random
-from benchmarks.pages import Parser, all_cores, digits, machine, markdown, mean_and_error, put_between, write_between
+from benchmarks.pages import all_cores, digits, machine, markdown, mean_and_error, put_between, write_between
 from benchmarks.races import (
     bare_pong,
     bare_walker,
@@ -44,7 +44,7 @@ from envs import SUITES, make_envs
 from envs.errors import one_line
 from modalities import kind_of
 from specs import act_spec, step_layout
-from tools import UserError, atomic_write, derive_seed
+from tools import Parser, UserError, atomic_write, derive_seed
 from training.evaluation import Evaluation
 
 TASKS = (  # (presets, an example)

@@ -20,11 +20,11 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from agents.random import Random
-from benchmarks.pages import Parser, markdown, mean_and_error, put_between, write_between
+from benchmarks.pages import markdown, mean_and_error, put_between, write_between
 from envs import make_envs
 from envs.dummy import Maze
 from specs import act_spec, step_layout
-from tools import UserError, derive_seed
+from tools import Parser, UserError, derive_seed
 from training.config import CONFIGS, load_config
 from training.evaluation import Evaluation
 

@@ -1,6 +1,5 @@
 """Shared parts of benchmarks: command lines, tables, and pages with tables between markers."""
 
-import argparse
 import contextlib
 import datetime
 import math
@@ -11,13 +10,6 @@ import platform
 import numpy as np
 
 from tools import UserError, atomic_write
-
-
-class Parser(argparse.ArgumentParser):
-    """Report a mistake as a UserError of one line."""
-
-    def error(self, message):
-        raise UserError(message)
 
 
 def mean_and_error(values):

@@ -19,7 +19,6 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from benchmarks.pages import Parser
 from benchmarks.scores import (
     METHODS,
     STATISTICS,
@@ -38,7 +37,7 @@ from benchmarks.scores import (
     settings,
     warn,
 )
-from tools import UserError
+from tools import Parser, UserError
 from training.config import CONFIGS, load_presets
 
 STEPS = "environment steps (action repeat counted)"

@@ -33,9 +33,8 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from benchmarks.pages import Parser
 from benchmarks.timing import THREADS, WARMUP, Subject, measure, profile, run_loop
-from tools import UserError, atomic_write
+from tools import Parser, UserError, atomic_write
 from training.config import CONFIGS, load_config
 
 QUIET = {"logger": (), "log_level": "error", "script": "train", "eval_envs": 1}

@@ -410,7 +410,7 @@ def test_the_2023_form_rewards_the_standard_deviation_of_its_models():
     expected = predicted.std(0, unbiased=False).mean(-1)
     torch.testing.assert_close(agent.explorer.disagreement(Rollout(None, actions, feat))[1:], expected)
     assert agent.expl_rewards.args[2] == (0.1, 1.0)
-    assert [group["eps"] for group in agent.opt.adams["expl_model"].param_groups] == [1e-5]
+    assert [group["eps"] for group in agent.opt.adams["expl_model"].param_groups] == [5e-6]
 
 
 def test_the_ensemble_predicts_across_no_border_of_episodes():

@@ -191,10 +191,9 @@ H, D = 15, 3
 
 
 class LinearWorld(nn.Module):
-    cont = None
-
     def __init__(self, actions):
         super().__init__()
+        self.cont = None
         self.a, self.b = nn.Parameter(0.3 * torch.eye(D)), nn.Parameter(0.1 * torch.randn(actions, D))
         self.c = nn.Parameter(torch.randn(D))
         self.rssm, self.cont = self, None  # no head says where episodes end

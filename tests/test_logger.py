@@ -111,10 +111,11 @@ def test_video_is_a_gif_in_tensorboard(tmp_path, channels):
     for t in range(5):
         frames[t, :, 4 * t : 4 * t + 4] = 250  # a bar that moves to the right
     logger = Logger(tmp_path)
-    assert logger.video("openloop/image", frames, 300, fps=20) is None
+    written = logger.video("openloop/image", frames, 300, fps=20)
     logger.close()
     (event,) = events(tmp_path).Images("openloop/image")
     assert (event.step, event.width, event.height) == (300, 24, 16)
+    assert event.encoded_image_string == written
     gif = event.encoded_image_string
     assert gif.startswith(b"GIF89a")
     decoded = imageio.imread(gif, plugin="pillow", index=..., mode="RGB")

@@ -15,7 +15,7 @@ from tools import UserError
 from training.driver import Driver, Episode
 from training.outputs import Outputs
 from training.protocol import Agent
-from training.videos import grid, visible, write_gif, write_mp4
+from training.videos import grid, visible, write_mp4
 
 OPEN_LOOPS = 6  # sequences whose predictions are shown
 LONGEST = 500  # frames of an evaluation's first episode that are kept for its video
@@ -162,8 +162,9 @@ def show_open_loop(agent: Agent, config: Any, out: Outputs, step: int, arrays: M
     shown = agent.report(arrays, config.batch_length // 2) if arrays else {}
     for key, panels in shown.items():
         video = visible(grid(panels), config.frame_stack)
-        out.logger.video(f"openloop/{key}", video, step, fps=10)
-        write_gif(out.logdir / "openloop" / key / f"{step:09d}.gif", video, fps=10)
+        path = out.logdir / "openloop" / key / f"{step:09d}.gif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(out.logger.video(f"openloop/{key}", video, step, fps=10))
     return bool(shown)
 
 

@@ -49,7 +49,7 @@ class Logger:
         self._pending.setdefault(int(step), {}).update(numbers)
 
     def video(self, name, frames, step, fps=20):
-        """Write frames, uint8 (T,H,W,C) with C 1 or 3, to the outputs as a GIF."""
+        """Write frames, uint8 (T,H,W,C) with C 1 or 3, to the outputs as a GIF; return its bytes."""
         frames = np.asarray(frames)
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] not in (1, 3):
             raise ValueError(f"video {name}: expected uint8 (T,H,W,1 or 3), got {frames.dtype} {frames.shape}")
@@ -59,6 +59,7 @@ class Logger:
         )
         for output in self._outputs:
             output.video(name, gif, frames.shape[1:], int(step))
+        return gif
 
     def score(self, step, mode, score, length, **extra):
         """Write a finished episode to scores.jsonl immediately. mode: "train" or "eval"; extra: numbers or text."""

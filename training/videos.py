@@ -20,12 +20,6 @@ def grid(panels):
     return video.transpose(1, 2, 0, 3, 4).reshape(time, height, batch * width, channels)
 
 
-def write_gif(path, frames, fps):
-    """Write frames (T, H, W, 3) as an endless GIF; create its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    imageio.mimwrite(path, list(frames), duration=1000 / fps, loop=0)
-
-
 def write_mp4(path, frames, fps):
     """Write a list of frames (H, W, 3) as an MP4; create its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
