@@ -130,3 +130,22 @@ def test_an_error_within_a_step_leaves_layers_as_they_were():
     with pytest.raises(RuntimeError, match="within"):
         Scan(step, 1, (x,), call_step)(3 * x)
     torch.testing.assert_close(linear(x), x @ linear.kernel + linear.bias)
+
+
+def test_a_scan_within_a_step_leaves_the_outer_one_in_place():
+    outer, inner, x = Linear(3, 3), Linear(3, 3), torch.randn(2, 3)
+
+    def gradients(step):
+        return torch.autograd.grad(step(step(x)).sum(), [outer.kernel, outer.bias, inner.kernel, inner.bias])
+
+    def within(x):
+        return torch.tanh(inner(x))
+
+    def nested(x):
+        y = torch.sin(outer(x))
+        return outer(Scan(within, 1, (y,), call_step)(y))  # this product is the outer scan's again
+
+    scan = Scan(nested, 2, (x,), call_step)
+    assert len(scan.inputs) == 2  # both products of the outer layer are its own
+    scanned = gradients(scan)
+    torch.testing.assert_close(scanned, gradients(lambda x: outer(within(torch.sin(outer(x))))))
