@@ -106,4 +106,4 @@ class Plan2Explore(nn.Module):
 SPREADS = {"variance": lambda x: x.var(0), "std": lambda x: x.std(0, correction=0)}
 
 # `expl_behavior` -> class made from the WorldModel, the ActionSpec and the whole configuration
-EXPLORERS: dict[str, Callable[[Any, Any, Any], Any]] = {"plan2explore": Plan2Explore}
+EXPLORERS: dict[str, Callable[[Any, Any, Any], Explorer]] = {"plan2explore": Plan2Explore}

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from specs import ActionSpec, ObsSpec
-from training.machine import check_compiler, choose_device, choose_dtype
+from training.machine import choose_device, choose_dtype
+from training.protocol import Agent
 
 # name -> module with make(obs_spec, act_spec, config, device, dtype). Nothing is imported before it is asked for.
 AGENTS = {"dreamer": "agents.dreamer", "random": "agents.random"}
 
 
-def make_agent(config: Any, obs_spec: ObsSpec, act_spec: ActionSpec) -> Any:
+def make_agent(config: Any, obs_spec: ObsSpec, act_spec: ActionSpec) -> Agent:
     """Return the `training.protocol.Agent` that a configuration names, compiled if it says so.
 
     Raises UserError for sizes that no network can have, a missing device or compiler.
@@ -22,8 +23,4 @@ def make_agent(config: Any, obs_spec: ObsSpec, act_spec: ActionSpec) -> Any:
     device = choose_device(config.device)
     torch.manual_seed(config.seed % 2**64)  # for initial parameters, whatever the environments have drawn
     make = importlib.import_module(AGENTS[config.agent]).make
-    agent = make(obs_spec, act_spec, config, device, choose_dtype(config.precision, device))
-    if config.compile and hasattr(agent, "compile_parts"):
-        check_compiler()
-        agent.compile_parts()
-    return agent
+    return make(obs_spec, act_spec, config, device, choose_dtype(config.precision, device))

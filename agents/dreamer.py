@@ -20,6 +20,7 @@ from ops.graphs import Captured
 from ops.optim import Adams, LaProp, TFAdams
 from ops.random import drawing_from, make_generator
 from tools import Ratio, UserError, derive_seed
+from training.machine import check_compiler
 
 MODES = ("mode", "sample", "noisy", "explore")  # of acting; the last two collect data
 # What is_first (B, T) says of windows without stored latents: that each begins an episode, so that the action that led
@@ -286,8 +287,12 @@ class Dreamer:
 
 
 def make(obs_spec, act_spec, config, device, dtype):
-    """Return the Dreamer of a configuration."""
-    return Dreamer(obs_spec, act_spec, config, device, dtype)
+    """Return the Dreamer of a configuration, compiled if it says so."""
+    agent = Dreamer(obs_spec, act_spec, config, device, dtype)
+    if config.compile:
+        check_compiler()
+        agent.compile_parts()
+    return agent
 
 
 def make_optimizer(nets, config):

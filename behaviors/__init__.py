@@ -78,7 +78,7 @@ class Behavior(Protocol):
         """Do what follows the gradient step: slow critics, or epochs of an optimizer of the behavior's own."""
 
 
-def make_behavior(name: str, feat_size: int, act_spec: Any, config: Any) -> Any:
+def make_behavior(name: str, feat_size: int, act_spec: Any, config: Any) -> Behavior:
     """Return the `Behavior` of a name; an actor_critic whose `actor.grad` asks for the dynamics is DynamicsBehavior.
 
     Args:

@@ -3,7 +3,7 @@
 import torch
 
 from behaviors.dynamics import DynamicsBehavior
-from ops.math import lambda_return
+from ops.math import lambda_target
 from tools import UserError
 
 
@@ -39,7 +39,7 @@ class DreamerV1(DynamicsBehavior):
         feat = rollout.feat  # (H + 1, N, F)
         with torch.set_grad_enabled(self.share > 0):
             reward, cont, value = rewards(rollout), world.discounts(feat), self.values(feat)  # (H + 1, N)
-            ret = returns(reward, cont, value, self.lam)  # (H - 1, N)
+            ret = lambda_target(reward[1:], value[1:], cont[1:], self.lam)  # (H - 1, N)
         weight = torch.cat([torch.ones_like(cont[:1]), cont[1:-2]]).detach().cumprod(0)  # (H - 1, N)
         offset, scale = self.return_norm(ret.detach())
         adv = (ret - value[:-2]) / scale  # (H - 1, N)
@@ -54,13 +54,3 @@ class DreamerV1(DynamicsBehavior):
         outs = {"reward": reward, "cont": cont, "weight": weight, "value": value, "ret": ret, "adv": adv}
         outs |= {"logpi": logpi, "entropy": entropy, "ret_offset": offset, "ret_scale": scale}
         return losses, {name: out.detach() for name, out in outs.items()}
-
-
-def returns(reward, cont, value, lam):
-    """Return the lambda-returns (H - 1, N) of the imagined states but the last, each with its own reward.
-
-    Args:
-      reward, cont, value: (H + 1, N) of the start and the imagined states; lam: lambda.
-    """
-    reward, cont, after = reward[:-1].T, cont[:-1].T, value[1:].T  # (N, H), the first of each reward unused
-    return lambda_return(torch.zeros_like(cont), 1 - cont, reward, after, 1.0, lam).T

@@ -61,8 +61,7 @@ class Driver:
             self.agent, self.carry = agent, agent.initial(len(self.envs))
         for function in self.on_obs:
             function(obs)
-        before = self.carry
-        actions, self.carry, stored = agent.act(obs, before, mode)
+        actions, self.carry, stored = agent.act(obs, self.carry, mode)
         for index in range(len(self.envs)):
             self._note(index, obs, stored)
         self.actions = actions
