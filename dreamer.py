@@ -8,12 +8,16 @@ and the behavior that it trains are in models.py. These three files are the algo
 
 import contextlib
 import errno
+import functools
+import gc
 import pathlib
+import signal
 import sys
 from types import SimpleNamespace
 
-from tools import UserError, derive_seed
+from tools import NonFiniteLoss, UserError, derive_seed
 from training.config import CONFIGS, load_config
+from training.signals import Interrupted, given_up_if_stopped, signals_noted
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # a disk that takes no more
 
@@ -39,29 +43,41 @@ def loop(run, agent, replay, collect, evaluate):
 def learn(run, agent, replay):
     """Make the updates that are due: floor(ratio * agent steps) in all."""
     while run.learning_due():
-        run.learned(agent.learn(replay))
+        with given_up_if_stopped(run):
+            run.learned(agent.learn(replay))
 
 
 def main(argv=None):
     """Run the command line; return the exit status."""
     try:
-        config = load_config(sys.argv[1:] if argv is None else argv, CONFIGS)
-        if not config.logdir:
-            raise UserError("--logdir: expected a path, got nothing")
+        config = with_absolute_paths(load_config(sys.argv[1:] if argv is None else argv, CONFIGS))
         with contextlib.ExitStack() as stack:  # what is opened is closed at the end, whatever happens
             return (eval_only if config.script == "eval_only" else train)(config, stack)
     except UserError as error:
         print(f"dreamer.py: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in FULL:
+        gone = error.errno == errno.ENOENT and not pathlib.Path(config.logdir).is_dir()
+        if error.errno not in FULL and not gone:
             raise
-        return failed(config, f"--logdir {config.logdir}: {error.strerror}")
+        return failed(config, f"--logdir {config.logdir}: {'it is gone' if gone else error.strerror}")
+    except KeyboardInterrupt:
+        return failed(config, "ended at once")
+
+
+def with_absolute_paths(config):
+    """Return the configuration with paths that stay the same where an environment changes the directory."""
+    if not config.logdir:
+        raise UserError("--logdir: expected a path, got nothing")
+    paths = {key: config[key] for key in ("logdir", "offline_traindir", "from_checkpoint")}
+    return config.replace(
+        **{key: str(pathlib.Path(path).expanduser().absolute()) for key, path in paths.items() if path}
+    )
 
 
 def failed(config, why):
     """Say why a run cannot go on, and from what it could; return the exit status."""
-    path = pathlib.Path(config.logdir).expanduser() / "latest.pt"
+    path = pathlib.Path(config.logdir) / "latest.pt"
     kept = f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
     print(f"dreamer.py: {why}; {kept}", file=sys.stderr)
     return 1
@@ -70,12 +86,9 @@ def failed(config, why):
 def train(config, stack):
     """Train until `steps` frames were seen or a signal came; go on from the checkpoint in the logdir."""
     parts = wire(config, stack)  # PyTorch takes seconds to import, for which a misspelt flag need not wait
-    from training.logger import NonFiniteLoss
-    from training.run import signals_noted
-
     run = parts.run
     try:
-        with signals_noted(run):
+        with signals_noted(run, functools.partial(run.out.say, "warning")), contextlib.suppress(Interrupted):
             loop(run, parts.agent, parts.replay, parts.collect, parts.evaluate)
             finish(run, parts.evaluate)
     except NonFiniteLoss as error:
@@ -100,32 +113,36 @@ def wire(config, stack):
 
     device = machine.prepare(config)
     saved = open_logdir(config, stack)
-    envs, eval_envs = open_envs(config, stack, saved["counters"]["agent_steps"] if saved else 0)
-    spaces = envs or eval_envs
+    envs = open_envs(config, stack, saved["counters"]["agent_steps"] if saved else 0)
+    spaces = envs.collecting or envs.evaluating()
     specs = obs_spec(spaces.obs_space), act_spec(spaces.act_space)
     agent, layout, paths = make_agent(config, *specs), step_layout(spaces.obs_space, specs[1]), episode_paths(config)
     replay = make_replay(config, layout, agent, paths, device)
     run = Run(config, agent, replay, Random(specs[1], derive_seed(config.seed, 3)))
     run.restore(saved, [*paths[0], *paths[1]])  # before anything is written: it may find that nothing fits
-    run.restarts = lambda: sum(each.restarts for each in (envs, eval_envs) if each)
+    run.restarts = envs.restarts
     out = run.open(stack)
-    driver = Driver(envs, specs[1], layout, on_step=[run.recorder], on_episode=[run.finished]) if envs else None
+    driver = None
+    if envs.collecting:
+        driver = Driver(envs.collecting, specs[1], layout, on_step=[run.recorder], on_episode=[run.finished])
 
     def collect(agent, mode):
         if not driver:  # train_offline: as many updates as the frames would bring
             return config.envs
         steps = driver.step(agent, mode)
-        out.say_restarts(envs)
+        out.watch(driver.lengths, envs.collecting.longest)
+        out.say_restarts(envs.collecting)
         return steps
 
     def evaluate(film=False):
         if not config.eval_episode_num:
             return
         with undisturbed({**agent.generators, "replay": replay.rng}):
+            played = envs.evaluating()
             if film:
-                evaluation.record_film(agent, eval_envs, specs[1], config.eval_mode, out, run.step)
+                evaluation.record_film(agent, played, specs[1], config.eval_mode, out, run.step)
             else:
-                evaluation.evaluate(agent, eval_envs, config, out, specs, run.step, lambda: not run.stopped, replay)
+                evaluation.evaluate(agent, played, config, out, specs, run.step, lambda: not run.stopped, replay)
 
     return SimpleNamespace(run=run, agent=agent, replay=replay, collect=collect, evaluate=evaluate, envs=envs)
 
@@ -144,19 +161,52 @@ def finish(run, evaluate):
 
 
 def open_envs(config, stack, behind):
-    """Return the environments to collect in, none for train_offline, and those to evaluate in, none if it never does.
+    """Make environments; `stack` closes them.
+
+    Those to evaluate in are made at once if they are needed before the end. Else they take the place of those to
+    collect in, when they are asked for and in no greater number: of some environments there can be one only.
 
     behind: agent steps that the run has behind it.
+    Returns: namespace of collecting, the Envs or None for train_offline; evaluating, a function that returns Envs; and
+      restarts, a function that counts those of both.
     """
     from envs import make_envs
 
-    collects, count = config.script == "train", min(config.eval_envs, config.eval_episode_num)
-    counts = {"train": config.envs if collects else 0, "eval": count if collects else max(1, count)}
-    opened = []
-    for mode, number in counts.items():
-        opened.append(make_envs(config, mode, number, behind if mode == "train" else 0) if number else None)
-        stack.callback(opened[-1].close if number else lambda: None)
-    return opened
+    made = []
+
+    def make(mode, count, behind=0):
+        made.append(make_envs(config, mode, count, behind))
+        stack.callback(close_envs, config, made[-1])
+        return made[-1]
+
+    collecting = make("train", config.envs, behind) if config.script == "train" else None
+    count = min(config.eval_envs, config.eval_episode_num)
+    midway = count and config.eval_every > 0
+
+    @functools.cache
+    def evaluating():
+        if collecting and not midway:
+            close_envs(config, collecting)
+            gc.collect()
+        envs = make("eval", max(1, count if midway else min(count, config.envs)))
+        if (envs.obs_space, envs.act_space) != (made[0].obs_space, made[0].act_space):
+            raise UserError(f"--task {config.task} has other spaces in evaluation than in training")
+        return envs
+
+    if midway or not collecting:
+        evaluating()
+    restarts = lambda: sum(envs.restarts for envs in made)  # noqa: E731
+    return SimpleNamespace(collecting=collecting, evaluating=evaluating, restarts=restarts)
+
+
+def close_envs(config, envs):
+    """Close environments; warn of those that fail at it."""
+    from training.outputs import warn_at
+
+    envs.close()
+    for event in envs.events:
+        warn_at(config.log_level, event)
+    envs.events.clear()
 
 
 def eval_only(config, stack):
@@ -168,7 +218,6 @@ def eval_only(config, stack):
     from training import evaluation, machine
     from training.checkpoint import checkpoint_file, load_agent_state, load_checkpoint
     from training.outputs import Outputs
-    from training.run import signals_noted
 
     machine.prepare(config)
     path = checkpoint_file(config.from_checkpoint or config.logdir)
@@ -178,7 +227,7 @@ def eval_only(config, stack):
         raise UserError("--script eval_only needs an --eval_episode_num of at least 1")
     saved = load_checkpoint(path)
     envs = make_envs(config, "eval", min(config.eval_envs, config.eval_episode_num))
-    stack.callback(envs.close)
+    stack.callback(close_envs, config, envs)
     specs = obs_spec(envs.obs_space), act_spec(envs.act_space)
     agent = make_agent(config, *specs)
     load_agent_state(agent, saved, config)
@@ -191,7 +240,8 @@ def eval_only(config, stack):
     except OSError as error:
         raise UserError(f"--logdir {config.logdir}: {error.strerror}") from None
     step, ending = saved["counters"]["agent_steps"] * config.action_repeat, SimpleNamespace(stopped=None)
-    with signals_noted(ending):
+    say = functools.partial(out.say, "warning")
+    with signals_noted(ending, say), contextlib.suppress(Interrupted):
         evaluation.evaluate(agent, envs, config, out, specs, step, lambda: not ending.stopped)
     return 128 + ending.stopped if ending.stopped else 0
 
@@ -212,4 +262,5 @@ def load_agent(path, device="auto"):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the program at once until there is something to save
     sys.exit(main())

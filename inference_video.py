@@ -29,6 +29,7 @@ from training import machine
 from training.checkpoint import checkpoint_file, load_agent_state, load_checkpoint
 from training.config import CONFIGS, load_config
 from training.driver import Driver
+from training.outputs import endless
 from training.rng import seed_everything
 
 FORMATS = {"mp4": ["mp4"], "gif": ["gif"], "both": ["mp4", "gif"]}
@@ -237,14 +238,16 @@ def play(player, films, bar):
     if player.options.openloop and player.path:
         driver.on_obs.append(lambda obs: open_loop.begin(driver.carry))
         driver.on_step = [lambda index, step, stored: open_loop.add(step)]
-    while not finished:
+    while not finished and driver.lengths[0] < player.envs.longest:
         driver.step(player.agent, player.mode)
         score = f"{driver.returns[0]:.1f}"
         bar.set_postfix(agent=player.name, step=driver.lengths[0], score=score, refresh=False)
         bar.update(0)  # redraws, if it is time to
     driver.rest()
     open_loop.flush()
-    return finished[0].score, finished[0].length
+    if not finished:
+        print(f"inference_video.py: warning: {endless(player.envs.longest)}; it is cut off there", file=sys.stderr)
+    return (finished[0].score, finished[0].length) if finished else (float(driver.returns[0]), int(driver.lengths[0]))
 
 
 class Films:

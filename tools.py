@@ -17,6 +17,10 @@ class UserError(Exception):
     """A mistake that the user can mend: printed as one line on stderr, exit status 2."""
 
 
+class NonFiniteLoss(Exception):
+    """The loss of an update is not a number, or infinite: there is nothing to go on from but the last checkpoint."""
+
+
 class Parser(argparse.ArgumentParser):
     """Reports a mistake in a command line as a UserError."""
 

@@ -34,7 +34,10 @@ SUITES = {
     "procgen": ("envs.procgen", "make", "--no-deps -r requirements/procgen.txt"),
 }
 
+# suite -> where its limit of an episode stands in the configuration, in frames
+LIMITS = {"atari": ("atari", "limit"), "atari100k": ("atari", "limit"), "minecraft": ("minecraft", "length")}
 MODES = {"train": 1, "eval": 2}
+ENDLESS = 10000  # agent steps, where no limit is known
 
 
 def make_env(config: Any, mode: str, index: int, behind: int = 0, restart: int = 0) -> Env:
@@ -79,4 +82,13 @@ def make_envs(config: Any, mode: str, count: int, behind: int = 0) -> Envs:
     """
     kind = Worker if config.parallel else Local
     makers = [functools.partial(make_env, config, mode, index, behind) for index in range(count)]
-    return Envs(kind, makers, config.env_timeout)
+    return Envs(kind, makers, config.env_timeout, longest_episode(config))
+
+
+def longest_episode(config: Any) -> int:
+    """Return the agent steps after which an episode can be taken for one that never ends."""
+    section, key = LIMITS.get(config.task.partition("_")[0], (None, None))
+    frames = config.time_limit or (
+        getattr(getattr(config, section), key) if section else ENDLESS * config.action_repeat
+    )
+    return max(1, frames // config.action_repeat)

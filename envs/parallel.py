@@ -23,17 +23,20 @@ import multiprocessing
 import os
 import select
 import signal
+import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from multiprocessing import reduction, resource_tracker
+from multiprocessing import connection, reduction, resource_tracker
 from typing import Any
 
 import numpy as np
 
 from envs.env import Env
 from envs.errors import one_line
+from envs.foreign import Foreign
 from envs.wrappers import AutoReset
 from specs import act_spec, step_layout
 from tools import UserError
@@ -70,21 +73,26 @@ class Envs:
       kind: `Local` or `Worker`.
       makers: one picklable function per environment that makes it, given how often it was restarted.
       timeout: seconds that a step may take, once it is waited for.
+      longest: steps after which an episode can be taken for one that never ends.
     Attributes:
       events: a line about each restart, for the caller to log and clear.
     """
 
     def __init__(
-        self, kind: type[Local] | type[Worker], makers: Sequence[Callable[[int], Env]], timeout: float = 600.0
+        self,
+        kind: type[Local] | type[Worker],
+        makers: Sequence[Callable[[int], Env]],
+        timeout: float = 600.0,
+        longest: int = 10000,
     ):
-        self.events = []
+        self.events, self.longest = [], longest
         self._kind, self._makers, self._timeout = kind, makers, timeout
         self._restarts = [0] * len(makers)
         self._tries = [0] * len(makers)  # restarts since it last did well
         self._lasted = [0] * len(makers)  # steps since then or the last restart
         self._handles = []
         self._under_way = False
-        self._file = _anonymous_file()
+        self._file: Any = None
         try:
             for make in makers:  # all start before the first is waited for
                 self._handles.append(kind(make, 0))
@@ -93,8 +101,7 @@ class Envs:
                 raise _fatal(index, failure)
             self.obs_space, self.act_space = answers[0]
             layout = _layout(self.obs_space, self.act_space)
-            self._file.write(bytes(layout.itemsize * len(makers)))
-            self._file.flush()
+            self._file = _anonymous_file(layout.itemsize * len(makers))
             self._records = _map(self._file.fileno(), layout, len(makers))
             self._observations, self._actions = (_columns(self._records[name]) for name in ("obs", "act"))
             for index, handle in enumerate(self._handles):
@@ -159,13 +166,21 @@ class Envs:
         return answers[index]
 
     def close(self) -> None:
-        """Close the environments and end their processes, also in the midst of a step; may be called twice."""
-        for handle in self._handles:
-            handle.stop()
+        """Close the environments and end their processes, also in the midst of a step; may be called twice.
+
+        One that fails at it becomes an event: what it has done is not worth less for that.
+        """
+        for index, handle in enumerate(self._handles):
+            try:
+                handle.stop()
+            except Failure as failure:
+                self.events.append(f"environment {index} could not be closed: it {failure}")
         deadline = time.monotonic() + CLOSE
         for handle in self._handles:
             handle.join(deadline - time.monotonic())
-        self._file.close()
+        self._handles.clear()  # and so what an environment holds without closing it, such as a port
+        if self._file:
+            self._file.close()
 
     @property
     def _start_timeout(self):
@@ -218,9 +233,17 @@ def _fatal(index, failure):
 # Memory
 
 
-def _anonymous_file():
-    """Open a file without a name, in memory where the system offers it: gone with the last process that holds it."""
-    return tempfile.TemporaryFile(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+def _anonymous_file(size):
+    """Return a file of zeros without a name, in memory if there is room: gone with the last process that holds it."""
+    for folder in ("/dev/shm", None):
+        try:
+            file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - it is returned
+            file.write(bytes(size))
+            file.flush()
+            return file
+        except OSError:  # no such folder, as on macOS, or too small a one, as in a container
+            if folder is None:
+                raise
 
 
 def _layout(obs_space, act_space):
@@ -279,20 +302,29 @@ class Local:
     """An environment of this process, with the methods of a `Worker`. It is never restarted: errors pass."""
 
     def __init__(self, make: Callable[[int], Env], restart: int):
-        self._env = AutoReset(make(restart))
+        self._foreign = Foreign("an environment")
+        with self._foreign:
+            self._env = AutoReset(make(restart))
         self._answer = self._env.obs_space, self._env.act_space
 
     def attach(self, descriptor: int, records: np.ndarray, index: int) -> None:
         self._shared = SharedEnv(self._env, records, index)
+        self._foreign.name = f"environment {index}"
 
     def send(self, command: bytes, *args: Any) -> None:
-        self._answer = self._shared.obey(command, *args)
+        with self._foreign:
+            self._answer = self._shared.obey(command, *args)
 
     def receive(self, seconds: float) -> Any:
         return self._answer
 
     def stop(self) -> None:
-        self._env.close()
+        """Close the environment. Raises Failure if that fails."""
+        try:
+            with self._foreign:
+                self._env.close()
+        except Exception as error:
+            raise Failure(_raised(error)) from error
 
     def join(self, seconds: float) -> None:
         pass
@@ -302,6 +334,8 @@ class Worker:
     """An environment in a process of its own."""
 
     def __init__(self, make: Callable[[int], Env], restart: int):
+        if not hasattr(select, "poll"):
+            raise UserError("--parallel true needs Linux or macOS: there is no poll() here")
         # A fork would copy locks held by other threads (PyTorch's, a logger's) and an open CUDA context.
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
@@ -358,9 +392,9 @@ class Worker:
 
 @contextlib.contextmanager
 def _interrupts_blocked():
-    """Hide Ctrl-C from what starts within, even while it imports: the parent ends it in good order."""
+    """Hide signals that a whole group of processes gets from what starts within: the parent ends it in good order."""
     resource_tracker.ensure_running()  # its start, at that of the first process, would unblock them
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP, signal.SIGUSR1})
     try:
         yield
     finally:
@@ -370,6 +404,9 @@ def _interrupts_blocked():
 def _serve(pipe, make, restart):
     """Live as a worker: make the environment, then obey until it fails or the parent is done or gone."""
     env = None
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # It stays a daemon to its parent, which so ends it, but may have processes of its own, as simulators do.
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
 
     def begin():
         nonlocal env
@@ -387,7 +424,21 @@ def _serve(pipe, make, restart):
                 args = pipe.recv() if command == RENDER else ()
                 alive = _answer(pipe, shared.obey, command, *args)
     if env is not None:
-        env.close()
+        try:
+            env.close()
+        except Exception as error:
+            print(f"dreamer.py: warning: an environment could not be closed: it {_raised(error)}", file=sys.stderr)
+
+
+def _end_with_parent():
+    """End this process, even one that hangs, as soon as its parent is gone."""
+    parent = multiprocessing.parent_process()
+    if parent and connection.wait([parent.sentinel]):
+        os._exit(1)
+
+
+def _raised(error):
+    return f"raised {type(error).__name__}: {one_line(error)}"
 
 
 def _answer(pipe, function, *args):
@@ -396,8 +447,8 @@ def _answer(pipe, function, *args):
         kind, answer = "ok", function(*args)
     except UserError as error:
         kind, answer = "user error", one_line(error)
-    except Exception as error:
-        kind, answer = "error", (f"raised {type(error).__name__}: {one_line(error)}", traceback.format_exc())
+    except (Exception, SystemExit, KeyboardInterrupt) as error:
+        kind, answer = "error", (_raised(error), traceback.format_exc())
     if len(answer) == 0:  # a step without `log_*` entries
         os.write(pipe.fileno(), DONE)
     else:

@@ -21,7 +21,7 @@ class Scripted:
         self.scripts, self.time, self.sent, self.resets = scripts, -1, [], 0
         self.obs_space = {"number": Box(0, 9999, (1,)), "image": Box(0, 255, (4, 6, 3), np.uint8)}
         self.layout = step_layout(self.obs_space, ACTIONS)
-        self.events, self.idle = [], True
+        self.events, self.idle, self.longest = [], True, 10**6
 
     def __len__(self):
         return len(self.scripts)

@@ -13,7 +13,7 @@ from replay.episodes import EpisodeWriter
 from specs import ActionSpec, ObsSpec, step_layout
 from tools import UserError
 from training.driver import Driver, Episode
-from training.outputs import Outputs
+from training.outputs import Outputs, endless
 from training.protocol import Agent
 from training.videos import grid, visible, write_mp4
 
@@ -32,6 +32,7 @@ class Evaluation:
       on_step, on_episode: as the Driver's, for the steps and episodes that count.
     Attributes:
       frames: {key: [(H, W, C)]} of `watched`.
+      cut: how many episodes were broken off because they took longer than `envs.longest`; they count as they are.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Evaluation:
         self.quota = np.array([len(part) for part in np.array_split(np.arange(episodes), len(envs))])
         self.done = np.zeros(len(envs), int)
         self.played: list[Episode] = []
+        self.cut = 0
         self.frames: dict[str, list[np.ndarray]] = {key: [] for key in watched}
         self.on_step, self.on_episode = on_step, on_episode
         self.driver = Driver(envs, act_spec, layout, [self._watch], [self._step], [self._finish])
@@ -66,9 +68,15 @@ class Evaluation:
                 frames.append(obs[key][0].copy())  # not a view, which would keep the images of all environments
 
     def _step(self, index, step, stored):
-        if self.done[index] < self.quota[index]:
-            for function in self.on_step:
-                function(index, step, stored)
+        if self.done[index] == self.quota[index]:
+            return
+        for function in self.on_step:
+            function(index, step, stored)
+        length = int(self.driver.lengths[index])
+        if length >= self.envs.longest and not step["is_last"]:  # and neither would the next ones end
+            self._finish(Episode(index, float(self.driver.returns[index]), length, {}))
+            self.done[index] = self.quota[index]
+            self.cut += 1
 
     def _finish(self, episode):
         if self.done[episode.env] < self.quota[episode.env]:
@@ -111,6 +119,8 @@ def evaluate(
     )
     episodes = evaluation.play(agent, going)
     out.say_restarts(envs)
+    if evaluation.cut:
+        out.say("warning", f"{endless(envs.longest)}; the evaluation has counted {evaluation.cut} as they were then")
     if not episodes:
         return
     scores, lengths = ([getattr(episode, name) for episode in episodes] for name in ("score", "length"))
@@ -176,14 +186,18 @@ def record_film(agent: Agent, envs: Any, act_spec: Any, mode: str, out: Outputs,
     except UserError as error:
         out.say("info", f"no video: {error}")
         return
-    write_mp4(path, frames, fps=30)
+    try:
+        write_mp4(path, frames, fps=30)
+    except OSError as error:  # a full disk: all else is saved by now
+        out.say("warning", f"no video: {path}: {error.strerror}")
+        return
     out.say("info", f"video: {path}")
 
 
 def film(envs: Any, act_spec: Any, agent: Agent, mode: str, longest: int = FILM) -> list[np.ndarray]:
     """Return pictures of an episode of the first of `envs`, or of its first `longest` steps.
 
-    Raises UserError if the environment cannot be filmed.
+    Raises UserError if the environment cannot be filmed, or only in pictures of several sizes.
     """
     frames: list[np.ndarray] = []
     over = []
@@ -197,7 +211,12 @@ def film(envs: Any, act_spec: Any, agent: Agent, mode: str, longest: int = FILM)
     try:
         while not (over and over[-1]) and len(frames) < longest:
             driver.step(agent, mode)
-    finally:
+    except Exception:
         with contextlib.suppress(RuntimeError, UserError):
             driver.rest()
+        raise
+    driver.rest()
+    shapes = sorted({frame.shape for frame in frames})
+    if len(shapes) > 1:
+        raise UserError(f"its pictures have several sizes, {shapes[0]} and {shapes[1]} among them")
     return frames

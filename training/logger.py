@@ -17,7 +17,7 @@ import torch
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
-from tools import UserError, atomic_write
+from tools import NonFiniteLoss, UserError, atomic_write
 
 
 class Logger:
@@ -240,10 +240,6 @@ def _rate(number):
 def _clock(seconds):
     minutes, seconds = divmod(max(int(seconds), 0), 60)
     return f"{minutes // 60:02d}:{minutes % 60:02d}:{seconds:02d}"
-
-
-class NonFiniteLoss(Exception):
-    """The loss of an update is not a number, or infinite."""
 
 
 class Metrics:

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from replay.episodes import EpisodeWriter, finite
 from tools import UserError
 from training.driver import Episode
@@ -24,7 +26,7 @@ class Outputs:
     """
 
     def __init__(self, config: Any, step: int, updates: int):
-        self.config = config
+        self.config, self.warned = config, False
         self.logdir = pathlib.Path(config.logdir).expanduser()
         self.logger = Logger(self.logdir, step, config.logger, config.to_dict())
         self.progress = Progress(config.steps, step=step, updates=updates)
@@ -56,6 +58,12 @@ class Outputs:
             self.say("warning", event)
         envs.events.clear()
 
+    def watch(self, lengths: np.ndarray, longest: int) -> None:
+        """Warn, once, if an episode under way, of lengths (N,), may never end."""
+        if lengths.max() > longest and not self.warned:
+            self.warned = True
+            self.say("warning", f"{endless(longest)}; until one ends there is no return, and it stays in memory")
+
     def score(self, step: int, mode: str, episode: Episode) -> None:
         """Log a finished episode to scores.jsonl."""
         self.logger.score(step, mode, episode.score, episode.length, **episode.logs)
@@ -71,6 +79,11 @@ def warn_at(least: str, text: str) -> None:
     """Print a warning to stderr, unless `log_level` is above that."""
     if is_printed("warning", least):
         print(f"dreamer.py: warning: {text}", file=sys.stderr)
+
+
+def endless(steps: int) -> str:
+    """Return what to say of an episode that has taken more than a number of agent steps."""
+    return f"an episode has not ended in {steps:,} agent steps: if it never does, --time_limit FRAMES ends it"
 
 
 class Recorder:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import pathlib
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -40,6 +39,7 @@ class Run:
     Attributes:
       agent_steps, updates, episodes: counters of what was collected and learned in all.
       stopped: number of the signal that asked the run to end, or None.
+      save_asked: True if a signal asked for a checkpoint.
     """
 
     def __init__(self, config: Any, agent: Agent, replay: Any, random: Agent):
@@ -49,6 +49,7 @@ class Run:
         self.agent_steps = self.updates = self.episodes = 0
         self.last_return: float | None = None
         self.stopped: int | None = None
+        self.save_asked = False
         self.metrics = Metrics()
         self.clock = agent.clock(config)
         self.clocks: dict[str, Any] = {
@@ -97,7 +98,8 @@ class Run:
         now, save = time.monotonic(), self.clocks["save"]
         if now - self.logged_at > LONGEST_UNLOGGED:
             self.log()
-        if (now - self.saved_at > LONGEST_UNSAVED and self.config.save_every) or (save.by_time and save(self.step)):
+        overdue = now - self.saved_at > LONGEST_UNSAVED and self.config.save_every
+        if overdue or (save.by_time and save(self.step)) or self.save_asked:
             self.save()
 
     def finished(self, episode: Episode) -> None:
@@ -114,7 +116,7 @@ class Run:
         self.out.show(self.step, self.updates, self.last_return)
         if self.clocks["log"](self.step):
             self.log()
-        if self.clocks["save"](self.step):
+        if self.clocks["save"](self.step) or self.save_asked:
             self.save()
 
     def log(self) -> None:
@@ -165,6 +167,9 @@ class Run:
         }
         save_checkpoint(self.logdir, checkpoint, self.replay.state_dict(), self.updates)
         self.saved_at = time.monotonic()
+        if self.save_asked:
+            self.save_asked = False
+            self.out.say("info", f"saved at step {self.step:,}, as a signal asked")
 
     def save_all(self) -> None:
         """Save all there is, unfinished episodes included."""
@@ -173,10 +178,10 @@ class Run:
 
     @contextlib.contextmanager
     def saving_on_error(self) -> Iterator[None]:
-        """Save everything collected so far if the body raises."""
+        """Save everything collected so far if the body raises, whatever it is that environments raise."""
         try:
             yield
-        except Exception:
+        except BaseException:
             self.save_all()
             raise
 
@@ -225,20 +230,3 @@ def episode_paths(config: Any) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
         raise UserError(f"--offline_traindir {folder}: no such directory")
     own = episode_files(pathlib.Path(config.logdir) / "train_eps")
     return (episode_files(folder) if config.offline_traindir else []), own
-
-
-@contextlib.contextmanager
-def signals_noted(run: Any) -> Iterator[None]:
-    """Let SIGINT and SIGTERM set `run.stopped`, which ends a run in good order; a second one, at once."""
-
-    def note(number, frame):
-        if run.stopped:
-            raise KeyboardInterrupt
-        run.stopped = number
-
-    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
