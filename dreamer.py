@@ -120,7 +120,7 @@ def wire(config, stack):
     replay = make_replay(config, layout, agent, paths, device)
     run = Run(config, agent, replay, Random(specs[1], derive_seed(config.seed, 3)))
     run.restore(saved, [*paths[0], *paths[1]])  # before anything is written: it may find that nothing fits
-    run.restarts = envs.restarts
+    run.spaces, run.restarts = spaces.own, envs.restarts
     out = run.open(stack)
     driver = None
     if envs.collecting:
@@ -250,7 +250,7 @@ def load_agent(path, device="auto"):
     """Load a trained agent as its checkpoint and the config.yaml beside it describe it; no environment is needed.
 
         agent, state = load_agent("logdir/run"), None
-        action, state = agent.act(obs, state)  # see agents.policy.Policy.act
+        action, state = agent.act(obs, state)  # both as the environment has them; see agents.policy.Policy.act
 
     Args:
       path: a checkpoint or its logdir; device: auto, cpu, cuda or cuda:N.

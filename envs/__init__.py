@@ -13,6 +13,7 @@ from envs import wrappers
 from envs.env import Env, Place
 from envs.errors import one_line, unknown
 from envs.parallel import Envs, Local, Worker
+from envs.spaces import describe
 from tools import UserError, derive_seed
 
 # suite -> (module, the function in it that makes a task, what pip installs for it).
@@ -68,8 +69,10 @@ def make_env(config: Any, mode: str, index: int, behind: int = 0, restart: int =
     except ImportError as error:
         raise UserError(f"task '{config.task}' cannot be made ({one_line(error)}): pip install {packages}") from error
     env = wrappers.SelectKeys(env, config.encoder)
+    given = {"observation": env.obs_space, "action": env.act_space}
     env = wrappers.PlainObs(env, config)
     env = wrappers.PlainActions(env)
+    env.own = {name: {key: describe(space) for key, space in each.items()} for name, each in given.items()}
     if config.time_limit > 0:
         env = wrappers.TimeLimit(env, max(1, config.time_limit // config.action_repeat))
     return env

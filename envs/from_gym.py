@@ -74,7 +74,8 @@ def make_custom(task: str, config: Any, place: Place) -> Env:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise UserError(f"custom_{task}: '{module_name}' cannot be imported: {one_line(error)}") from error
+        where = f"it is looked for where the command is called, {os.getcwd()}, and on PYTHONPATH"
+        raise UserError(f"custom_{task}: '{module_name}' cannot be imported: {one_line(error)}; {where}") from error
     classes = [name for name, value in vars(module).items() if inspect.isclass(value)]
     if class_name not in classes:
         raise unknown(f"class in {module_name}", class_name, classes)

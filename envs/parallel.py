@@ -99,7 +99,7 @@ class Envs:
             answers, failures = self._answers(range(len(makers)), self._start_timeout)
             for index, failure in failures.items():
                 raise _fatal(index, failure)
-            self.obs_space, self.act_space = answers[0]
+            self.obs_space, self.act_space, self.own = answers[0]
             layout = _layout(self.obs_space, self.act_space)
             self._file = _anonymous_file(layout.itemsize * len(makers))
             self._records = _map(self._file.fileno(), layout, len(makers))
@@ -295,7 +295,12 @@ class SharedEnv:
 
 
 # ---------------------------------------------------------------------------
-# Kinds of environments. The first answer is the pair of spaces; then comes one for each `send`
+# Kinds of environments. The first answer is the spaces; then comes one for each `send`
+
+
+def _spaces(env):
+    """Return the spaces of observations and actions, and what `make_env` says of the environment's own, or None."""
+    return env.obs_space, env.act_space, getattr(env, "own", None)
 
 
 class Local:
@@ -305,7 +310,7 @@ class Local:
         self._foreign = Foreign("an environment")
         with self._foreign:
             self._env = AutoReset(make(restart))
-        self._answer = self._env.obs_space, self._env.act_space
+        self._answer = _spaces(self._env)
 
     def attach(self, descriptor: int, records: np.ndarray, index: int) -> None:
         self._shared = SharedEnv(self._env, records, index)
@@ -411,7 +416,7 @@ def _serve(pipe, make, restart):
     def begin():
         nonlocal env
         env = AutoReset(make(restart))
-        return env.obs_space, env.act_space
+        return _spaces(env)
 
     with contextlib.suppress(EOFError, OSError):
         if _answer(pipe, begin):

@@ -177,6 +177,8 @@ class PlainObs(Wrapper):
 class PlainActions(Wrapper):
     """Actions as float32 vectors: boxes in [-1, 1], discrete choices as (concatenated) one-hots."""
 
+    own: dict[str, Any]  # what `envs.spaces.describe` says of the spaces below the wrappers, set by `make_env`
+
     def __init__(self, env: Env):
         super().__init__(env)
         plain = {key: _plain_action(key, space) for key, space in env.act_space.items()}

@@ -60,6 +60,7 @@ class Run:
         }
         self.logged_at = self.saved_at = time.monotonic()  # or when last nothing was due
         self.restarts: Callable[[], int] = lambda: 0  # of environments
+        self.spaces: Mapping[str, Any] | None = None  # the environments' own, as envs/spaces.py describes them
 
     # -- where the run stands
 
@@ -163,6 +164,7 @@ class Run:
             "clocks": {name: clock.state_dict() for name, clock in self.clocks.items()},
             "rng": get_rng_state() | {"agent": generator_states(self.agent.generators)},
             "random": generator_states(self.random.generators)["act"],
+            "spaces": self.spaces,
             **{key: self.config[key] for key in SAME},
         }
         save_checkpoint(self.logdir, checkpoint, self.replay.state_dict(), self.updates)
