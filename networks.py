@@ -161,7 +161,7 @@ class BlockGRU(nn.Module):
 
     def forward(self, deter, stoch, embedded):
         """(N, D), (N, S K) and a prepared action (N, hidden) -> the next deter (N, D)"""
-        slices = deter.view(len(deter), self.blocks, -1)
+        slices = deter.view(deter.shape[0], self.blocks, -1)
         inputs = torch.cat([self.embed_deter(deter), self.embed_stoch(stoch), embedded], -1)
         x = self.hidden[0].first(slices) + self.hidden[0].last(inputs).view(slices.shape)
         x = self.norms[0](x.reshape(deter.shape)).view(slices.shape)
@@ -459,7 +459,7 @@ class RSSM(nn.Module):
         action = self.cell.prepare(action.to(embed.dtype).transpose(0, 1) * keep)  # (T, B, hidden)
         embed = layer.last(embed.transpose(0, 1))  # (T, B, hidden)
         deter, stoch = state.deter.to(embed.dtype), state.stoch.to(embed.dtype)
-        initial = self.initial(len(deter), deter.device, deter.dtype)
+        initial = self.initial(deter.shape[0], deter.device, deter.dtype)
         inputs = keep, action, embed, noise.transpose(0, 1)
         deters, stochs, logits = scan(self.observe_step, (deter, stoch), initial, inputs, self.call_step)
         return State(deters, stochs), self.latent.dist(logits)  # (B, T, ...)

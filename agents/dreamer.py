@@ -224,7 +224,7 @@ class Dreamer:
         embed = world.encode(world.encoder.prepare(obs))  # (N, 1, E)
         states, _ = world.rssm.observe(embed, carry.action[:, None], obs["is_first"], carry.state)
         state = states.map(lambda x: x[:, 0])  # (N, ...)
-        fresh = self.initial(len(first)) if tree_leaves(carry[2:]) else carry
+        fresh = self.initial(first.shape[0]) if tree_leaves(carry[2:]) else carry
         task = tree_map(functools.partial(restart, first), fresh.task, carry.task)
         explorer = tree_map(functools.partial(restart, first), fresh.explorer, carry.explorer)
         if mode == "explore" and self.explorer:

@@ -1,73 +1,228 @@
-"""A trained agent in use: without environments, for one observation or a batch of them."""
+"""A trained agent in use: without environments, on what an environment gives, in what it takes."""
 
+import contextlib
+import functools
 import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
+from torch.utils._pytree import tree_leaves
 
 from agents import make_agent
+from agents.acting import certain
+from envs.spaces import Converter
 from specs import ActionSpec, ObsSpec
 from tools import UserError
 from training.checkpoint import checkpoint_file, load_agent_state, load_checkpoint
 from training.config import CONFIGS, load_config
+from training.outputs import warn_at
+
+
+class Unfit(UserError, ValueError):
+    """An observation or a state that the agent cannot take."""
+
+
+class Memory(NamedTuple):
+    """What a Policy remembers of N environments: the agent's carry, and {key: the last images of a stack (N, ...)}."""
+
+    carry: Any
+    frames: Mapping[str, np.ndarray]
+
+    @property
+    def state(self):
+        """The latent State (N, ...)."""
+        return self.carry.state
 
 
 class Policy:
     """Wraps an agent for a user's own loop.
 
     Args:
-      agent: Agent, with obs_spec and act_spec.
+      agent: Agent, with obs_spec and act_spec; config: the whole configuration.
+      own: the environment's own spaces, as `envs.spaces.describe` has them; None if they are not known: observations
+        are then taken as the agent sees them, and actions are numbers in [-1, 1] or one-hots.
+      path: of the checkpoint; steps: agent steps that it had seen.
+    Attributes:
+      converter: `envs.spaces.Converter`, or None if the spaces are not known.
     """
 
-    def __init__(self, agent):
+    def __init__(self, agent, config, own=None, path=None, steps=None):
         self.agent, self.obs_spec, self.act_spec = agent, agent.obs_spec, agent.act_spec
+        self.config, self.own, self.path, self.steps = config, own, path, steps
+        self.converter = Converter(own, config) if own else None
 
-    def act(self, obs, state=None, mode="sample"):
+    def act(self, obs, state=None, mode="mode"):
         """Choose actions for a batch of environments, or for a single one.
 
         Args:
-          obs: {key: (N, ...)} arrays, or {key: (...)} of a single environment, for each key that the agent was
-            trained on. `is_first` (N,) or () says where an episode starts; left out, one starts everywhere if `state`
-            is None, and nowhere else.
+          obs: {key: (N, ...)} arrays, or {key: (...)} of a single environment, as the environment gives them, for each
+            key that the agent was trained on; nested dicts and tuples as well, and images also as the agent sees them.
+            Other keys are ignored. `is_first` (N,) or () says where an episode starts; left out, one starts everywhere
+            if `state` is None, and nowhere else.
           state: what the last call returned, or None.
-          mode: "mode" or "sample" of the policy.
-        Returns: {key: (N, width) or (width,)} float32 arrays, numbers in [-1, 1] or one-hots, and the new state.
-        Raises ValueError for an observation that the agent was not trained on, or another mode.
+          mode: "mode" for the most likely latent and action, so that the same observations lead to the same actions; or
+            "sample" to draw both.
+        Returns: {key: action} as the environment takes them, an int of a Discrete space and else an array, each with an
+          axis N if the observations had one; and the new state.
+        Raises Unfit, a UserError and a ValueError, for what does not fit the agent, in one line; ValueError for another
+          mode.
         """
         batch, single = self.batch(obs, state is None)
         count = len(batch["is_first"])
-        actions, state, _ = self.agent.act(batch, self.agent.initial(count) if state is None else state, mode)
-        actions = {key: np.clip(value, -1, 1) for key, value in actions.items()}
-        return ({key: value[0] for key, value in actions.items()} if single else actions), state
+        carry, frames = Memory(self.agent.initial(count), {}) if state is None else state
+        if any(len(leaf) != count for leaf in tree_leaves(carry)):
+            raise Unfit(f"the state is of {len(tree_leaves(carry)[0])} environments, and the observations of {count}")
+        batch, frames = self.stacked(batch, frames)
+        sure = mode == "mode" and hasattr(self.agent, "world")
+        with certain(self.agent) if sure else contextlib.nullcontext():
+            parts, carry, _ = self.agent.act(batch, carry, mode)
+        parts = {key: np.clip(value, -1, 1) for key, value in parts.items()}
+        actions = [self.native({key: value[i] for key, value in parts.items()}) for i in range(count)]
+        together = {key: np.stack([action[key] for action in actions]) for key in parts}
+        return actions[0] if single else together, Memory(carry, frames)
+
+    def native(self, action):
+        """Carry {key: (width,)} to what the environment takes."""
+        return self.converter.native(action) if self.converter else action
+
+    # -- observations
 
     def batch(self, obs, is_first):
-        """Return observations with a batch axis and is_first, and True if they had none."""
-        if not hasattr(obs, "keys") or not obs.keys() >= self.obs_spec.keys():
-            found = sorted(obs) if hasattr(obs, "keys") else type(obs).__name__
-            raise ValueError(f"expected an observation with the keys {sorted(self.obs_spec)}, got {found}")
-        arrays = {key: np.asarray(obs[key]) for key in self.obs_spec}
-        key, seen = next(iter(self.obs_spec.items()))
-        scalar = len(seen.classes) == 1  # a class (), of which a batch is (N,) or (N, 1)
-        single = np.ndim(obs["is_first"]) == 0 if "is_first" in obs else arrays[key].ndim == len(seen.shape) - scalar
-        arrays = {key: value[None] if single else value for key, value in arrays.items()}
-        for key, seen in self.obs_spec.items():
-            shape = arrays[key].shape[1:]
-            if shape != seen.shape and not (len(seen.classes) == 1 and shape == ()):
-                raise ValueError(f"observation {key}: expected shape {seen.shape}, got {shape}")
-            if arrays[key].dtype.kind == "f":
-                arrays[key] = arrays[key].astype(np.float32)
-        first = obs["is_first"] if "is_first" in obs else np.full(len(arrays[key]), is_first)
-        return {**arrays, "is_first": np.atleast_1d(np.asarray(first, bool))}, single
+        """Return observations as the agent sees them, with a batch axis and is_first, and True if they had none."""
+        leaves = flat(obs) if isinstance(obs, Mapping) or hasattr(obs, "keys") else {}
+        if not leaves.keys() >= self.obs_spec.keys():
+            found = sorted(leaves) if leaves else type(obs).__name__
+            raise Unfit(f"expected an observation with the keys {sorted(self.obs_spec)}, got {found}")
+        arrays = {key: numbers(key, leaves[key]) for key in self.obs_spec}
+        singles = {key: self.is_single(key, value) for key, value in arrays.items()}
+        single = all(singles.values())
+        if any(singles.values()) != single:
+            one, many = (next(key for key in singles if singles[key] == kind) for kind in (True, False))
+            raise Unfit(f"observation {one} is of one environment, and {many} of a batch")
+        leads = {key: () if single else value.shape[:1] for key, value in arrays.items()}
+        lead = next(iter(leads.values()))
+        first = np.asarray(leaves.get("is_first", np.full(lead, is_first)))
+        leads["is_first"] = first.shape
+        if set(leads.values()) != {lead} or 0 in lead:
+            raise Unfit(f"expected as many of each observation and of is_first, got {leads}")
+        count = 1 if single else lead[0]
+        items = [{key: value if single else value[i] for key, value in arrays.items()} for i in range(count)]
+        plain = [self.plain(item) for item in items]
+        return {
+            **{key: np.stack([item[key] for item in plain]) for key in self.obs_spec},
+            "is_first": np.atleast_1d(first).astype(bool),
+        }, single
+
+    def shapes(self, key):
+        """Return the shapes that one observation of a key may have: the environment's own, and an image's as seen."""
+        seen = self.obs_spec[key]
+        if not self.converter:
+            return [() if len(seen.classes) == 1 else seen.shape]
+        own, plain = self.converter.obs_space[key], self.converter.plain_space[key]
+        return [own.shape, *([plain.shape] if seen.kind == "image" else [])]
+
+    def is_single(self, key, value):
+        """True if an array is one observation of a key, False if it is a batch of them. Raises Unfit otherwise."""
+        shapes = self.shapes(key)
+        if value.shape in shapes:
+            return True
+        if value.ndim and value.shape[1:] in shapes:
+            return False
+        wanted = " or ".join(map(str, dict.fromkeys(shapes)))
+        raise Unfit(f"observation {key}: expected shape {wanted}, or a batch of such, got {value.shape}")
+
+    def plain(self, item):
+        """Carry one observation of each key to what the agent sees, one frame of it. Raises Unfit where it cannot."""
+        for key, value in item.items():
+            check_values(key, value, self.obs_spec[key], self.converter and self.converter.obs_space[key])
+        if not self.converter:
+            return {key: np.asarray(value, np.float32) if self.is_float(key) else value for key, value in item.items()}
+        seen = {key: value for key, value in item.items() if value.shape != self.converter.obs_space[key].shape}
+        own = {key: value for key, value in item.items() if key not in seen}
+        try:
+            return {**self.converter.plain(own), **seen}
+        except UserError as error:
+            raise Unfit(str(error)) from None
+
+    def is_float(self, key):
+        return self.obs_spec[key].kind == "vector" and not self.obs_spec[key].classes
+
+    def stacked(self, batch, frames):
+        """Return a batch whose images are the last ones along the channels, and these alone {key: (N, ...)}.
+
+        The oldest comes first; the first of an episode fills the stack.
+        """
+        count = self.config.frame_stack if self.converter else 1
+        if count == 1:
+            return batch, {}
+        frames, first = dict(frames), batch["is_first"]
+        for key in self.obs_spec.of("image"):
+            image = batch[key]
+            fresh = np.concatenate([image] * count, -1)
+            before = frames.get(key, fresh)
+            moved = np.concatenate([before[..., image.shape[-1] :], image], -1)
+            frames[key] = np.where(first[:, None, None, None], fresh, moved)
+        return batch | frames, frames
 
 
-def load_policy(path, device="auto"):
-    """Load a Policy from a checkpoint or its logdir; see `dreamer.load_agent`."""
+def flat(tree, path=""):
+    """Return the leaves of nested dicts and tuples, their keys and places joined by "/"."""
+    if not isinstance(tree, (Mapping, tuple)) and not hasattr(tree, "keys"):
+        return {path: tree}
+    children = enumerate(tree) if isinstance(tree, tuple) else tree.items()
+    return {
+        name: leaf
+        for key, child in children
+        for name, leaf in flat(child, f"{path}/{key}" if path else str(key)).items()
+    }
+
+
+def numbers(key, value):
+    """Return an array. Raises Unfit for what are no numbers."""
+    try:
+        array = np.asarray(value)
+    except ValueError:  # of lists of several lengths
+        array = np.array(None)
+    if array.dtype.kind not in "biuf":
+        raise Unfit(f"observation {key}: expected an array of numbers, got {type(value).__name__}")
+    return array
+
+
+def check_values(key, value, seen, own):
+    """Raise Unfit for numbers that are no such observation. own: the environment's space, or None."""
+    whole = (seen.kind == "image" and (own is None or own.dtype.kind in "iu")) or bool(seen.classes)
+    if whole and value.dtype.kind == "f":
+        raise Unfit(f"observation {key}: expected integers, got {value.dtype}")
+    if value.dtype.kind == "f" and not np.isfinite(value).all():
+        raise Unfit(f"observation {key} is not finite: {value}".split("\n")[0])
+    if whole and value.size:
+        low, high = (0, 255) if seen.kind == "image" else (0, np.array(seen.classes) - 1)
+        if seen.classes and own is not None and hasattr(own, "start"):
+            low, high = own.start, own.start + (own.n if hasattr(own, "n") else own.nvec) - 1
+        if (value < low).any() or (value > high).any():
+            raise Unfit(
+                f"observation {key}: expected integers from {low} to {high}, got {value.min()} to {value.max()}"
+            )
+
+
+def load_policy(path, device="auto", **changes):
+    """Load a Policy from a checkpoint or its logdir; see `dreamer.load_agent`.
+
+    changes: keys of the configuration that shall have another value than in the run.
+    """
     path = checkpoint_file(path)
     checkpoint = load_checkpoint(path)
     saved = checkpoint["agent"]
     if "specs" not in saved:
         raise UserError(f"{path} does not tell its spaces, being of an older version: resume its run to write it anew")
     config = load_config(["--config", str(pathlib.Path(path).parent / "config.yaml"), "--compile", "false"], CONFIGS)
+    config = config.replace(device=str(device), **changes)
     specs = ObsSpec.read(saved["specs"]["observation"]), ActionSpec(**saved["specs"]["action"])
-    agent = make_agent(config.replace(device=str(device)), *specs)
+    agent = make_agent(config, *specs)
     load_agent_state(agent, checkpoint, config)
-    return Policy(agent)
+    own = checkpoint.get("spaces")
+    if not own:
+        warn = functools.partial(warn_at, config.log_level)
+        warn(f"{path} lacks the environment's spaces: actions are in [-1, 1] or one-hot; resume its run to add them")
+    return Policy(agent, config, own, path, checkpoint["counters"]["agent_steps"])

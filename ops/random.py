@@ -10,28 +10,36 @@ import contextlib
 
 import torch
 
-_generator: torch.Generator | None = None
+_source = None  # a torch.Generator, or a function
 
 
 @contextlib.contextmanager
-def drawing_from(generator):
-    """Let `rand` and `randn` draw from a torch.Generator in the body; afterwards, restore the previous one."""
-    global _generator
-    before, _generator = _generator, generator
+def drawing_from(source):
+    """Let `rand` and `randn` draw from a source in the body; afterwards, restore the previous one.
+
+    source: a torch.Generator, or a function ("uniform" or "normal", shape) -> tensor, for noise that comes from
+      elsewhere.
+    """
+    global _source
+    before, _source = _source, source
     try:
         yield
     finally:
-        _generator = before
+        _source = before
 
 
 def rand(shape, device=None):
     """Draw uniform numbers in [0, 1) of a shape."""
-    return torch.rand(shape, device=device, generator=_generator)
+    if callable(_source):
+        return _source("uniform", shape)
+    return torch.rand(shape, device=device, generator=_source)
 
 
 def randn(shape, device=None):
     """Draw standard normal numbers of a shape."""
-    return torch.randn(shape, device=device, generator=_generator)
+    if callable(_source):
+        return _source("normal", shape)
+    return torch.randn(shape, device=device, generator=_source)
 
 
 def make_generator(seed, device):

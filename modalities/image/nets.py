@@ -78,7 +78,7 @@ class ImageEncoder(nn.Module):
         x = x.to(dtype) / 255 - 0.5
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = norm(self.pool(conv(x)))
-        return x.reshape(len(x), -1)
+        return x.flatten(1)
 
 
 class ImageDecoder(nn.Module):

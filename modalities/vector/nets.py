@@ -45,7 +45,7 @@ class VectorEncoder(nn.Module):
         """{key: (N, n) float or (N, n) integer} -> (N, size)"""
         parts = [
             dists.one_hots(value, self.classes[key]) if key in self.classes else self.squash(value)
-            for key, value in ((key, obs[key].reshape(len(obs[key]), -1)) for key in self.keys)
+            for key, value in ((key, obs[key].reshape(obs[key].shape[0], -1)) for key in self.keys)
         ]
         return self.mlp(torch.cat(parts, -1).to(dtype))
 
