@@ -125,7 +125,7 @@ def test_the_step_is_what_the_agent_does_by_the_same_noise(version, mode):
     assert (outs["action.action"].abs() <= 1).all()
 
 
-def test_one_environment_or_any_number(tmp_path):
+def test_a_file_may_be_for_several_environments():
     step = make_step(shake(make_agent("mixed")), "sample")
     _, program = export.trace(step, 3)
     outs = program.module()(export.example(step, 3))
