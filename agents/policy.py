@@ -130,7 +130,7 @@ class Policy:
         if value.ndim and value.shape[1:] in shapes:
             return False
         wanted = " or ".join(map(str, dict.fromkeys(shapes)))
-        raise Unfit(f"observation {key}: expected shape {wanted}, or a batch of such, got {value.shape}")
+        raise Unfit(f"observation {key}: expected shape {wanted}, got {value.shape}")
 
     def plain(self, item):
         """Carry one observation of each key to what the agent sees, one frame of it. Raises Unfit where it cannot."""

@@ -331,9 +331,9 @@ def test_another_mode_of_acting_is_refused(multi):
 
 def test_actions_are_within_what_an_environment_takes(vector, monkeypatch):
     agent = dreamer.load_agent(vector, "cpu")
-    monkeypatch.setattr(agent.agent, "act", lambda *args: ({"action": np.array([[7.0, -0.5], [0.1, -3.0]])}, (), None))
+    monkeypatch.setattr(agent.agent, "act", lambda *args: ({"action": np.float32([[7, -0.5], [0.25, -3]])}, (), None))
     action, _ = agent.act({"state": np.zeros((2, 3))})
-    assert action["action"].tolist() == [[1.0, -0.5], [0.1, -1.0]]
+    assert action["action"].tolist() == [[1.0, -0.5], [0.25, -1.0]]
 
 
 def test_load_agent_needs_no_environment(tmp_path, monkeypatch, vector):
