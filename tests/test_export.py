@@ -136,7 +136,8 @@ def test_a_file_may_be_for_several_environments():
 def test_what_onnx_lacks_is_computed_to_six_digits(kind):
     x = draw(kind, (1000,), torch.Generator().manual_seed(0))
     if kind == "normal":
-        torch.testing.assert_close(export.ndtr(2 * x), torch.special.ndtr(2 * x), rtol=3e-6, atol=0)
+        exact = torch.special.ndtr(2 * x.double()).float()  # in single precision its tail is 0
+        torch.testing.assert_close(export.ndtr(2 * x), exact, rtol=1e-5, atol=0)
     p = torch.cat([x[(x > 0) & (x < 1)], torch.tensor([1e-6, 1e-3, 0.5, 0.999])])
     torch.testing.assert_close(export.ndtri(p), torch.special.ndtri(p), rtol=1e-5, atol=2e-6)
 
@@ -145,7 +146,7 @@ def test_what_has_no_policy_and_what_is_missing_is_said_in_one_line(tmp_path, ca
     old = pathlib.Path(__file__).parent / "data" / "logdirs" / "planet"
     cases = [
         ([str(old), "--format", "torch"], "plans in its world model"),
-        ([str(tmp_path / "nowhere")], "no such file"),
+        ([str(tmp_path / "nowhere"), "--format", "torch"], "no such file"),
         ([str(cartpole), "--batch", "0"], "--batch"),
     ]
     monkeypatch.setitem(sys.modules, "onnxscript", None)
