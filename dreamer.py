@@ -103,7 +103,7 @@ def wire(config, stack):
     """
     from agents import make_agent
     from agents.random import Random
-    from modalities import obs_spec
+    from modalities import describe, obs_spec
     from replay.sampling import make_replay
     from specs import act_spec, step_layout
     from training import evaluation, machine
@@ -122,6 +122,7 @@ def wire(config, stack):
     run.restore(saved, [*paths[0], *paths[1]])  # before anything is written: it may find that nothing fits
     run.spaces, run.restarts = spaces.own, envs.restarts
     out = run.open(stack)
+    out.say("info", "; ".join(f"{key}: {what}" for key, what in describe(spaces.obs_space).items()))
     driver = None
     if envs.collecting:
         driver = Driver(envs.collecting, specs[1], layout, on_step=[run.recorder], on_episode=[run.finished])
@@ -171,6 +172,7 @@ def open_envs(config, stack, behind):
       restarts, a function that counts those of both.
     """
     from envs import make_envs
+    from envs.checks import check_same
 
     made = []
 
@@ -189,8 +191,8 @@ def open_envs(config, stack, behind):
             close_envs(config, collecting)
             gc.collect()
         envs = make("eval", max(1, count if midway else min(count, config.envs)))
-        if (envs.obs_space, envs.act_space) != (made[0].obs_space, made[0].act_space):
-            raise UserError(f"--task {config.task} has other spaces in evaluation than in training")
+        spaces = ((each.obs_space, each.act_space) for each in (made[0], envs))
+        check_same(*spaces, "the evaluation environment")
         return envs
 
     if midway or not collecting:

@@ -7,7 +7,7 @@ where tensors are at hand.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 from gymnasium import spaces
@@ -15,6 +15,7 @@ from gymnasium import spaces
 if TYPE_CHECKING:
     import torch
 
+AnySpace = TypeVar("AnySpace", bound=spaces.Space)
 FLAGS = ("is_first", "is_last", "is_terminal")  # bool, beside `reward`, in every observation
 
 
@@ -107,8 +108,26 @@ class ActionSpec(NamedTuple):
 
     def one_hot(self, key: str, index: np.ndarray) -> np.ndarray:
         """Class indices (..., n) of a discrete key -> one-hots side by side (..., width) float32."""
-        pairs = zip(self.classes[key], np.moveaxis(index, -1, 0), strict=True)
-        return np.concatenate([np.eye(size, dtype=np.float32)[choice] for size, choice in pairs], -1)
+        starts = np.cumsum([0, *self.classes[key]])
+        vectors = np.zeros((*index.shape[:-1], starts[-1]), np.float32)
+        np.put_along_axis(vectors, index + starts[:-1], 1, -1)
+        return vectors
+
+
+class StepLayout(dict[str, tuple[tuple[int, ...], np.dtype]]):
+    """{key: (shape, dtype)} of a stored step: observation, action, reward and flags.
+
+    actions: what the actions are; classes: {key: (k, ...)} of the observations that are integers.
+    """
+
+    actions: ActionSpec
+    classes: dict[str, tuple[int, ...]]
+
+
+def named(space: AnySpace, about: str) -> AnySpace:
+    """Let a plain space say what an environment's observations were taken for; see `modalities.describe`."""
+    vars(space)["about"] = about
+    return space
 
 
 def classes_of(space: spaces.Space) -> tuple[int, ...]:
@@ -130,13 +149,15 @@ def act_spec(act_space: Mapping[str, spaces.Space]) -> ActionSpec:
     return ActionSpec(widths, classes)
 
 
-def step_layout(
-    obs_space: Mapping[str, spaces.Space], actions: ActionSpec
-) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+def step_layout(obs_space: Mapping[str, spaces.Space], actions: ActionSpec) -> StepLayout:
     """Return {key: (shape, dtype)} of a stored step: observation, action, reward and flags."""
     layout = {key: (tuple(space.shape or ()), np.dtype(space.dtype)) for key, space in obs_space.items()}
     layout = {
         key: (shape, np.dtype(np.int32) if dtype.kind == "i" else dtype) for key, (shape, dtype) in layout.items()
     }
     layout |= {key: ((width,), np.dtype(np.float32)) for key, width in actions.widths.items()}
-    return layout | {"reward": ((), np.dtype(np.float32))} | {flag: ((), np.dtype(bool)) for flag in FLAGS}
+    layout |= {"reward": ((), np.dtype(np.float32))} | {flag: ((), np.dtype(bool)) for flag in FLAGS}
+    steps = StepLayout(layout)
+    steps.actions = actions
+    steps.classes = {key: classes for key, space in obs_space.items() if (classes := classes_of(space))}
+    return steps

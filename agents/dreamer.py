@@ -30,6 +30,7 @@ WINDOW_STARTS = {
     "recorded": lambda is_first: is_first,
 }
 RESERVED = {"policy", "value", "repval", "cont", "dyn", "rep", "deter", "stoch", "disag", "expl_policy", "expl_value"}
+RESERVED |= {"embed", "model"}  # what a batch gets besides, and the sum of the world model's losses
 
 
 class Carry(NamedTuple):

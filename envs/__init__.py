@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import functools
 import importlib
+import re
 from typing import Any
 
 from envs import wrappers
+from envs.checks import Checked
 from envs.env import Env, Place
 from envs.errors import one_line, unknown
 from envs.parallel import Envs, Local, Worker
@@ -37,6 +39,7 @@ SUITES = {
 
 # suite -> where its limit of an episode stands in the configuration, in frames
 LIMITS = {"atari": ("atari", "limit"), "atari100k": ("atari", "limit"), "minecraft": ("minecraft", "length")}
+OPEN = "gym", "custom"  # suites whose environments take arguments and wrappers
 MODES = {"train": 1, "eval": 2}
 ENDLESS = 10000  # agent steps, where no limit is known
 
@@ -47,8 +50,9 @@ def make_env(config: Any, mode: str, index: int, behind: int = 0, restart: int =
     Args:
       config: `task`, `seed`, `size` [H, W] of images, `action_repeat`, `time_limit` (environment frames, 0
         for the environment's own limit alone), `frame_stack` (images in one; 1 for each alone),
-        `encoder.cnn_keys` and `encoder.mlp_keys`; for dmc also `camera` (-1 for the task's usual one), for bsuite
-        `logdir`; other suites have a section of their own.
+        `image_layout` (where images have their channels), `encoder.cnn_keys` and `encoder.mlp_keys`; for gym and
+        custom also `env` (arguments), `wrappers` and `log_info`, for dmc `camera` (-1 for the task's usual one), for
+        bsuite `logdir`; other suites have a section of their own.
       mode: "train" or "eval": their environments never share a seed.
       index: which of the environments of its mode, from 0.
       behind: agent steps that the run has behind it, so that it goes on in other episodes than it began with.
@@ -58,9 +62,8 @@ def make_env(config: Any, mode: str, index: int, behind: int = 0, restart: int =
     """
     suite, _, task = config.task.partition("_")
     if suite not in SUITES:
-        raise UserError(
-            f"{unknown('suite', suite, SUITES)} (a task is suite_name, with suite one of {', '.join(SUITES)})"
-        )
+        raise unknown_suite(config.task, suite)
+    check_options(config, suite)
     module, make, packages = SUITES[suite]
     later = [behind, restart] if behind or restart else []
     place = Place(mode, index, derive_seed(config.seed, MODES[mode], index, *later))
@@ -68,7 +71,8 @@ def make_env(config: Any, mode: str, index: int, behind: int = 0, restart: int =
         env = getattr(importlib.import_module(module), make)(task, config, place)
     except ImportError as error:
         raise UserError(f"task '{config.task}' cannot be made ({one_line(error)}): pip install {packages}") from error
-    env = wrappers.SelectKeys(env, config.encoder)
+    env = wrappers.SelectKeys(env, config)
+    env = Checked(env, config, f"{config.task} ({mode} environment {index})")
     given = {"observation": env.obs_space, "action": env.act_space}
     env = wrappers.PlainObs(env, config)
     env = wrappers.PlainActions(env)
@@ -76,6 +80,24 @@ def make_env(config: Any, mode: str, index: int, behind: int = 0, restart: int =
     if config.time_limit > 0:
         env = wrappers.TimeLimit(env, max(1, config.time_limit // config.action_repeat))
     return env
+
+
+def unknown_suite(task: str, suite: str) -> UserError:
+    """Return the error to raise for a task without a suite: an id or a class alone is told which to take."""
+    if re.fullmatch(r"([\w.]+:)?([\w-]+/)?[\w-]+-v\d+", task):
+        return UserError(f"unknown suite '{suite}': did you mean 'gym_{task}'?")
+    if ":" in task:
+        return UserError(f"unknown suite '{suite}': did you mean 'custom_{task}'?")
+    return UserError(f"{unknown('suite', suite, SUITES)} (a task is suite_name, with suite one of {', '.join(SUITES)})")
+
+
+def check_options(config: Any, suite: str) -> None:
+    """Raise UserError if the user gave options that environments of a suite do not have."""
+    takers = {"env": OPEN, "wrappers": OPEN, "log_info": (*OPEN, "minigrid", "popgym")}
+    for key in sorted(getattr(config, "explicit", ())):
+        suites = takers.get(key.partition(".")[0], (suite,))
+        if suite not in suites and config[key] not in ((), {}):
+            raise UserError(f"--{key} is for {', '.join(f'{name}_' for name in suites)} tasks, not for {suite}_")
 
 
 def make_envs(config: Any, mode: str, count: int, behind: int = 0) -> Envs:

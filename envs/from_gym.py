@@ -1,23 +1,27 @@
-"""Anything that speaks the Gymnasium API: registered ids, and classes of the user's own."""
+"""Anything that speaks the Gymnasium API: registered ids, and classes and functions of the user's own."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 import os
-import sys
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import gymnasium
 import numpy as np
-from gymnasium import spaces
 from gymnasium.envs.registration import load_env_creator
 
+from envs import making
+from envs.checks import PLAIN, article, flag_of, info_of, refusal, reward_of
 from envs.env import Env, Place
 from envs.errors import one_line, unknown
 from envs.opengl import choose_renderer, close_before_exit
-from envs.wrappers import ActionRepeat, flags
+from envs.trees import flatten, flatten_space, modern, nest
+from envs.wrappers import ActionRepeat, flags, is_kept
 from modalities import kind_of
+from modalities.image.space import too_small
 from tools import UserError
 
 # Pictures are drawn into memory: without this, pygame looks for a display and complains.
@@ -31,60 +35,81 @@ REGISTERED_BY = {
     "BabyAI-": ("minigrid", "minigrid==3.2.0"),
 }
 
-PLAIN = spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary
 TAKEN = {*flags(), "deter", "stoch", "file"}  # keys beside those of the environment
+ATARI = re.compile(r"(?:ALE/)?([A-Za-z]+?)(?:NoFrameskip|Deterministic)?(?:-ram)?-v\d+")
 
 
 def make(task: str, config: Any, place: Place) -> Env:
     """Make the environment that Gymnasium registers as `task`. Raises UserError if it cannot be made."""
+    asked = f"gym_{task}"
     for prefix, (module, packages) in REGISTERED_BY.items():
         if task.startswith(prefix):
             try:
                 importlib.import_module(module)
             except ImportError as error:
-                raise UserError(f"gym_{task} cannot be made ({one_line(error)}): pip install {packages}") from error
+                raise UserError(f"{asked} cannot be made ({one_line(error)}): pip install {packages}") from error
+    module, _, name = task.rpartition(":")
+    if module:
+        making.import_module(module, asked)
     try:
-        module, _, name = task.rpartition(":")
-        if module:
-            importlib.import_module(module)
-        entry = gymnasium.spec(name).entry_point
+        spec = gymnasium.spec(name)
+        entry = spec.entry_point
         creator = entry if callable(entry) else load_env_creator(entry)
-        draws = "rgb_array" in getattr(creator, "metadata", {}).get("render_modes", ())
-        mujoco = "mujoco" in str(entry).lower()
-        draws = draws and (not mujoco or choose_renderer())  # MuJoCo without OpenGL may end the process
-        kwargs = {"render_mode": "rgb_array"} if draws else {}  # not every environment takes the argument
-        env = gymnasium.make(name, disable_env_checker=True, **kwargs)
-    except (gymnasium.error.Error, ImportError) as error:
-        if isinstance(error, gymnasium.error.Error) and name not in gymnasium.registry:
-            raise unknown("gym task", name, gymnasium.registry) from error
-        raise UserError(f"gym_{task} cannot be made: {one_line(error)}") from error
-    env = FromGym(env, place.seed)
+    except (gymnasium.error.Error, ImportError, AttributeError) as error:
+        if name not in gymnasium.registry:
+            raise unknown_id(name) from error
+        raise UserError(f"{asked} cannot be made: {one_line(error)}") from error
+    mujoco = "mujoco" in str(entry).lower()
+    given = config.env.to_dict()
+    limit = {"max_episode_steps": given.pop("max_episode_steps")} if "max_episode_steps" in given else {}
+    kwargs = making.fitting(creator, given, asked, spec.kwargs)
+    if mujoco and "render_mode" not in given and not choose_renderer():
+        kwargs.pop("render_mode", None)  # MuJoCo without OpenGL may end the process
+    try:
+        env = gymnasium.make(name, disable_env_checker=True, **limit, **kwargs)
+    except gymnasium.error.Error as error:
+        raise UserError(f"{asked} cannot be made: {one_line(error)}") from error
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{asked} cannot be made: {making.described(error)}") from error
+    env = FromGym(making.wrap(env, config.wrappers), place.seed, config)
     if mujoco:
         close_before_exit(env)
+    if task.startswith(("MiniGrid-", "BabyAI-")):
+        refuse_symbols(task, env, config)
     return ActionRepeat(env, config.action_repeat)
 
 
 def make_custom(task: str, config: Any, place: Place) -> Env:
-    """Make an instance of the class that `task`, a `package.module:Class`, names. UserError if there is none."""
-    module_name, colon, class_name = task.partition(":")
-    if not (module_name and colon and class_name):
-        raise UserError(f"custom_{task} must look like custom_package.module:Class")
-    if os.getcwd() not in sys.path:  # a script finds what lies beside it, not what lies where it is called
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        where = f"it is looked for where the command is called, {os.getcwd()}, and on PYTHONPATH"
-        raise UserError(f"custom_{task}: '{module_name}' cannot be imported: {one_line(error)}; {where}") from error
-    classes = [name for name, value in vars(module).items() if inspect.isclass(value)]
-    if class_name not in classes:
-        raise unknown(f"class in {module_name}", class_name, classes)
-    make_instance = getattr(module, class_name)
-    try:
-        inspect.signature(make_instance).bind()
-    except TypeError as error:
-        raise UserError(f"custom_{task} must be made without arguments: {one_line(error)}") from error
-    return ActionRepeat(FromGym(make_instance(), place.seed), config.action_repeat)
+    """Make what the class or function gives that `task`, `package.module:Class`, names. UserError if there is none."""
+    asked = f"custom_{task}"
+    if not all(task.rpartition(":")):
+        raise UserError(f"{asked} must look like custom_package.module:Class")
+    maker = making.load(task, asked)
+    env = making.make(maker, making.fitting(maker, config.env.to_dict(), asked), asked)
+    env = FromGym(making.wrap(env, config.wrappers), place.seed, config)
+    return ActionRepeat(env, config.action_repeat)
+
+
+def unknown_id(name: str) -> UserError:
+    """Return the error to raise for an id that Gymnasium does not know."""
+    game = ATARI.fullmatch(name)
+    if game and re.search("NoFrameskip|Deterministic|ALE/", name):
+        words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", game[1]).lower()
+        return UserError(f"unknown gym task '{name}': did you mean 'atari_{words}', or 'gym_ALE/{game[1]}-v5'?")
+    return unknown("gym task", name, gymnasium.registry)
+
+
+def refuse_symbols(task: str, env: Env, config: Any) -> None:
+    """Raise UserError if the encoder shall read the sentence of a MiniGrid task, or takes its grid for an image."""
+    own = f"minigrid_{task.removeprefix('MiniGrid-')} is this task with pictures, and without the sentence"
+    for key, space in env.obs_space.items():
+        is_read = is_kept(config.encoder, key, "vector")
+        if not isinstance(space, PLAIN) and is_read:
+            cure = "leave it out by --encoder.mlp_keys 'image|direction'"
+            raise UserError(f"gym_{task} has a sentence, '{key}', which no model here reads: {own}; or {cure}")
+        if too_small(space, config) and not is_read and is_kept(config.encoder, key, "image"):
+            cure = f"--encoder.mlp_keys '{key}|direction' takes it as numbers"
+            raise UserError(f"gym_{task} has symbols in '{key}' {space.shape}, which are no image: {own}; or {cure}")
 
 
 class FromGym:
@@ -92,45 +117,60 @@ class FromGym:
 
     Nested dict and tuple spaces are flattened, their keys and places joined by "/". A bare observation is
     called `image` or `state`, the places of a bare tuple `state/0`, `state/1`, and a bare action `action`.
+    Numbers of a dict of observations whose names begin with `log_`, and those of info that `config.log_info`
+    names, are for the logger alone.
     Raises UserError where the environment does not follow the Gymnasium API.
     """
 
-    def __init__(self, env: Any, seed: int):
-        for name in ("observation_space", "action_space", "reset", "step"):
-            if not hasattr(env, name):
-                raise UserError(f"{type(env).__name__} is no Gymnasium environment: it has no '{name}'")
-        parameters = inspect.signature(env.reset).parameters.values()
-        if not any(p.name == "seed" or p.kind == p.VAR_KEYWORD for p in parameters):
-            raise UserError(f"{type(env).__name__}.reset must take a seed: reset(*, seed=None, options=None)")
+    def __init__(self, env: Any, seed: int, config: Any = None):
+        check_interface(env)
         self._env = env
         self._seed = seed
-        self._bare = "image" if kind_of(env.observation_space) == "image" else "state"
-        self.obs_space = _flatten(env.observation_space, env.observation_space, self._bare)
-        self.act_space = _flatten(env.action_space, env.action_space, "action")
+        self._task = config.task if config else self._name
+        self._infos = tuple(config.log_info) if config else ()
+        self._missing = set(self._infos)  # those that no info has had yet
+        self._space = modern(env.observation_space, f"{self._name}.observation_space")
+        self._actions = modern(env.action_space, f"{self._name}.action_space")
+        self._bare = "image" if kind_of(self._space, config) == "image" else "state"
+        obs_space = flatten_space(self._space, self._bare)
+        self.act_space = flatten_space(self._actions, "action")
+        self._logs = [key for key in obs_space if key.startswith("log_")]
+        self.obs_space = {key: space for key, space in obs_space.items() if key not in self._logs}
         clash = {key for key in self.obs_space if is_taken(key) or key in (*self.act_space, "action")}
         clash |= {key for key in self.act_space if is_taken(key)}
         if clash:
             raise UserError(f"{self._name} must call its observations and actions something else than {sorted(clash)}")
-        self._closed = self._checked = False
+        self._closed = False
+        self._steps = 0
+        self._size: tuple[int, int] | None = None  # of pictures
 
     def reset(self):
+        self._steps = 0
         result = self._env.reset(seed=self._seed)
         self._seed = None  # later episodes go on in the same stream
-        if not (isinstance(result, tuple) and len(result) == 2):
+        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
             raise UserError(f"{self._name}.reset must return (observation, info), as Gymnasium has it")
-        obs = self._observe(result[0])
-        if not self._checked:
-            self._check(obs)
-        return {**obs, **flags(is_first=True)}
+        return self._entries(*result, flags(is_first=True))
 
     def step(self, action):
-        result = self._env.step(_nest(self._env.action_space, action, "action"))
+        self._steps += 1
+        result = self._env.step(nest(self._actions, action, "action"))
         if not (isinstance(result, tuple) and len(result) == 5):
             wanted = "(observation, reward, terminated, truncated, info)"
             raise UserError(f"{self._name}.step must return {wanted}, as Gymnasium has it")
-        obs, reward, terminated, truncated, _ = result
-        ends = flags(np.asarray(reward).item(), is_last=terminated or truncated, is_terminal=terminated)
-        return {**self._observe(obs), **ends}
+        obs, reward, terminated, truncated, info = result
+        try:
+            reward = reward_of(reward)
+            terminated, truncated = flag_of("terminated", terminated), flag_of("truncated", truncated)
+            info = info_of(info)
+        except ValueError as error:
+            raise refusal(self._task, self._steps, str(error)) from None
+        ends = flags(reward, is_last=terminated or truncated, is_terminal=terminated)
+        entries = self._entries(obs, info, ends)
+        if ends["is_last"] and self._missing:
+            there = ", ".join(sorted(map(str, info))) or "nothing"
+            raise UserError(f"--log_info {min(self._missing)}: no info of an episode had it, the last has {there}")
+        return entries
 
     def render(self, size=None):  # drawn as large as the environment likes
         try:
@@ -139,10 +179,14 @@ class FromGym:
             raise UserError(f"{self._name} cannot be rendered: {one_line(error)}") from error
         if not isinstance(image, np.ndarray):
             raise UserError(f"{self._name} cannot be rendered: it has no render mode rgb_array")
-        if image.dtype != np.uint8 or image.ndim not in (2, 3):
-            found = f"{image.dtype} {image.shape}"
+        shape = image.shape
+        if len(shape) == 3 and shape[0] in (1, 3, 4) and shape[2] not in (1, 3, 4):
+            image = np.ascontiguousarray(image.transpose(1, 2, 0))  # channels first
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)):
+            found = f"{image.dtype} {shape}"
             raise UserError(f"{self._name} cannot be rendered: expected uint8 (H, W, 3), got {found}")
-        return image
+        self._size = self._size or image.shape[:2]
+        return image if image.shape[:2] == self._size else resized(image, self._size)
 
     def close(self):
         if not self._closed and hasattr(self._env, "close"):
@@ -153,16 +197,38 @@ class FromGym:
     def _name(self):
         return type(getattr(self._env, "unwrapped", self._env)).__name__
 
-    def _observe(self, obs):
-        return _flatten(self._env.observation_space, obs, self._bare)
+    def _entries(self, obs, info, ends):
+        """Return the dict of a step: observations, what is logged, reward and flags."""
+        try:
+            leaves = flatten(self._space, obs, self._bare)
+            if self._logs:
+                leaves |= {key: number_of(f"observation '{key}'", leaves[key]) for key in self._logs}
+            if self._infos:
+                there = [key for key in self._infos if key in info]
+                self._missing.difference_update(there)
+                leaves |= {f"log_{key}": number_of(f"info['{key}']", info[key]) for key in there}
+        except ValueError as error:
+            raise refusal(self._task, self._steps, str(error)) from None
+        leaves.update(ends)
+        return leaves
 
-    def _check(self, obs):
-        """Raise UserError if the first observation is not what its space promises."""
-        self._checked = True
-        for key, space in self.obs_space.items():
-            if isinstance(space, PLAIN) and np.shape(obs[key]) != space.shape:
-                found = f"shape {np.shape(obs[key])} where its space has {space.shape}"
-                raise UserError(f"{self._name}.reset gave the observation '{key}' in {found}")
+
+def check_interface(env: Any) -> None:
+    """Raise UserError unless an object has the methods and attributes of a Gymnasium environment for one agent."""
+    name = type(env).__name__
+    if hasattr(env, "num_envs"):
+        cure = "make a single one, and have several by --envs"
+        raise UserError(f"{name} is a vectorized environment of {env.num_envs}: {cure}")
+    if hasattr(env, "possible_agents"):
+        raise UserError(
+            f"{name} is an environment of several agents (PettingZoo): make one that a single agent acts in"
+        )
+    for attribute in ("observation_space", "action_space", "reset", "step"):
+        if not hasattr(env, attribute):
+            raise UserError(f"{name} is no Gymnasium environment: it has no '{attribute}'")
+    parameters = inspect.signature(env.reset).parameters.values()
+    if not any(p.name == "seed" or p.kind == p.VAR_KEYWORD for p in parameters):
+        raise UserError(f"{name}.reset must take a seed: reset(*, seed=None, options=None)")
 
 
 def is_taken(key: str) -> bool:
@@ -170,31 +236,16 @@ def is_taken(key: str) -> bool:
     return key in TAKEN or key.startswith(("log_", "/")) or ".." in key.split("/")
 
 
-def _flatten(space, tree, bare, path=""):
-    """Return the leaves of a tree shaped like `space` (or of it) as one dict. Raises UserError if one is missing."""
-    if not isinstance(space, (spaces.Dict, spaces.Tuple)):
-        return {path or bare: tree}
-    leaves = {}
-    for name, below, child in _children(space, bare, path):
-        try:
-            leaves |= _flatten(child, tree[name], bare, below)
-        except (KeyError, IndexError, TypeError):
-            raise UserError(
-                f"the observation '{below}' is in the environment's space and not in what it gives"
-            ) from None
-    return leaves
+def number_of(what: str, value: Any) -> np.float32:
+    """Return what is to be logged as a number; raise ValueError if it is none. what: it is, for the message."""
+    if np.size(value) != 1 or np.asarray(value).dtype.kind not in "biuf":
+        found = f"an array {np.shape(value)}" if np.ndim(value) else article(value)
+        raise ValueError(f"{what} is {found}, and only numbers are logged")
+    return np.float32(np.asarray(value).item())
 
 
-def _nest(space, leaves, bare, path=""):
-    """Undo `_flatten`."""
-    if not isinstance(space, (spaces.Dict, spaces.Tuple)):
-        return leaves[path or bare]
-    tree = {name: _nest(child, leaves, bare, below) for name, below, child in _children(space, bare, path)}
-    return tree if isinstance(space, spaces.Dict) else tuple(tree.values())
+def resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return a picture in the (H, W) of those before it: a film has one size."""
+    from modalities.image.space import import_cv2
 
-
-def _children(space, bare, path):
-    """Return (name or index, path, space) of each member of a dict or tuple at `path`."""
-    if isinstance(space, spaces.Dict):
-        return [(name, f"{path}/{name}" if path else str(name), child) for name, child in space.items()]
-    return [(index, f"{path or bare}/{index}", child) for index, child in enumerate(space)]
+    return import_cv2().resize(image, size[::-1])

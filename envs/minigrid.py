@@ -39,4 +39,4 @@ def make(task: str, config: Any, place: Place) -> Env:
     env = gymnasium.make(name, disable_env_checker=True, render_mode="rgb_array")
     tile = -(-max(config.size) // env.unwrapped.agent_view_size)  # pixels: tiles are shrunk, never blown up
     env = FilterObservation(RGBImgPartialObsWrapper(env, tile), ("image", "direction"))
-    return ActionRepeat(FromGym(env, place.seed), config.action_repeat)
+    return ActionRepeat(FromGym(env, place.seed, config), config.action_repeat)

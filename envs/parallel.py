@@ -34,6 +34,7 @@ from typing import Any
 
 import numpy as np
 
+from envs.checks import check_same
 from envs.env import Env
 from envs.errors import one_line
 from envs.foreign import Foreign
@@ -100,6 +101,7 @@ class Envs:
             for index, failure in failures.items():
                 raise _fatal(index, failure)
             self.obs_space, self.act_space, self.own = answers[0]
+            self._check_spaces(answers)
             layout = _layout(self.obs_space, self.act_space)
             self._file = _anonymous_file(layout.itemsize * len(makers))
             self._records = _map(self._file.fileno(), layout, len(makers))
@@ -186,6 +188,10 @@ class Envs:
     def _start_timeout(self):
         return max(START, self._timeout)
 
+    def _check_spaces(self, answers):
+        for index, found in answers.items():
+            check_same((self.obs_space, self.act_space), found[:2], f"environment {index}")
+
     def _check_idle(self):
         if self._under_way:
             raise RuntimeError("a step is under way: receive it first")
@@ -221,6 +227,7 @@ class Envs:
             handle.attach(self._file.fileno(), self._records, index)
             handle.send(RESET)
         made, failed = self._answers(failures, self._start_timeout)
+        self._check_spaces(made)
         begun, failed_later = self._answers(made, self._start_timeout)
         return begun, failed | failed_later
 

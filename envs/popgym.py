@@ -27,4 +27,4 @@ def make(task: str, config: Any, place: Place) -> Env:
     env = gymnasium.make(tasks[versioned], disable_env_checker=True)
     if "rgb_array" in env.metadata["render_modes"]:  # the classes have the mode but take no argument for it
         env.unwrapped.render_mode = "rgb_array"
-    return ActionRepeat(FromGym(env, place.seed), config.action_repeat)
+    return ActionRepeat(FromGym(env, place.seed, config), config.action_repeat)

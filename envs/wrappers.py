@@ -7,6 +7,7 @@ promises. An observation's dict is made for one step and handed on, so they chan
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,11 @@ from gymnasium import spaces
 
 import modalities
 from envs.env import Env
+from modalities.image.space import too_small
 from tools import UserError
+
+MOST_INTEGERS = 256  # values of a whole number in a box of actions
+NO_BOUND = 1e30  # what is larger stands for no bound, such as the largest float32
 
 
 def flags(reward: float = 0.0, is_first: bool = False, is_last: bool = False, is_terminal: bool = False) -> dict:
@@ -30,10 +35,13 @@ def flags(reward: float = 0.0, is_first: bool = False, is_last: bool = False, is
 
 
 def is_kept(encoder: Any, key: str, kind: str) -> bool:
-    """True if the model reads an observation of a kind: images by `encoder.cnn_keys`, vectors by `mlp_keys`."""
+    """True if the model reads an observation of a kind: images by `encoder.cnn_keys`, vectors by `mlp_keys`.
+
+    An empty expression stands for none of them.
+    """
     name = modalities.space(kind).KEYS
     try:
-        return bool(re.match(getattr(encoder, name), key))
+        return bool(getattr(encoder, name) and re.match(getattr(encoder, name), key))
     except re.error as error:
         raise UserError(f"--encoder.{name} {getattr(encoder, name)}: {error}") from None
 
@@ -116,15 +124,23 @@ class AutoReset(Wrapper):
 
 
 class SelectKeys(Wrapper):
-    """Drops the observations that `encoder` does not read. Raises UserError if that is all of them."""
+    """Drops the observations that the encoder does not read. Raises UserError if that is all of them."""
 
-    def __init__(self, env: Env, encoder: Any):
+    def __init__(self, env: Env, config: Any):
         super().__init__(env)
-        kinds = {key: modalities.kind_of(space) for key, space in env.obs_space.items()}
+        encoder = config.encoder
+        kinds = {key: modalities.kind_of(space, config) for key, space in env.obs_space.items()}
         self.obs_space = {key: space for key, space in env.obs_space.items() if is_kept(encoder, key, kinds[key])}
         self._dropped = env.obs_space.keys() - self.obs_space.keys()
         if not self.obs_space:
-            raise UserError(f"no observation is left: {' or '.join(_choices(encoder, kinds))}")
+            small = [key for key, kind in kinds.items() if kind != "image" and len(env.obs_space[key].shape or ()) > 1]
+            note = f" ({', '.join(f'{key} {env.obs_space[key].shape}' for key in small)}: no image)" if small else ""
+            raise UserError(f"no observation is left: {' or '.join(_choices(encoder, kinds))}{note}")
+        for key in self._dropped:
+            if too_small(env.obs_space[key], config) and is_kept(encoder, key, "image"):
+                found = f"observation '{key}' {env.obs_space[key].shape} is too small for an image of {config.size}"
+                cure = "let encoder.mlp_keys take it as numbers, or leave it out of encoder.cnn_keys"
+                raise UserError(f"{found}: {cure}")
 
     def reset(self):
         return self._select(self.env.reset())
@@ -152,7 +168,7 @@ class PlainObs(Wrapper):
     def __init__(self, env: Env, config: Any):
         super().__init__(env)
         self._converters = {
-            key: modalities.space(modalities.kind_of(space)).converter(key, space, config)
+            key: modalities.space(modalities.kind_of(space, config)).converter(key, space, config)
             for key, space in env.obs_space.items()
         }
         self.obs_space = {key: converter.space for key, converter in self._converters.items()}
@@ -181,6 +197,8 @@ class PlainActions(Wrapper):
 
     def __init__(self, env: Env):
         super().__init__(env)
+        if not env.act_space:
+            raise UserError("the environment has no action: its action space is an empty dict")
         plain = {key: _plain_action(key, space) for key, space in env.act_space.items()}
         self.act_space = {key: space for key, (space, _) in plain.items()}
         self._native = {key: native for key, (_, native) in plain.items()}
@@ -191,6 +209,17 @@ class PlainActions(Wrapper):
 
 def _plain_action(key, space) -> tuple[spaces.Space, Callable[[np.ndarray], Any]]:
     """Return a plain space and the function that carries a float32 vector back to the environment's own form."""
+    if not math.prod(space.shape or ()):
+        raise UserError(f"action '{key}' has no numbers (shape {space.shape}): there is nothing to choose")
+    if isinstance(space, spaces.Box) and space.dtype.kind in "biu":
+        low, high = space.low.astype(object), space.high.astype(object)  # int64 has no room for their difference
+        count = high - low + 1
+        if count.max() > MOST_INTEGERS:
+            found = f"{space.dtype} from {low.min()} to {high.max()}"
+            cure = f"whole numbers have up to {MOST_INTEGERS} values each, declare it float32 and round what comes"
+            raise UserError(f"action '{key}' is {found}: {cure}")
+        nvec = count.astype(np.int64)
+        return spaces.MultiDiscrete(nvec.reshape(-1)), _indices(nvec, low.astype(np.int64), space.dtype)
     if isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating):
         return spaces.Box(-1, 1, (int(np.prod(space.shape)),)), _unscale(space)
     if isinstance(space, spaces.Discrete):
@@ -201,12 +230,13 @@ def _plain_action(key, space) -> tuple[spaces.Space, Callable[[np.ndarray], Any]
     if isinstance(space, spaces.MultiBinary):
         nvec = np.full(space.shape, 2)
         return spaces.MultiDiscrete(nvec.reshape(-1)), _indices(nvec, 0, space.dtype)
-    raise UserError(f"action '{key}' is a {type(space).__name__} space of {space.dtype}, which is not supported")
+    raise UserError(f"action '{key}' is a {type(space).__name__} space, which is not supported")
 
 
 def _unscale(space):
     """Return the map from [-1, 1] to [low, high]; a dimension without bounds stays, one with one bound is moved."""
     low, high = (bound.astype(np.float64).reshape(-1) for bound in (space.low, space.high))
+    low, high = np.where(low < -NO_BOUND, -np.inf, low), np.where(high > NO_BOUND, np.inf, high)
     free = ~np.isfinite(low)
     low = np.where(free, np.where(np.isfinite(high), high - 2, -1), low)
     high = np.where(np.isfinite(high), high, low + 2)

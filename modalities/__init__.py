@@ -41,8 +41,8 @@ class Space(Protocol):
 
     KEYS: str
 
-    def accepts(self, space: spaces.Space) -> bool:
-        """True if a space is of this kind, as an environment gives it or plain."""
+    def accepts(self, space: spaces.Space, config: Any = None) -> bool:
+        """True if a space is of this kind, as an environment gives it or plain. config: None only for plain ones."""
 
     def converter(self, key: str, space: spaces.Space, config: Any) -> Converter:
         """Return what makes an environment's observations plain. Raises UserError for a space it cannot carry over."""
@@ -79,9 +79,14 @@ def nets(kind: str) -> ModuleType:
     return importlib.import_module(f"modalities.{kind}.nets")
 
 
-def kind_of(observation_space: spaces.Space) -> str:
-    """Return the kind of a space: the last in `MODALITIES` that accepts it."""
-    return next(kind for kind in reversed(MODALITIES) if space(kind).accepts(observation_space))
+def kind_of(observation_space: spaces.Space, config: Any = None) -> str:
+    """Return the kind of a space: the last in `MODALITIES` that accepts it. config: None only for plain ones."""
+    return next(kind for kind in reversed(MODALITIES) if space(kind).accepts(observation_space, config))
+
+
+def describe(obs_space: Mapping[str, spaces.Space]) -> dict[str, str]:
+    """Say what the observations of an environment were taken for: {key: "image 64x64x3 (channels first, moved)"}."""
+    return {key: str(vars(child).get("about", child)) for key, child in obs_space.items()}
 
 
 def obs_spec(obs_space: Mapping[str, spaces.Space]) -> ObsSpec:

@@ -16,6 +16,7 @@ from gymnasium.spaces import Box, Discrete, MultiDiscrete
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from agents.dreamer import Dreamer
+from envs import make_env
 from modalities import kind_of, obs_spec
 from specs import act_spec
 from tools import UserError
@@ -194,6 +195,13 @@ def observations(kind, seed=0, **kind_of_step):
 # Environments
 
 
+class Section(SimpleNamespace):
+    """An open section of a configuration."""
+
+    def to_dict(self):
+        return dict(vars(self))
+
+
 def env_config(task, cnn_keys=".*", mlp_keys=".*", **changes):
     """Return the configuration that `make_env` reads."""
     defaults = {
@@ -202,12 +210,50 @@ def env_config(task, cnn_keys=".*", mlp_keys=".*", **changes):
         "action_repeat": 1,
         "time_limit": 0,
         "frame_stack": 1,
+        "image_layout": "auto",
+        "wrappers": (),
+        "log_info": (),
         "camera": -1,
         "parallel": False,
         "env_timeout": 600,
     }
     encoder = SimpleNamespace(cnn_keys=cnn_keys, mlp_keys=mlp_keys)
-    return SimpleNamespace(**{"task": task, "encoder": encoder, **defaults, **changes})
+    env = Section(**changes.get("env", {}))
+    return SimpleNamespace(**{"task": task, "encoder": encoder, **defaults, **changes, "env": env})
+
+
+class Toy:
+    """An environment of twelve steps that observes `look(step)`, by default a sample of its space."""
+
+    action_space = Discrete(2)
+
+    def __init__(self, space, look=None, act=None, **attributes):
+        self.observation_space = space
+        self.look = look or (lambda step: space.sample())
+        self.act = act or (lambda step: (1.0, step >= 12, False, {}))
+        vars(self).update(attributes)
+
+    def reset(self, *, seed=None, options=None):
+        self.steps = 0
+        return self.look(0), {}
+
+    def step(self, action):
+        self.steps, self.action = self.steps + 1, action
+        return self.look(self.steps), *self.act(self.steps)
+
+
+TOYS = []
+
+
+def newest_toy():
+    """Return the toy that `make_toy` was called with: its task names this function."""
+    return TOYS[-1]
+
+
+def make_toy(toy, **changes):
+    """Return what `make_env` makes of a toy."""
+    TOYS[:] = [toy]
+    return make_env(env_config("custom_tests.factories:newest_toy", **changes), "train", 0)
 
 
 def draw_action(act_space, rng):

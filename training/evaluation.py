@@ -125,6 +125,8 @@ def evaluate(
         return
     scores, lengths = ([getattr(episode, name) for episode in episodes] for name in ("score", "length"))
     result = {"eval_return": np.mean(scores), "eval_length": np.mean(lengths), "eval_episodes": len(scores)}
+    names = sorted({name for episode in episodes for name in episode.logs})
+    result |= {f"eval_{name}": np.mean([episode.logs.get(name, 0.0) for episode in episodes]) for name in names}
     out.logger.scalars(result, step)
     if config.video_pred_log:
         start = time.monotonic()

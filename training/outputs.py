@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import pathlib
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from replay.episodes import EpisodeWriter, finite
-from tools import UserError
+from replay.episodes import EpisodeWriter
 from training.driver import Episode
 from training.logger import Logger, Progress
 
@@ -91,17 +89,13 @@ class Recorder:
 
     Args:
       replay: Replay; writer: EpisodeWriter.
-      frame: function that returns the environment frames so far, for messages.
     """
 
-    def __init__(self, replay: Any, writer: EpisodeWriter, frame: Callable[[], int]):
-        self.replay, self.writer, self.frame = replay, writer, frame
+    def __init__(self, replay: Any, writer: EpisodeWriter):
+        self.replay, self.writer = replay, writer
 
     def __call__(self, index: int, step: dict[str, Any], stored: dict[str, Any] | None) -> None:
-        """Store one step of environment `index`. Raises UserError for numbers that are not finite."""
-        for key, value in step.items():
-            if not finite(value):
-                raise UserError(f"environment {index} at frame {self.frame()}: {key} is not finite: {value}")
+        """Store one step of environment `index`."""
         if step["is_first"]:  # what is unfinished then was cut off by the end of its worker
             self.close_episode(index, self.writer.flush(index))
         self.replay.add(index, step, stored)

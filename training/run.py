@@ -150,7 +150,7 @@ class Run:
             writer = EpisodeWriter(self.logdir / "train_eps", self.config.envs, self.config.dataset_size)
         except OSError as error:
             raise UserError(f"--logdir {self.config.logdir}: {error.strerror}") from None
-        self.recorder = Recorder(self.replay, writer, lambda: self.step)
+        self.recorder = Recorder(self.replay, writer)
         self.rates = Rates(fps=self.step, updates_per_second=self.updates)
         return self.out
 

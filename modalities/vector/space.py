@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
-from specs import Observed, classes_of
+from specs import Observed, classes_of, named
 from tools import UserError
 
 KEYS = "mlp_keys"
 
 
-def accepts(space: spaces.Space) -> bool:
+def accepts(space: spaces.Space, config: Any = None) -> bool:
     """True: what no other kind takes is a vector, or `converter` refuses it."""
     return True
 
@@ -24,7 +24,9 @@ class Numbers:
 
     def __init__(self, space: spaces.Box | spaces.MultiBinary):
         size = math.prod(space.shape)
-        self.space = spaces.Box(-np.inf, np.inf, (size,))
+        board = ", no image" if len(space.shape) > 1 else ""
+        about = f"{size} numbers" + (f" ({'x'.join(map(str, space.shape))}{board})" if space.shape != (size,) else "")
+        self.space = named(spaces.Box(-np.inf, np.inf, (size,)), about)
         self._is_vector = space.shape == self.space.shape
 
     def __call__(self, value: Any, is_first: bool) -> np.ndarray:
@@ -39,9 +41,10 @@ class Integers:
         self._start = space.start
         self.space: spaces.Space
         if isinstance(space, spaces.Discrete):
-            self.space = spaces.Discrete(int(space.n))
+            self.space = named(spaces.Discrete(int(space.n)), f"one of {space.n}")
         else:
-            self.space = spaces.MultiDiscrete(space.nvec.reshape(-1))
+            classes = space.nvec.reshape(-1)
+            self.space = named(spaces.MultiDiscrete(classes), f"one of {' and of '.join(map(str, classes))}")
 
     def __call__(self, value: Any, is_first: bool) -> np.ndarray:
         return (np.asarray(value) - self._start).reshape(self.space.shape or ()).astype(np.int32)
@@ -52,6 +55,8 @@ def converter(key: str, space: spaces.Space, config: Any) -> Numbers | Integers:
     if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)):
         return Integers(space)
     if isinstance(space, (spaces.Box, spaces.MultiBinary)):
+        if not math.prod(space.shape):
+            raise UserError(f"observation '{key}' has no numbers (shape {space.shape}): leave it out by encoder.{KEYS}")
         return Numbers(space)
     kind = type(space).__name__
     raise UserError(f"observation '{key}' is a {kind} space, not supported: leave it out by encoder.{KEYS}")
