@@ -122,7 +122,7 @@ def wire(config, stack):
     run.restore(saved, [*paths[0], *paths[1]])  # before anything is written: it may find that nothing fits
     run.spaces, run.restarts = spaces.own, envs.restarts
     out = run.open(stack)
-    out.say("info", "; ".join(f"{key}: {what}" for key, what in describe(spaces.obs_space).items()))
+    out.say("info", "observed: " + ", ".join(f"{key} ({what})" for key, what in describe(spaces.obs_space).items()))
     driver = None
     if envs.collecting:
         driver = Driver(envs.collecting, specs[1], layout, on_step=[run.recorder], on_episode=[run.finished])

@@ -219,7 +219,9 @@ def expected(space: spaces.Space) -> str:
 
 def article(value: Any) -> str:
     """Return the kind of a value that is no number, such as "a dict"."""
-    return "None" if value is None else "text" if isinstance(value, (str, bytes)) else f"a {type(value).__name__}"
+    if value is None or isinstance(value, (str, bytes)):
+        return "None" if value is None else "text"
+    return f"an array {value.shape}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
 
 
 # ---------------------------------------------------------------------------
@@ -229,12 +231,10 @@ def article(value: Any) -> str:
 def reward_of(value: Any) -> float:
     """Return a reward as a number; raise ValueError that says what is wrong with it."""
     if type(value) not in FLOATS:
-        if isinstance(value, np.ndarray) and value.size == 1 and value.dtype.kind in "biuf":
-            value = value.item()
-        elif not isinstance(value, (numbers.Real, np.bool_)):
-            found = f"an array {value.shape}" if isinstance(value, np.ndarray) else article(value)
-            raise ValueError(f"the reward is {found}, expected one number")
-        value = float(value)
+        given = plain(value, 1)
+        if not isinstance(given, numbers.Real):
+            raise ValueError(f"the reward is {article(value)}, expected one number")
+        value = float(given)
     if not -LARGEST <= value <= LARGEST:
         raise ValueError(f"the reward is not finite: {value}")
     return value
@@ -244,11 +244,18 @@ def flag_of(name: str, value: Any) -> bool:
     """Return a flag as a bool; raise ValueError that says what is wrong with it. name: terminated or truncated."""
     if type(value) in BOOLS:
         return bool(value)
-    if np.ndim(value) == 0 and isinstance(value, (numbers.Real, np.ndarray)) and value in (0, 1):
-        return bool(value)
-    found = f"an array {value.shape}" if isinstance(value, np.ndarray) and value.ndim else article(value)
-    found = f"{value}" if isinstance(value, numbers.Real) else found
-    raise ValueError(f"{name} is {found}, expected True or False")
+    given = plain(value, 0)
+    if not (isinstance(given, numbers.Real) and given in (0, 1)):
+        found = given if isinstance(given, numbers.Real) else article(value)
+        raise ValueError(f"{name} is {found}, expected True or False")
+    return bool(given)
+
+
+def plain(value: Any, axes: int) -> Any:
+    """Return the number that an array or a tensor holds, if it is of one with at most so many axes; else as it is."""
+    shape = getattr(value, "shape", None)
+    single = isinstance(shape, tuple) and len(shape) <= axes and math.prod(shape) == 1
+    return value.item() if single and hasattr(value, "item") else value
 
 
 def info_of(value: Any) -> Mapping:

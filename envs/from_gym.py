@@ -239,8 +239,7 @@ def is_taken(key: str) -> bool:
 def number_of(what: str, value: Any) -> np.float32:
     """Return what is to be logged as a number; raise ValueError if it is none. what: it is, for the message."""
     if np.size(value) != 1 or np.asarray(value).dtype.kind not in "biuf":
-        found = f"an array {np.shape(value)}" if np.ndim(value) else article(value)
-        raise ValueError(f"{what} is {found}, and only numbers are logged")
+        raise ValueError(f"{what} is {article(value)}, and only numbers are logged")
     return np.float32(np.asarray(value).item())
 
 

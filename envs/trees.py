@@ -57,6 +57,8 @@ def flatten(space: spaces.Space, tree: Any, bare: str, path: str = "") -> dict[s
     if not isinstance(space, (spaces.Dict, spaces.Tuple)):
         return {path or bare: tree}
     leaves: dict[str, Any] = {}
+    if isinstance(space, spaces.Tuple) and hasattr(tree, "__len__") and len(tree) != len(space):
+        raise ValueError(f"the observation '{path or bare}' has {len(tree)} parts where its space has {len(space)}")
     for name, below, child in _children(space, bare, path):
         try:
             part = tree[name]

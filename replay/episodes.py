@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from specs import StepLayout
+from replay.content import check_content
 from tools import atomic_write
 
 Layout = Mapping[str, tuple[tuple[int, ...], Any]]  # {key: (shape, dtype)} of one step
@@ -45,7 +45,6 @@ def stored_step(layout: Layout, obs: Arrays, actions: Arrays, index: int) -> Ste
 # ---------------------------------------------------------------------------
 # Episode files
 
-OWN = re.compile(r"\d{8}T\d{6}F\d{6}-[0-9a-f]{32}-[0-9]+\.npz")  # what `save_episode` names
 NAME = re.compile(r"\d{8}T\d{6}[^-]*-.+-([0-9]+)\.npz")
 
 
@@ -60,32 +59,26 @@ def save_episode(directory: str | pathlib.Path, episode: Mapping[str, Any]) -> p
 def load_episode(path: pathlib.Path, layout: Layout) -> dict[str, np.ndarray]:
     """Read an episode file and convert it to the layout; unknown keys are ignored.
 
-    Where a file tells no `is_terminal`, states with a `discount` of 0 are terminal.
-
     Args:
-      layout: {key: (shape, dtype)} of one step; a StepLayout also tells which actions and classes there can be.
+      layout: {key: (shape, dtype)} of one step; a StepLayout also tells which classes and actions there are.
     Returns: {key: (T, ...)}
     Raises ValueError that names the problem.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
             episode = {key: file[key] for key in file.files if key in layout}
-            discount = file["discount"] if "discount" in file.files and "is_terminal" not in file.files else None
-            there = ", ".join(sorted(file.files)) or "nothing"
     except Exception as error:  # zipfile, zlib and NumPy raise dozens of types for a damaged or foreign file
         raise ValueError(f"cannot be read ({' '.join(str(error).split())})") from None
     if "reward" not in episode or not episode["reward"].ndim or not len(episode["reward"]):
-        raise ValueError(f"holds no reward: its keys are {there}")
+        raise ValueError("holds no reward")
     length = len(episode["reward"])
     steps = np.arange(length)
     episode.setdefault("is_first", steps == 0)
-    if discount is not None and discount.shape[:1] == (length,) and discount.size == length:
-        episode["is_terminal"] = discount.reshape(length) == 0
     episode.setdefault("is_terminal", np.zeros(length, bool))
     episode.setdefault("is_last", (steps == length - 1) | episode["is_terminal"].astype(bool))
     for key, (shape, dtype) in layout.items():
         if key not in episode:
-            raise ValueError(f"lacks {key}: its keys are {there}")
+            raise ValueError(f"lacks {key}")
         value = episode[key]
         if value.shape[:1] != (length,) or not fits(value.shape[1:], shape):
             raise ValueError(f"{key} has shape {value.shape} where {(length, *shape)} was expected")
@@ -95,37 +88,11 @@ def load_episode(path: pathlib.Path, layout: Layout) -> dict[str, np.ndarray]:
             raise ValueError(f"{key} is not finite")
         if np.dtype(dtype).kind == "i" and ((value < 0).any() or (value % 1).any()):
             raise ValueError(f"{key} holds what is no class: 0, 1, 2, ...")
-        if np.dtype(dtype).kind == "b" and not np.isin(value, (0, 1)).all():
-            raise ValueError(f"{key} holds what is neither true nor false")
         episode[key] = value.reshape(length, *shape).astype(dtype)
     episode["is_first"][0] = True
-    if isinstance(layout, StepLayout):
-        check_content(episode, layout, bounded=not OWN.fullmatch(path.name))
     episode["is_last"][-1] = True  # even if a run was stopped here: the next step in a stream is of another episode
+    check_content(path.name, episode, layout)
     return episode
-
-
-def check_content(episode: Arrays, layout: StepLayout, bounded: bool) -> None:
-    """Raise ValueError for classes that there are not, and for actions that no agent of ours could have taken.
-
-    bounded: actions must be in [-1, 1]; the samples that our own runs store may lie beyond, and the environment cuts
-      them off.
-    """
-    for key, classes in layout.classes.items():
-        wrong = episode[key] >= np.array(classes if episode[key].ndim > 1 else classes[0])
-        if wrong.any():
-            raise ValueError(f"{key} holds {episode[key][wrong][0]}, which is no class of {list(classes)}")
-    for key, width in layout.actions.widths.items():
-        action = episode[key][~episode["is_first"]]  # nothing led to a first step
-        if key not in layout.actions.classes:
-            if bounded and np.abs(action).max(initial=0) > 1 + 1e-6:
-                most = np.abs(action).max()
-                raise ValueError(f"{key} reaches {most:g}: actions must be scaled to [-1, 1]")
-            continue
-        ends = np.cumsum(layout.actions.classes[key])
-        parts = np.split(action, ends[:-1], -1)
-        if not (np.isin(action, (0, 1)).all() and all((part.sum(-1) == 1).all() for part in parts)):
-            raise ValueError(f"{key} holds what is no one-hot of {width} numbers, each 0 or 1")
 
 
 def finite(value: np.ndarray) -> bool:

@@ -55,14 +55,15 @@ class Replay:
         windows: str = "fresh",
         device: torch.device | None = None,
     ):
-        self.layout, self.stored = layout, dict(stored)
+        self.layout = layout if isinstance(layout, dict) else dict(layout)  # a StepLayout stays one
+        self.stored = dict(stored)
         self.length, self.context, self.capacity, self.windows = length, context, capacity, windows
         self.window = length + context
         shares = [(capacity + index) // streams for index in range(streams)]  # their sum is the capacity
         self.spared = 1 if windows == "episode_but_last" else 0  # steps at the end of an episode
         if shares[0] < self.window + self.spared:
             raise UserError(f"--dataset_size leaves {shares[0]} steps a stream, too few for windows of {self.window}")
-        check_memory({**self.layout, **self.stored}, capacity)
+        check_memory(self.layout | self.stored, capacity)
         self.streams = [Stream(self.layout, self.stored, share, self.window + self.spared) for share in shares]
         self.mirror = Mirror(self.streams, device) if device else None
         self.fresh: collections.deque[tuple[int, int]] = collections.deque()

@@ -297,9 +297,10 @@ def test_another_action_space_is_refused_by_its_widths():
         agents[0].load_state_dict(agents[1].state_dict())
 
 
-def test_an_observation_may_not_take_the_name_of_a_loss():
-    with pytest.raises(UserError, match="observation value"):
-        make_dreamer({"value": Box(-1, 1, (2,))}, {"action": Discrete(2)}, make_config())
+@pytest.mark.parametrize("name", ["value", "model", "embed", "dyn", "deter"])
+def test_an_observation_may_not_take_the_name_of_a_loss(name):
+    with pytest.raises(UserError, match=f"observation {name}"):
+        make_dreamer({name: Box(-1, 1, (2,))}, {"action": Discrete(2)}, make_config())
 
 
 def test_an_explorers_loss_may_not_replace_an_observations():

@@ -3,6 +3,7 @@
 import gymnasium
 import numpy as np
 import pytest
+import torch
 from gymnasium import spaces
 
 from envs import make_envs
@@ -72,6 +73,7 @@ def test_the_first_observation_is_checked_too():
 
 FINE = [
     (VECTOR, [0, 0.5, 1]),
+    (VECTOR, torch.tensor([0, 0.5, 1])),
     (VECTOR, np.array([1, 2, 3])),
     (VECTOR, np.array([True, False, True])),
     (VECTOR, np.float32([1e30, -1e30, 7])),  # beyond its bounds, as many are
@@ -121,6 +123,7 @@ BESIDE = {  # name: (reward, terminated, truncated, info), what the line says
     "terminated None": ((0.0, None, False, {}), "terminated is None"),
     "truncated dict": ((0.0, False, {}, {}), "truncated is a dict"),
     "truncated array": ((0.0, False, np.array([False, True]), {}), "truncated is an array (2,)"),
+    "truncated array of one": ((0.0, False, np.array([False]), {}), "truncated is an array (1,)"),
     "truncated 2": ((0.0, False, 2, {}), "truncated is 2, expected"),
     "info list": ((0.0, False, False, []), "info is a list, expected a dict"),
 }
@@ -136,12 +139,19 @@ def test_rewards_flags_and_infos_that_are_none_are_one_line(name, recwarn):
     assert not recwarn.list
 
 
-@pytest.mark.parametrize("end", [True, 1, np.bool_(True), np.array(True), np.int64(1), 1.0])
-def test_flags_may_be_bools_and_their_numbers(end):
-    env = make_toy(Toy(VECTOR, act=lambda step: (np.float64(step), end, 0, {})))
+@pytest.mark.parametrize("end", [True, 1, np.bool_(True), np.array(True), np.int64(1), 1.0, torch.tensor(True)])
+@pytest.mark.parametrize("one", [1, True, np.float64(1), np.array([1.0]), np.array(1), torch.tensor(1.0)])
+def test_flags_may_be_bools_and_their_numbers_and_rewards_single_numbers(end, one):
+    env = make_toy(Toy(VECTOR, act=lambda step: (one, end, 0, {})))
     env.reset()
     obs = env.step(ACTION)
     assert obs["is_last"] and obs["is_terminal"] and obs["reward"] == 1
+
+
+def test_a_tuple_of_another_length_is_one_line():
+    space = spaces.Tuple([spaces.Discrete(2), spaces.Discrete(3)])
+    message = one_line_error(make_toy(Toy(space, lambda step: (1, 2, 0))).reset)
+    assert "the observation 'state' has 3 parts where its space has 2" in message
 
 
 def test_spaces_that_change_are_still_those_of_the_start():

@@ -1,12 +1,15 @@
 """The rollout loop and evaluations, on scripted environments."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from gymnasium.spaces import Box
 
+from modalities import obs_spec
 from specs import act_spec, step_layout
 from training.driver import Driver, Episode
-from training.evaluation import LONGEST, Evaluation
+from training.evaluation import LONGEST, Evaluation, evaluate
 
 ACTIONS = act_spec({"action": Box(-1, 1, (2,))})
 
@@ -193,3 +196,17 @@ def test_an_evaluation_that_is_not_watched_keeps_no_frame():
     played = evaluation(1, "f.l.")
     played.play(Counting())
     assert played.frames == {}
+
+
+def test_an_evaluation_logs_the_means_of_what_its_last_steps_logged(tmp_path):
+    found = {}
+    logger = SimpleNamespace(scalars=lambda values, step: found.update(values), flush=lambda: None)
+    nothing = dict.fromkeys(("score", "say", "say_restarts"), lambda *args: None)
+    out = SimpleNamespace(logdir=tmp_path, logger=logger, **nothing)
+    config = SimpleNamespace(
+        dataset_size=100, batch_length=4, eval_episode_num=2, eval_mode="mode", video_pred_log=False
+    )
+    envs = Scripted("f.l...", "f...l.")
+    envs.obs_space.pop("image")
+    evaluate(Counting(), envs, config, out, (obs_spec(envs.obs_space), ACTIONS), 0)
+    assert found["eval_episodes"] == 2 and found["eval_log_time"] == (2 + 4) / 2

@@ -348,7 +348,7 @@ BAD_FILES = {
     "pickles": (changed(action=np.array([{"a": 1}] * 9)), "cannot be read"),
     "no reward": (without("reward"), "holds no reward"),
     "empty reward": (changed(reward=np.zeros(0)), "holds no reward"),
-    "no action": (without("action"), "lacks action: its keys are image, is_first, is_last, is_terminal, reward, state"),
+    "no action": (without("action"), "lacks action"),
     "shape": (changed(state=np.zeros((9, 4), np.float32)), r"state has shape (9, 4) where (9, 3) was expected"),
     "length": (changed(state=np.zeros((8, 3), np.float32)), r"state has shape (8, 3) where (9, 3) was expected"),
     "no length": (changed(action=np.float32(0)), "action has shape ()"),
@@ -548,7 +548,6 @@ CONTENT = {  # what a file holds: what is said of it
     "actions of -1 and 1": ({"action": np.tile([-1.0, 1.0], (9, 1))}, "action holds what is no one-hot"),
     "two actions at once": ({"action": np.ones((9, 2))}, "action holds what is no one-hot"),
     "no class": ({"phase": np.full(9, 3)}, "phase holds 3, which is no class of [3]"),
-    "no flag": ({"is_terminal": np.full(9, 0.5)}, "is_terminal holds what is neither true nor false"),
 }
 STEPS = step_layout(
     {"phase": Discrete(3), "cards": MultiDiscrete([2, 4])}, act_spec({"action": Discrete(2), "move": Box(-1, 1, (1,))})
@@ -576,18 +575,6 @@ def test_classes_and_actions_that_there_are_not_are_refused(tmp_path, name):
 def test_samples_beyond_the_bounds_are_taken_from_own_files(tmp_path):
     path = save_episode(tmp_path, {**GOOD, "move": np.full((9, 1), 2.7)})
     assert load_episode(path, STEPS)["move"].max() == pytest.approx(2.7)
-
-
-def test_a_discount_of_zero_is_terminal_where_nothing_else_tells(tmp_path):
-    discount = np.ones(9)
-    discount[-1] = 0
-    for number, (files, ends) in enumerate(
-        [({"discount": discount}, True), ({"discount": np.ones(9)}, False), ({"discount": discount[:, None]}, True)]
-    ):
-        np.savez(tmp_path / f"{number}.npz", **GOOD, **files)
-        assert load_episode(tmp_path / f"{number}.npz", STEPS)["is_terminal"].tolist() == [False] * 8 + [ends]
-    np.savez(tmp_path / "told.npz", **GOOD, discount=discount, is_terminal=np.zeros(9, bool))
-    assert not load_episode(tmp_path / "told.npz", STEPS)["is_terminal"].any()
 
 
 @pytest.mark.parametrize(
