@@ -158,7 +158,8 @@ def finish(run, evaluate):
         evaluate()
     if not run.stopped:
         evaluate(film=True)
-        run.out.say("info", f"curves: {sys.executable} -m tensorboard.main --logdir {run.logdir}")
+        folder = run.logdir.resolve().parent  # from where TensorBoard calls the run by its name
+        run.out.say("info", f"curves: {sys.executable} -m tensorboard.main --logdir {folder}")
 
 
 def open_envs(config, stack, behind):

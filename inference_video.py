@@ -24,18 +24,17 @@ from agents.random import Random
 from envs import make_envs
 from modalities import nets, obs_spec
 from specs import act_spec, step_layout
-from tools import Parser, UserError, atomic_write, derive_seed
+from tools import IMAGINED, SEEN, Parser, UserError, atomic_write, derive_seed
 from training import machine
 from training.checkpoint import checkpoint_file, load_agent_state, load_checkpoint
 from training.config import CONFIGS, load_config
 from training.driver import Driver
 from training.outputs import endless
 from training.rng import seed_everything
+from training.videos import BORDER, as_rgb, bordered, caption
 
 FORMATS = {"mp4": ["mp4"], "gif": ["gif"], "both": ["mp4", "gif"]}
-SEEN, IMAGINED = (0, 114, 178), (230, 159, 0)  # borders: a blue and an orange that the color-blind tell apart
 PANEL = 192  # least height of an open-loop panel in pixels
-BORDER = 6  # its width in pixels
 
 
 def main(argv=None):
@@ -74,6 +73,7 @@ def parse(argv):
     add("--size", type=positive(int), nargs=2, metavar=("H", "W"), help="of the video (the environment's own)")
     add("--mode", choices=["sample", "mode"], help="samples of the policy or its mode (the run's eval_mode)")
     add("--openloop", action="store_true", help="also film truth | model | error, in turns seen and imagined")
+    add("--caption", action="store_true", help="write step and score onto the video")
     add("--task", help="suite and task (the run's)")
     add("--seed", help="of environments and agent (the run's)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
@@ -127,8 +127,10 @@ class Player:
         try:
             self.specs = obs_spec(self.envs.obs_space), act_spec(self.envs.act_space)
             self.agent = self.load(saved) if saved else Random(self.specs[1], derive_seed(config.seed, 3))
-            if options.openloop and saved and not any(nets(seen.kind).draw for seen in self.specs[0].values()):
-                raise UserError(f"--openloop shows images, and the agent of {path} sees none")
+            if options.openloop and path and not self.predicts():
+                raise UserError(
+                    f"--openloop shows what a world model predicts, and the agent of {path} has none to show"
+                )
             self.envs.reset()
             self.frame()  # an environment that cannot be filmed says so before anything is written
         except BaseException:
@@ -143,6 +145,10 @@ class Player:
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from None
         return agent
+
+    def predicts(self):
+        """True if the agent has a world model whose predictions can be drawn."""
+        return not isinstance(self.agent, Random) and any(nets(seen.kind).draw for seen in self.specs[0].values())
 
     def frame(self):
         """Return the environment as people see it, uint8 (H, W, 3)."""
@@ -170,6 +176,8 @@ def open_players(options, rest, stack):
         name = f"{index}_{label}" if len(paths) > 1 else label
         players.append(Player(name, path, config, options))
         stack.callback(players[-1].envs.close)
+        if options.openloop and not path:
+            print(f"inference_video.py: no open-loop video of {name}: a random agent predicts nothing", file=sys.stderr)
     return players
 
 
@@ -233,7 +241,15 @@ def play(player, films, bar):
     finished = []
     layout = step_layout(player.envs.obs_space, player.specs[1])
     driver = Driver(player.envs, player.specs[1], layout, on_episode=[finished.append])
-    driver.on_obs = [lambda obs: films.add("", player.frame())]
+
+    def show(obs):
+        frame, on = player.frame(), not obs["is_first"][0]
+        if player.options.caption:
+            step, score = (driver.lengths[0] + 1) * on, (driver.returns[0] + obs["reward"][0]) * on
+            frame = caption(frame, step, score)
+        films.add("", frame)
+
+    driver.on_obs = [show]
     open_loop = OpenLoop(player.agent, player.config.batch_length, films)
     if player.options.openloop and player.path:
         driver.on_obs.append(lambda obs: open_loop.begin(driver.carry))
@@ -327,14 +343,7 @@ class OpenLoop:
 def panel(image, color):
     """An image (H, W, C), enlarged by a whole number, with a border."""
     factor = max(1, PANEL // image.shape[0])
-    image = as_rgb(image).repeat(factor, 0).repeat(factor, 1)
-    return cv2.copyMakeBorder(image, *[BORDER] * 4, cv2.BORDER_CONSTANT, value=color)
-
-
-def as_rgb(image):
-    """uint8 (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) -> (H, W, 3)"""
-    image = image.reshape(*image.shape[:2], -1)
-    return np.ascontiguousarray(image.repeat(3, -1) if image.shape[-1] == 1 else image[..., :3])
+    return bordered(as_rgb(image).repeat(factor, 0).repeat(factor, 1), color, BORDER)
 
 
 # ---------------------------------------------------------------------------

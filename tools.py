@@ -12,6 +12,9 @@ import uuid
 from collections.abc import Callable
 from typing import IO, Any, NoReturn
 
+# Colors (RGB) of predictions: a blue where a model sees, an orange where it imagines; the color-blind tell them apart.
+SEEN, IMAGINED = (0, 114, 178), (230, 159, 0)
+
 
 class UserError(Exception):
     """A mistake that the user can mend: printed as one line on stderr, exit status 2."""

@@ -238,7 +238,7 @@ class Dreamer:
 
     @torch.compiler.set_stance("force_eager")
     def report(self, arrays, seen, carry=None):
-        """Show what the model expects: {key: (truth, model, error)}, each uint8 (B, T, H, W, C).
+        """Show what the model expects: {key: films}, as the key's modality draws them.
 
         Args:
           arrays: {key: (B, T, ...)} as the replay gives them; the first `seen` steps are seen, and the rest imagined
@@ -253,7 +253,7 @@ class Dreamer:
             prepared = self.world.prepare({**batch, "action": self.act_spec.join(batch)})
             model = self.world.open_loop(prepared, carry.state if carry else state, seen)
         pairs = {key: (batch[key].cpu().numpy(), model[key].float().cpu().numpy()) for key in kinds}
-        return {key: kind.draw(*pairs[key]) for key, kind in kinds.items()}
+        return {key: kind.draw(*pairs[key], seen) for key, kind in kinds.items()}
 
     # -- saving
 

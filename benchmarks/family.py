@@ -213,7 +213,10 @@ def draw(out, curves, levels, xlabel, ylabel):
     for name, height in levels.items():
         axes.axhline(height, color="gray", linestyle=":")
         axes.annotate(name, (0.99, height), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="gray")
+    most = max(map(len, curves.values()))
     axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.set_title(f"lines: means of {most} seeds; bands: from the lowest to the highest", fontsize=10)
+    axes.grid(alpha=0.25, linewidth=0.5)
     axes.legend(loc="upper left", edgecolor="none", framealpha=1)
     figure.savefig(f"{out}.png", dpi=130)
 

@@ -54,8 +54,9 @@ class Space(Protocol):
 class Nets(Protocol):
     """The interface of `modalities/<kind>/nets.py`. N = B T; config is the whole configuration.
 
-    draw: function of arrays (truth, model), each (B, T, ...), that shows them as three films (truth, model, error),
-      each uint8 (B, T, H, W, C with C 1, 3 or a stack of these); or None, for what is not filmed.
+    draw: function of arrays (truth, model), each (B, T, ...), and of how many steps the model was shown, that shows
+      them as three films (truth, model, error), each uint8 (B, T, H, W, C with C 1, 3 or a stack of these), or as one
+      that says what is what, (B or fewer, T, H, W, 3); or None, for what is not filmed.
     """
 
     draw: Any

@@ -145,7 +145,10 @@ def test_batch_turns_arrays_and_stored_latents_into_tensors():
 def test_open_loop_videos_show_truth_model_and_error():
     agent, batch = make_agent("mixed"), make_batch("mixed", (2, 6))
     shown = agent.report(batch, 3)
-    assert shown.keys() == {"image"}
+    assert shown.keys() == agent.obs_spec.keys() > {"image"}
+    for key in shown.keys() - {"image"}:
+        (curves,) = shown[key]
+        assert curves.shape[:2] == (2, 6) and curves.shape[-1] == 3 and curves.dtype == np.uint8
     assert all(panel.shape == (2, 6, 16, 32, 3) and panel.dtype == np.uint8 for panel in shown["image"])
     truth, model, error = (panel.astype(int) for panel in shown["image"])
     assert np.abs(truth - batch["image"].numpy()).max() <= 1

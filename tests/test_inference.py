@@ -182,6 +182,30 @@ def test_open_loop_shows_truth_model_and_error(multi, tmp_path):
         assert np.abs(truth.astype(int) - enlarged).mean() < 8  # dummy environments render what they observe
 
 
+def test_open_loop_of_vectors_shows_curves(vector, tmp_path):
+    result = film(tmp_path, vector, "--openloop --format gif --fps 10")
+    frames = decode(tmp_path / "episode_000_openloop_state.gif")
+    borders = frames[:, 1, 1].astype(int)
+    assert len(frames) == 21 and min(frames.shape[1:3]) > 192 and result["lengths"] == [20]
+    assert np.abs(borders[:4] - SEEN).max() < 12 and np.abs(borders[4:8] - IMAGINED).max() < 12
+
+
+def test_a_random_agent_says_why_it_has_no_open_loop(tmp_path, multi, capfd):
+    argv = ["--checkpoint", str(multi), "none", "--use-random-agent", "--openloop", "--episodes", "1"]
+    assert inference_video.main([*argv, "--output", str(tmp_path)]) == 0
+    assert "no open-loop video of 1_random: a random agent predicts nothing\n" in capfd.readouterr().err
+    assert any("openloop" in name for name in names(tmp_path / "0_multi"))
+    assert not any("openloop" in name for name in names(tmp_path / "1_random"))
+
+
+def test_a_caption_tells_step_and_score(vector, tmp_path):
+    for words in ("", "--caption"):
+        film(tmp_path / f"a{words}", vector, f"--size 240 240 --format gif --fps 10 {words}")
+    plain, drawn = (decode(next((tmp_path / folder).glob("*.gif"))) for folder in ("a", "a--caption"))
+    different = (np.abs(plain.astype(int) - drawn) > 40).any((0, 3))
+    assert plain.shape == drawn.shape and different[:20, :100].any() and not different[30:].any()
+
+
 # ---------------------------------------------------------------------------
 # Mistakes of the user: one line, status 2, nothing written
 
@@ -240,10 +264,6 @@ def test_a_wrong_task_names_both_shapes(multi, tmp_path, capfd):
     config.write_text(config.read_text().replace("- 16\n- 16\n", "- 32\n- 16\n"))
     said = "image image is (16, 16, 3) there and (32, 16, 3) here"
     refuses(["--checkpoint", tmp_path / "run"], said, tmp_path / "videos", capfd)
-
-
-def test_an_agent_without_images_has_no_open_loop(vector, tmp_path, capfd):
-    refuses(["--checkpoint", vector, "--openloop"], "sees none", tmp_path / "videos", capfd)
 
 
 def test_an_output_that_cannot_be_written_is_one_line(vector, tmp_path, capfd):

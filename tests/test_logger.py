@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -11,10 +12,16 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from torch.utils.tensorboard import SummaryWriter
 
 import training.logger as logger_module
 from tools import UserError
+from training.boards import MAIN, tag
 from training.logger import Logger, Metrics, NonFiniteLoss, Progress
+
+HPARAMS = "experiment", "session_start_info"
 
 
 def lines(path):
@@ -58,7 +65,7 @@ def test_non_finite_metrics_stay_json(tmp_path):
     logger.close()
     text = (tmp_path / "metrics.jsonl").read_text()
     assert json.loads(text, parse_constant=pytest.fail) == {"step": 1, "a": "nan", "b": "inf", "c": "-inf"}
-    assert np.isnan(events(tmp_path).Scalars("a")[0].value)
+    assert np.isnan(events(tmp_path).Scalars("world/a")[0].value)
 
 
 @pytest.mark.parametrize("value", ["0.5", None, torch.zeros(2), np.zeros((2, 1))])
@@ -70,15 +77,56 @@ def test_a_metric_must_be_one_number(tmp_path, value):
     assert lines(tmp_path / "metrics.jsonl") == []
 
 
-def test_tensorboard_has_the_same_names_steps_and_values(tmp_path):
+def test_tensorboard_has_the_same_names_in_groups_and_the_same_steps_and_values(tmp_path):
     logger = Logger(tmp_path)
     for step in (1000, 2000):
         logger.scalars({"train_return": step / 8, "opt/grad norm": 1}, step)
         logger.flush()
     logger.close()
     board = events(tmp_path)
-    assert sorted(board.Tags()["scalars"]) == ["opt/grad norm", "train_return"]
-    assert [(e.step, e.value) for e in board.Scalars("train_return")] == [(1000, 125.0), (2000, 250.0)]
+    assert sorted(board.Tags()["scalars"]) == ["opt/grad norm", "train/train_return"]
+    assert [(e.step, e.value) for e in board.Scalars("train/train_return")] == [(1000, 125.0), (2000, 250.0)]
+
+
+GROUPED = {
+    "eval": "eval_return",
+    "policy": """actor_entropy adv adv_std imag_return imag_slow_value return_scale policy_loss value_loss repval_loss
+        actor_grad_norm critic_grad_norm expl_imag_return expl_policy_loss disag_loss expl_model_grad_norm""",
+    "time": """eval_length eval_episodes train_length train_episodes fps updates updates_per_second replay_steps
+        env_restarts video_seconds film_seconds""",
+    "train": "train_return log_steps log_achievement_collect_coal",
+    "world": """image_loss state_loss reward_loss cont_loss dyn_loss rep_loss model_loss loss kl prior_ent post_ent lr
+        grad_norm model_grad_norm""",
+}
+
+
+def test_metrics_stand_in_groups_and_the_evaluations_return_is_the_first():
+    tags = [tag(name) for names in GROUPED.values() for name in names.split()]
+    assert tags == [f"{group}/{name}" for group, names in GROUPED.items() for name in names.split()]
+    assert min(tags) == MAIN == "eval/eval_return"  # TensorBoard sorts groups, and names in them
+
+
+def test_tensorboard_shows_charts_the_config_and_a_row_of_hyperparameters(tmp_path):
+    config = {"task": "dummy", "seed": 3, "actor": {"layers": 2, "unimix": 0.01}, "compile": True, "size": [8, 8]}
+    logger = Logger(tmp_path / "walker", 0, ("tensorboard",), config, {"actor.layers", "logdir"})
+    logger.scalars({"eval_return": 5.0}, 10)
+    logger.close()
+    board = events(tmp_path / "walker")
+    assert "    actor.layers: 2\n" in board.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    (command,) = board.Tensors("command/text_summary")[0].tensor_proto.string_val
+    assert all(word in command.decode() for word in map(os.path.basename, sys.argv))
+    layout = board.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    first = Layout.FromString(layout).category[0].chart[0].multiline.tag
+    assert [re.search(pattern, MAIN) is not None for pattern in first] == [True]
+    plugin = {name: board.SummaryMetadata(f"_hparams_/{name}").plugin_data.content for name in HPARAMS}
+    row = HParamsPluginData.FromString(plugin["session_start_info"]).session_start_info
+    assert (row.group_name, row.hparams["seed"].number_value) == ("walker", 3)
+    assert row.hparams["compile"].string_value == "True" and row.hparams["size"].string_value == "[8, 8]"
+    experiment = HParamsPluginData.FromString(plugin["experiment"]).experiment
+    assert [metric.name.tag for metric in experiment.metric_infos] == [MAIN]
+    columns = {info.name: info.differs for info in experiment.hparam_infos}
+    assert columns.keys() == row.hparams.keys()
+    assert {name for name, first in columns.items() if first} == {"task", "seed", "actor.layers"}
 
 
 def test_means_are_over_the_updates_that_had_the_metric():
@@ -191,9 +239,34 @@ def test_tensorboard_forgets_what_a_resumed_run_does_again(tmp_path):
         for step in steps:
             logger.scalars({"kl": step + start}, step)
         logger.close()
-    curve = [(event.step, event.value) for event in events(tmp_path).Scalars("kl")]
+    curve = [(event.step, event.value) for event in events(tmp_path).Scalars("world/kl")]
     assert curve == [(0, 0), (100, 100), (160, 310), (250, 400)]
     assert len(lines(tmp_path / "metrics.jsonl")) == 5
+
+
+def test_tensorboard_keeps_the_step_at_which_a_run_is_resumed(tmp_path):
+    for start, steps in [(0, (100, 200, 300)), (200, (250,))]:
+        logger = Logger(tmp_path, step=start)
+        for step in steps:
+            logger.scalars({"kl": step}, step)
+        logger.video("clip", np.zeros((2, 8, 8, 3), np.uint8), steps[-1] - 100)
+        logger.close()
+    assert [event.step for event in events(tmp_path).Scalars("world/kl")] == [100, 200, 250]
+    assert [event.step for event in events(tmp_path).Images("clip")] == [200, 150]
+
+
+def test_a_resumed_run_from_before_there_were_groups_has_whole_curves_in_them(tmp_path):
+    with SummaryWriter(str(tmp_path)) as writer:
+        writer.add_scalar("kl", 1.0, 100)
+    rows = [(100, 1.0), (200, 2.0), (300, 3.0), (200, 4.0), (250, "nan"), (400, 5.0)]  # once resumed at 150
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": s, "kl": v}) + "\n" for s, v in rows) + '{"st')
+    for start in (250, 260):
+        logger = Logger(tmp_path, step=start)
+        logger.scalars({"kl": float(start)}, start + 10)
+        logger.close()
+    curve = [(event.step, event.value) for event in events(tmp_path).Scalars("world/kl")]
+    assert [step for step, _ in curve] == [100, 200, 250, 260, 270]
+    assert [value for _, value in curve if np.isfinite(value)] == [1.0, 4.0, 250.0, 260.0]
 
 
 # Weights & Biases
@@ -249,7 +322,8 @@ def test_wandb_offline_has_the_same_names_and_a_resumed_run_goes_on(tmp_path, mo
     assert [path.stem for path in files] == [f"run-{ids[0]}"] * 2
     for start, path in zip((0, 100), files, strict=True):
         video, scalars = wandb_history(path)
-        assert {k: v for k, v in scalars.items() if k[0] != "_"} == {"step": start + 10, **metrics}
+        grouped = {"train/train_return": 1.5, "opt/grad norm": 2.0}
+        assert {k: v for k, v in scalars.items() if k[0] != "_"} == {"step": start + 10, **grouped}
         assert video["step"] == start + 20
         (gif,) = path.parent.glob("files/media/videos/eval_policy/*.gif")
         assert imageio.imread(gif, plugin="pillow", index=...).shape == frames.shape
@@ -257,7 +331,7 @@ def test_wandb_offline_has_the_same_names_and_a_resumed_run_goes_on(tmp_path, mo
         assert (run.run_id, run.project, run.display_name) == (ids[0], "dreamer", "walker")
         config = {item.key or item.nested_key[0]: item.value_json for item in run.config.update}
         assert json.loads(config["seed"]) == 3 and json.loads(config["actor"]) == {"layers": 2}
-    assert set(metrics) <= set(events(logdir).Tags()["scalars"])
+    assert set(map(tag, metrics)) <= set(events(logdir).Tags()["scalars"])
     assert set(metrics) <= set(lines(logdir / "metrics.jsonl")[0])
 
 
@@ -276,8 +350,11 @@ def test_a_run_that_wandb_refuses_is_one_line(tmp_path, monkeypatch):
         raise wandb.errors.UsageError("No API key configured.\nUse `wandb login` to log in.")
 
     monkeypatch.setattr(wandb, "init", refuse)
-    with pytest.raises(UserError, match=r"^--logger wandb: No API key configured\.$"):
-        Logger(tmp_path, 0, ("wandb",))
+    (tmp_path / "old").mkdir()
+    for logdir in (tmp_path / "old", tmp_path / "new" / "run"):
+        with pytest.raises(UserError, match=r"^--logger wandb: No API key configured\.$"):
+            Logger(logdir, 0, ("tensorboard", "wandb"))
+    assert [path.name for path in tmp_path.rglob("*")] == ["old"]  # nothing new is left behind
 
 
 def test_json_lines_are_written_without_any_output(tmp_path):

@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import pathlib
+import re
 import resource
 import shutil
 import signal
@@ -36,6 +37,7 @@ from agents.random import Random
 from tests.factories import act, make_agent, make_batch, make_obs
 from tools import locked
 from training.config import load_config
+from training.videos import MARGIN, STRIP
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = "--size 16 16"  # of images, the least that the networks take
@@ -167,10 +169,13 @@ def test_metrics_are_in_both_forms(multi):
     assert last.keys() >= METRICS
     assert all(isinstance(value, (int, float)) for entry in entries for value in entry.values())
     board = EventAccumulator(str(multi), size_guidance={"scalars": 0, "images": 0}).Reload()
-    assert set(board.Tags()["scalars"]) >= METRICS
-    assert sorted(board.Tags()["images"]) == ["eval_policy/image", "openloop/image"]
-    for name in ("image_loss", "eval_return"):
-        written = [(entry["step"], np.float32(entry[name])) for entry in entries if name in entry]
+    assert {name.split("/")[1] for name in board.Tags()["scalars"]} >= METRICS
+    keys = ["openloop/image", "openloop/phase", "openloop/state"]
+    assert sorted(board.Tags()["images"]) == ["eval_policy/image", "film/episode", *keys]
+    assert all(min(event.width, event.height) >= 240 for name in board.Tags()["images"] for event in board.Images(name))
+    for name in ("world/image_loss", "eval/eval_return"):
+        flat = name.split("/")[1]
+        written = [(entry["step"], np.float32(entry[flat])) for entry in entries if flat in entry]
         assert [(event.step, np.float32(event.value)) for event in board.Scalars(name)] == written
 
 
@@ -223,20 +228,39 @@ def test_train_and_eval_environments_differ(multi):
     assert len(set(starts)) == len(starts)
 
 
+def rows_of(video):
+    """Return truth, model and error of an open-loop video of 16x16 images: (T, 80, B 80, 3) each, without borders."""
+    frames = np.asarray(video)[:, STRIP:, MARGIN:, :3].astype(float)  # a panel has 80 pixels and a border of 3
+    inside = np.arange(frames.shape[2]).reshape(-1, 86)[:, 3:-3].ravel()
+    return (part[:, 3:-3, inside] for part in np.split(frames, 3, 1))
+
+
 def test_open_loop_videos_show_truth_model_and_error(multi):
     files = sorted((multi / "openloop" / "image").glob("*.gif"))
     assert [file.stem for file in files] == ["000000100", "000000160"]
     video = imageio.imread(files[-1], index=None)
-    assert video.shape[:3] == (8, 3 * 16, 4 * 16)  # batch_length frames, three rows, batch_size sequences
-    truth, model, error = np.split(video[..., :3].astype(float), 3, 1)
+    assert video.shape[:3] == (8, STRIP + 3 * 86, MARGIN + 4 * 86)  # batch_length frames, batch_size sequences
+    truth, model, error = rows_of(video)
     assert set(np.unique(truth.round(-1))) >= {0, 260} and model.std() > 1
     assert np.abs(error - (model - truth + 255) / 2).mean() < 8  # exact but for the palette of a GIF
+
+
+def test_open_loop_videos_of_vectors_are_curves(multi):
+    for key in ("state", "phase"):
+        files = sorted((multi / "openloop" / key).glob("*.gif"))
+        assert [file.stem for file in files] == ["000000100", "000000160"]
+        assert len(imageio.imread(files[-1], index=None)) == 8
 
 
 def test_the_agent_is_filmed(multi):
     (file,) = (multi / "videos").glob("*.mp4")
     video = imageio.imread(file, plugin="FFMPEG")
-    assert video.shape[1:] == (16, 16, 3) and 1 <= len(video) <= 12 and video.std() > 1
+    assert video.shape[1:] == (240, 240, 3) and 1 <= len(video) <= 12 and video.std() > 1
+    (score,) = re.fullmatch(r"000000160_score_(-?\d+\.\d)", file.stem).groups()
+    board = EventAccumulator(str(multi)).Reload()
+    (event,) = board.Images("film/episode")
+    assert (event.step, event.width, event.height) == (160, 240, 240) and -12 <= float(score) <= 12
+    assert lines(multi / "metrics.jsonl")[-1].keys() == {"step", "film_seconds"}
 
 
 def test_the_checkpoint_holds_the_counters(multi):
@@ -711,7 +735,7 @@ def test_a_proprioceptive_task_renders_and_stores_no_image(tmp_path, monkeypatch
     keys = {"position", "velocity", "action", "reward", "is_first", "is_last", "is_terminal"}
     files = episodes(tmp_path / "train_eps") + episodes(tmp_path / "eval_eps")
     assert len(files) == 6 and all(file.keys() == keys for file in files)
-    assert not (tmp_path / "openloop").exists()
+    assert {path.name for path in (tmp_path / "openloop").iterdir()} == {"position", "velocity"}  # as curves
 
 
 @pytest.mark.parametrize("limit, terminal", [(5, False), (0, True)])
@@ -807,7 +831,7 @@ def test_open_loop_videos_of_eval_only_are_of_its_first_long_episodes(multi, tmp
             if key in arrays:
                 np.testing.assert_array_equal(arrays[key][row], value[:8])
     (file,) = (tmp_path / "openloop" / "image").iterdir()
-    assert imageio.imread(file, index=None).shape[:3] == (8, 3 * 16, 16 * len(arrays["reward"]))
+    assert imageio.imread(file, index=None).shape[:3] == (8, STRIP + 3 * 86, MARGIN + 86 * len(arrays["reward"]))
 
 
 def test_no_evaluation_and_no_film_where_none_is_asked_for(tmp_path, monkeypatch, capfd):

@@ -15,7 +15,7 @@ from tools import UserError
 from training.driver import Driver, Episode
 from training.outputs import Outputs, endless
 from training.protocol import Agent
-from training.videos import grid, visible, write_mp4
+from training.videos import as_rgb, board_film, captioned, open_loop, visible, write_mp4
 
 OPEN_LOOPS = 6  # sequences whose predictions are shown
 LONGEST = 500  # frames of an evaluation's first episode that are kept for its video
@@ -31,7 +31,7 @@ class Evaluation:
       watched: image keys whose frames are kept, for the video of the first environment's first episode.
       on_step, on_episode: as the Driver's, for the steps and episodes that count.
     Attributes:
-      frames: {key: [(H, W, C)]} of `watched`.
+      frames: {key: [(H, W, C)]} of `watched`; scores: [the sum of rewards up to there].
       cut: how many episodes were broken off because they took longer than `envs.longest`; they count as they are.
     """
 
@@ -52,6 +52,7 @@ class Evaluation:
         self.played: list[Episode] = []
         self.cut = 0
         self.frames: dict[str, list[np.ndarray]] = {key: [] for key in watched}
+        self.scores: list[float] = []
         self.on_step, self.on_episode = on_step, on_episode
         self.driver = Driver(envs, act_spec, layout, [self._watch], [self._step], [self._finish])
 
@@ -63,9 +64,11 @@ class Evaluation:
         return self.played
 
     def _watch(self, obs):
+        if not self.frames or self.done[0] or len(self.scores) == LONGEST:
+            return
+        self.scores.append(float(obs["reward"][0]) + (self.scores[-1] if self.scores else 0.0))
         for key, frames in self.frames.items():
-            if not self.done[0] and len(frames) < LONGEST:
-                frames.append(obs[key][0].copy())  # not a view, which would keep the images of all environments
+            frames.append(obs[key][0].copy())  # not a view, which would keep the images of all environments
 
     def _step(self, index, step, stored):
         if self.done[index] == self.quota[index]:
@@ -132,7 +135,7 @@ def evaluate(
         start = time.monotonic()
         for key, frames in evaluation.frames.items():
             video = visible(np.stack(frames), config.frame_stack)
-            out.logger.video(f"eval_policy/{key}", video, step, fps=20)
+            out.logger.video(f"eval_policy/{key}", board_film(video, evaluation.scores), step, fps=20)
         if replay is None:
             arrays = beginnings.arrays()
         elif replay.ready():
@@ -171,43 +174,57 @@ class Beginnings:
 
 def show_open_loop(agent: Agent, config: Any, out: Outputs, step: int, arrays: Mapping[str, Any] | None) -> bool:
     """Log open-loop predictions, truth | model | error, also as GIFs under openloop/<key>/; True if there are any."""
-    shown = agent.report(arrays, config.batch_length // 2) if arrays else {}
+    seen = config.batch_length // 2
+    shown = agent.report(arrays, seen) if arrays else {}
     for key, panels in shown.items():
-        video = visible(grid(panels), config.frame_stack)
         path = out.logdir / "openloop" / key / f"{step:09d}.gif"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(out.logger.video(f"openloop/{key}", video, step, fps=10))
+        frames = list(open_loop(panels, seen, config.frame_stack))
+        frames += frames[-1:] * 10  # on which a film that starts over rests a second
+        path.write_bytes(out.logger.video(f"openloop/{key}", np.stack(frames), step, fps=10))
     return bool(shown)
 
 
 def record_film(agent: Agent, envs: Any, act_spec: Any, mode: str, out: Outputs, step: int) -> None:
-    """Play one episode on film, if the environment can be filmed: logdir/videos/<step>.mp4."""
-    path = out.logdir / "videos" / f"{step:09d}.mp4"
+    """Play an episode on film, logdir/videos/<step>_score_<score>.mp4, and log it, if the environment can be filmed."""
+    start = time.monotonic()
     try:
-        frames = film(envs, act_spec, agent, mode)
+        frames, scores = film(envs, act_spec, agent, mode)
     except UserError as error:
         out.say("info", f"no video: {error}")
         return
+    path = out.logdir / "videos" / f"{step:09d}_score_{scores[-1]:.1f}.mp4"
     try:
-        write_mp4(path, frames, fps=30)
+        write_mp4(path, captioned(frames, scores), fps=30)
     except OSError as error:  # a full disk: all else is saved by now
         out.say("warning", f"no video: {path}: {error.strerror}")
         return
+    out.logger.video("film/episode", board_film(frames, scores), step, fps=20)
+    out.logger.scalars({"film_seconds": time.monotonic() - start}, step)
+    out.logger.flush()
     out.say("info", f"video: {path}")
 
 
-def film(envs: Any, act_spec: Any, agent: Agent, mode: str, longest: int = FILM) -> list[np.ndarray]:
-    """Return pictures of an episode of the first of `envs`, or of its first `longest` steps.
+def film(
+    envs: Any, act_spec: Any, agent: Agent, mode: str, longest: int = FILM
+) -> tuple[list[np.ndarray], list[float]]:
+    """Return pictures of an episode of the first of `envs`, or of its first `longest` steps, and the scores so far.
 
-    Raises UserError if the environment cannot be filmed, or only in pictures of several sizes.
+    The last score is that of the end, which has no picture. Raises UserError if the environment cannot be filmed, or
+    only in pictures of several sizes.
     """
     frames: list[np.ndarray] = []
+    scores: list[float] = []
     over = []
 
     def watch(obs):
         over.append(bool(obs["is_last"][0]))
+        score = float(obs["reward"][0]) + (scores[-1] if scores else 0.0)
         if not over[-1]:
-            frames.append(envs.render(0))
+            frames.append(as_rgb(envs.render(0)))
+            scores.append(score)
+        elif scores:
+            scores[-1] = score
 
     driver = Driver(envs, act_spec, {"reward": (), "is_first": (), "is_last": ()}, on_obs=[watch])
     try:
@@ -221,4 +238,4 @@ def film(envs: Any, act_spec: Any, agent: Agent, mode: str, longest: int = FILM)
     shapes = sorted({frame.shape for frame in frames})
     if len(shapes) > 1:
         raise UserError(f"its pictures have several sizes, {shapes[0]} and {shapes[1]} among them")
-    return frames
+    return frames, scores

@@ -1,9 +1,7 @@
-"""Logging: metrics and scores as JSON lines, TensorBoard, Weights & Biases, and a progress line."""
+"""Logging: metrics and scores as JSON lines, means of metrics, and a progress line."""
 
-import io
 import json
 import math
-import os
 import shutil
 import sys
 from collections import deque
@@ -11,30 +9,29 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-import imageio.v3 as imageio
 import numpy as np
 import torch
-from tensorboard.compat.proto.summary_pb2 import Summary
-from torch.utils.tensorboard import SummaryWriter
 
-from tools import NonFiniteLoss, UserError, atomic_write
+from tools import NonFiniteLoss
+from training.boards import TensorBoard, WeightsAndBiases
+from training.videos import gif
 
 
 class Logger:
     """Write metrics.jsonl, scores.jsonl and the named `outputs` in a logdir. Existing files are appended to."""
 
-    def __init__(self, logdir, step=0, outputs=("tensorboard",), config=None):
+    def __init__(self, logdir, step=0, outputs=("tensorboard",), config=None, chosen=()):
         """
         Args:
-          step: at which a resumed run continues; TensorBoard hides earlier logs from there on. 0 for a fresh run.
+          step: at which a resumed run continues; TensorBoard hides what was logged later. 0 for a fresh run.
           outputs: any of "tensorboard" and "wandb", which get metrics and videos besides the JSON lines.
-          config: nested dict of the run's settings, for wandb to show.
+          config: nested dict of the run's settings, for the outputs to show; chosen: dotted keys that the user set.
         Raises UserError if wandb is not installed, before anything is written, or if it refuses the run.
         """
         logdir = Path(logdir)
-        kinds = {"tensorboard": _TensorBoard, "wandb": _Wandb}
-        # wandb may fail, so it comes first, before anything is written.
-        self._outputs: list[Any] = [kinds[name](logdir, step, config) for name in sorted(set(outputs), reverse=True)]
+        kinds = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+        names = sorted(set(outputs), reverse=True)  # wandb may fail, so it comes first, before anything is written
+        self._outputs: list[Any] = [kinds[name](logdir, step, config, chosen) for name in names]
         logdir.mkdir(parents=True, exist_ok=True)
         self._metrics = _JsonLines(logdir / "metrics.jsonl")
         self._scores = _JsonLines(logdir / "scores.jsonl")
@@ -53,13 +50,10 @@ class Logger:
         frames = np.asarray(frames)
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] not in (1, 3):
             raise ValueError(f"video {name}: expected uint8 (T,H,W,1 or 3), got {frames.dtype} {frames.shape}")
-        pixels = frames[..., 0] if frames.shape[-1] == 1 else frames
-        gif = imageio.imwrite(
-            "<bytes>", pixels, extension=".gif", plugin="pillow", is_batch=True, duration=1000 / fps, loop=0
-        )
+        encoded = gif(frames[..., 0] if frames.shape[-1] == 1 else frames, fps)
         for output in self._outputs:
-            output.video(name, gif, frames.shape[1:], int(step))
-        return gif
+            output.video(name, encoded, frames.shape[1:], int(step))
+        return encoded
 
     def score(self, step, mode, score, length, **extra):
         """Write a finished episode to scores.jsonl immediately. mode: "train" or "eval"; extra: numbers or text."""
@@ -80,69 +74,6 @@ class Logger:
         self.flush()
         for file in (*self._outputs, self._metrics, self._scores):
             file.close()
-
-
-class _TensorBoard:
-    """TensorBoard's event files; videos are GIFs among its images."""
-
-    def __init__(self, logdir, step, config):
-        self._events = SummaryWriter(str(logdir), purge_step=step or None)
-        self.flush, self.close = self._events.flush, self._events.close
-
-    def scalars(self, numbers, step):
-        for name, number in numbers.items():
-            self._events.add_scalar(name, number, step)
-
-    def video(self, name, gif, shape, step):
-        """Write a GIF as an image: SummaryWriter.add_video silently does nothing without an obsolete moviepy."""
-        height, width, channels = shape
-        image = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=gif)
-        summary = Summary(value=[Summary.Value(tag=name, image=image)])
-        self._events._get_file_writer().add_summary(summary, step)
-
-
-class _Wandb:
-    """Weights & Biases, configured by its own environment variables (WANDB_MODE=offline, WANDB_PROJECT, ...).
-
-    The id of its run is stored in the logdir, so that a resumed run continues the same one.
-    """
-
-    def __init__(self, logdir, step, config):
-        try:
-            import wandb
-        except ImportError:
-            raise UserError("--logger wandb needs a package: pip install -r requirements/wandb.txt") from None
-        self._video = wandb.Video
-        logdir.mkdir(parents=True, exist_ok=True)
-        known = logdir / "wandb_id.txt"
-        try:
-            self._run = wandb.init(
-                project=os.environ.get("WANDB_PROJECT", "dreamer"),
-                name=os.environ.get("WANDB_NAME", logdir.name),
-                dir=str(logdir),
-                id=known.read_text().strip() if known.exists() else None,
-                resume="allow",
-                config=config,
-                settings=wandb.Settings(console="off"),  # otherwise the progress line fills its log
-            )
-        except wandb.Error as error:
-            raise UserError(f"--logger wandb: {str(error).splitlines()[0]}") from None
-        atomic_write(known, lambda file: file.write(self._run.id.encode()))
-        # The x axis is our step: wandb's own counter drops late values, as after a resume.
-        self._run.define_metric("step", hidden=True)
-        self._run.define_metric("*", step_metric="step")
-
-    def scalars(self, numbers, step):
-        self._run.log({"step": step, **numbers})
-
-    def video(self, name, gif, shape, step):
-        self._run.log({"step": step, name: self._video(io.BytesIO(gif), format="gif")})
-
-    def flush(self):
-        """Do nothing: wandb's own process writes immediately."""
-
-    def close(self):
-        self._run.finish()
 
 
 class _JsonLines:

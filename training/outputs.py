@@ -26,7 +26,7 @@ class Outputs:
     def __init__(self, config: Any, step: int, updates: int):
         self.config, self.warned = config, False
         self.logdir = pathlib.Path(config.logdir).expanduser()
-        self.logger = Logger(self.logdir, step, config.logger, config.to_dict())
+        self.logger = Logger(self.logdir, step, config.logger, config.to_dict(), config.explicit)
         self.progress = Progress(config.steps, step=step, updates=updates)
 
     def close(self) -> None:

@@ -58,8 +58,8 @@ class Agent(Protocol):
 
     def report(
         self, arrays: Mapping[str, np.ndarray], seen: int, carry: Any = None
-    ) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Show what the model expects: {key: (truth, model, error)}, each uint8 (B, T, H, W, C).
+    ) -> dict[str, tuple[np.ndarray, ...]]:
+        """Show what the model expects: {key: (truth, model, error)}, each uint8 (B, T, H, W, C), or one such film.
 
         Args:
           arrays: {key: (B, T, ...)} as the replay gives them, of which the first `seen` steps are seen and the rest

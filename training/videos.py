@@ -1,7 +1,24 @@
-"""Videos: convert observed images to frames, arrange predictions in a grid, write files."""
+"""Videos: frames of what was observed, what is drawn onto them, predictions in a grid, files.
+
+Sizes are in pixels, colors RGB. Nothing here draws random numbers.
+"""
+
+import io
+import math
 
 import imageio.v2 as imageio
 import numpy as np
+from PIL import Image
+
+from tools import IMAGINED, SEEN
+
+LEAST = 240  # the shorter side of a film; smaller pictures are enlarged by a whole number
+MOST = 240  # height of a film on a board, which shows it small; larger pictures are shrunk to it
+SHOWN = 250  # frames of it; of longer films every n-th is shown
+BORDER = 6  # width of the border of a predicted picture
+NAMES = "truth", "model", "error"  # of the rows of a prediction
+MARGIN, STRIP = 44, 18  # of the names of the rows, and of the line above them
+INK, PAPER = (255, 255, 255), 24
 
 
 def visible(video, stack):
@@ -10,14 +27,103 @@ def visible(video, stack):
     return last.repeat(3, -1) if last.shape[-1] == 1 else last[..., :3]
 
 
-def grid(panels):
-    """Arrange panels (truth, model, error), each (B, T, H, W, C), in rows and sequences in columns.
+def as_rgb(image):
+    """uint8 (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) -> (H, W, 3)"""
+    image = image.reshape(*image.shape[:2], -1)
+    return np.ascontiguousarray(image.repeat(3, -1) if image.shape[-1] == 1 else image[..., :3])
 
-    Returns: (T, 3 H, B W, C)
+
+def enlarge(image, least=LEAST):
+    """Enlarge a picture (H, W, C) by a whole number, so that its shorter side has `least` pixels or more."""
+    factor = max(1, math.ceil(least / min(image.shape[:2])))
+    return image.repeat(factor, 0).repeat(factor, 1)
+
+
+def bordered(image, color, width=BORDER):
+    """Put a border around a picture (H, W, 3)."""
+    framed = np.empty((image.shape[0] + 2 * width, image.shape[1] + 2 * width, 3), np.uint8)
+    framed[:] = color
+    framed[width:-width, width:-width] = image
+    return framed
+
+
+def write(image, text, place, size=11):
+    """Write a line of text onto a picture (H, W, 3) in place. place: (x, y) of its lower left; size: its height."""
+    import cv2  # which no environment needs
+
+    cv2.putText(image, text, place, cv2.FONT_HERSHEY_SIMPLEX, size / 28, INK, 1, cv2.LINE_AA)
+
+
+def caption(frame, step, score):
+    """Return a frame (H, W, 3) with step and score in its upper left corner, on a dark ground."""
+    frame = frame.copy()
+    text = f"step {step}  score {score:.1f}"
+    size = min(max(12.0, frame.shape[0] / 24), frame.shape[1] / 14)
+    height, width = int(1.6 * size), int(0.62 * size * len(text))
+    frame[:height, :width] //= 4
+    write(frame, text, (int(size / 3), int(1.25 * size)), size)
+    return frame
+
+
+def captioned(frames, scores):
+    """Draw step and score onto frames [(H, W, 3)] that follow each other, enlarged if they are small.
+
+    scores: [the sum of rewards up to there].
     """
-    video = np.concatenate(panels, 2)  # (B, T, 3 H, W, C)
-    batch, time, height, width, channels = video.shape
-    return video.transpose(1, 2, 0, 3, 4).reshape(time, height, batch * width, channels)
+    return [
+        caption(enlarge(frame), step, score) for step, (frame, score) in enumerate(zip(frames, scores, strict=True))
+    ]
+
+
+def board_film(frames, scores):
+    """Do what `captioned` does for a board: (T, H, W, 3) of bounded length and height."""
+    import cv2
+
+    every = math.ceil(len(frames) / SHOWN)
+    last = len(frames) - 1
+    drawn = []
+    for step in sorted({*range(0, len(frames), every), last}):
+        frame = enlarge(frames[step])
+        height, width = frame.shape[:2]
+        if height > MOST:
+            frame = cv2.resize(frame, (max(1, round(width * MOST / height)), MOST), interpolation=cv2.INTER_AREA)
+        drawn.append(caption(frame, step, scores[step]))
+    return np.stack(drawn)
+
+
+def open_loop(panels, seen, stack=1):
+    """Arrange a prediction in rows and its sequences in columns: blue borders where the model sees, orange where not.
+
+    Args:
+      panels: (truth, model, error), each uint8 (B, T, H, W, C), C of `stack` images; or one drawing (B, T, H, W, 3).
+      seen: steps that the model was shown; it imagines the rest.
+    Yields: T frames (height, width, 3).
+    """
+    named = len(panels) > 1
+    for time in range(panels[0].shape[1]):
+        color = SEEN if time < seen else IMAGINED
+        images = [visible(panel[:, time], stack) if named else panel[:, time] for panel in panels]
+        rows = [[bordered(enlarge(image, LEAST / len(panels)), color, BORDER // 2) for image in row] for row in images]
+        picture = np.concatenate([np.concatenate(row, 1) for row in rows])
+        page = np.full((picture.shape[0] + STRIP, picture.shape[1] + MARGIN * named, 3), PAPER, np.uint8)
+        page[STRIP:, MARGIN * named :] = picture
+        write(page, f"step {time}: the model {'sees' if time < seen else 'imagines'}", (4, STRIP - 5))
+        for row, name in enumerate(NAMES if named else ()):
+            write(page, name, (4, STRIP + (2 * row + 1) * picture.shape[0] // 6 + 4))
+        yield page
+
+
+def gif(frames, fps):
+    """Return frames, uint8 (T, H, W) or (T, H, W, 3), as the bytes of a GIF with one palette, which is quickly made."""
+    images = [Image.fromarray(frame) for frame in frames]
+    if frames.ndim == 4:
+        every = math.ceil(math.sqrt(frames[..., 0].size / 1e6))
+        some = frames[:, ::every, ::every].reshape(len(frames), -1, 3)  # a million pixels do for a palette
+        palette = Image.fromarray(some).quantize(256, method=Image.Quantize.MEDIANCUT)
+        images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
+    file = io.BytesIO()
+    images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=1000 / fps, loop=0)
+    return file.getvalue()
 
 
 def write_mp4(path, frames, fps):

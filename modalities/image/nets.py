@@ -34,11 +34,11 @@ def make_decoder(observed, deter, stoch, config):
     return kind(shapes, deter, stoch, config.decoder, style)
 
 
-def draw(truth, model):
+def draw(truth, model, seen):
     """Show a prediction: true and predicted images, and their difference around gray.
 
     Args:
-      truth: (B, T, H, W, C) uint8; model: (B, T, H, W, C) float, 0 to 1.
+      truth: (B, T, H, W, C) uint8; model: (B, T, H, W, C) float, 0 to 1; seen: steps that the model was shown.
     Returns: (truth, model, error), each uint8 (B, T, H, W, C).
     """
     truth = truth / np.float32(255)

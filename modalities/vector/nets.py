@@ -4,6 +4,7 @@ import torch
 import torch.nn as nn
 
 import ops.distributions as dists
+from modalities.vector import curves
 from ops.layers import MLP, Linear, Style
 from ops.math import symlog
 
@@ -18,7 +19,9 @@ def make_decoder(observed, deter, stoch, config):
     return VectorDecoder(observed, deter + stoch, config.decoder, Style(config.norm, config.act, config.init))
 
 
-draw = None  # numbers are not filmed
+def draw(truth, model, seen):
+    """Show a prediction as curves: see `curves.draw`, the one panel."""
+    return (curves.draw(truth, model, seen),)
 
 
 def width(seen):
