@@ -72,7 +72,11 @@ def parse(argv):
     add("--fps", type=positive(float), default=30, help="agent steps per second of video (30)")
     add("--size", type=positive(int), nargs=2, metavar=("H", "W"), help="of the video (the environment's own)")
     add("--mode", choices=["sample", "mode"], help="samples of the policy or its mode (the run's eval_mode)")
-    add("--openloop", action="store_true", help="also film truth | model | error, in turns seen and imagined")
+    add(
+        "--openloop",
+        action="store_true",
+        help="also film truth | model | error, or curves of vectors, in turns seen and imagined",
+    )
     add("--caption", action="store_true", help="write step and score onto the video")
     add("--task", help="suite and task (the run's)")
     add("--seed", help="of environments and agent (the run's)")
@@ -306,7 +310,7 @@ def open_video(path, fps):
 
 
 class OpenLoop:
-    """Films truth | model | error of an episode, in chunks of `length` steps.
+    """Films truth | model | error of an episode, or curves of vectors, in chunks of `length` steps.
 
     In the first half of a chunk the model reconstructs what it sees (blue borders), in the second it knows the
     actions alone (orange borders). Each chunk begins with what the agent remembers there.

@@ -119,7 +119,7 @@ def gif(frames, fps):
     if frames.ndim == 4:
         every = math.ceil(math.sqrt(frames[..., 0].size / 1e6))
         some = frames[:, ::every, ::every].reshape(len(frames), -1, 3)  # a million pixels do for a palette
-        palette = Image.fromarray(some).quantize(256, method=Image.Quantize.MEDIANCUT)
+        palette = Image.fromarray(some).quantize(256, method=Image.Quantize.MAXCOVERAGE)
         images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
     file = io.BytesIO()
     images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=1000 / fps, loop=0)
