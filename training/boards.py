@@ -103,7 +103,7 @@ def beginning(path):
 
 def history(path, step):
     """Return the rows of metrics.jsonl up to a step, without those that a resumed run did again."""
-    kept = []
+    kept: list[dict[str, Any]] = []
     for line in path.read_bytes().splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):  # a kill can truncate a line
             row = json.loads(line)
