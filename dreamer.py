@@ -15,6 +15,11 @@ import signal
 import sys
 from types import SimpleNamespace
 
+from training import installed
+
+if __name__ == "__main__":
+    installed.demand("dreamer.py")  # before the first package is imported
+
 from tools import NonFiniteLoss, UserError, derive_seed
 from training.config import CONFIGS, load_config
 from training.signals import Interrupted, given_up_if_stopped, signals_noted

@@ -14,6 +14,11 @@ import signal
 import sys
 import tempfile
 
+from training import installed
+
+if __name__ == "__main__":
+    installed.demand("inference_video.py")  # before the first package is imported
+
 import cv2
 import imageio.v2 as imageio
 import numpy as np
