@@ -11,6 +11,7 @@ import errno
 import functools
 import gc
 import pathlib
+import shlex
 import signal
 import sys
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ if __name__ == "__main__":
     installed.demand("dreamer.py")  # before the first package is imported
 
 from tools import NonFiniteLoss, UserError, derive_seed
-from training.config import CONFIGS, load_config
+from training.config import CONFIGS, beside, load_config
 from training.signals import Interrupted, given_up_if_stopped, signals_noted
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # a disk that takes no more
@@ -56,6 +57,11 @@ def main(argv=None):
     """Run the command line; return the exit status."""
     try:
         config = with_absolute_paths(load_config(sys.argv[1:] if argv is None else argv, CONFIGS))
+        if not config.eval_envs:  # no evaluation, then
+            config = config.replace(eval_episode_num=0)
+        from envs.tasks import split_task
+
+        split_task(config.task)  # PyTorch takes seconds to import, for which a misspelt task need not wait, either
         with contextlib.ExitStack() as stack:  # what is opened is closed at the end, whatever happens
             return (eval_only if config.script == "eval_only" else train)(config, stack)
     except UserError as error:
@@ -164,7 +170,7 @@ def finish(run, evaluate):
     if not run.stopped:
         evaluate(film=True)
         folder = run.logdir.resolve().parent  # from where TensorBoard calls the run by its name
-        run.out.say("info", f"curves: {sys.executable} -m tensorboard.main --logdir {folder}")
+        run.out.say("info", f"curves: {sys.executable} -m tensorboard.main --logdir {shlex.quote(str(folder))}")
 
 
 def open_envs(config, stack, behind):
@@ -218,7 +224,7 @@ def close_envs(config, envs):
 
 
 def eval_only(config, stack):
-    """Evaluate the agent of --from_checkpoint, or else of the logdir, in evaluation environments."""
+    """Evaluate the agent of --from_checkpoint, or else of the logdir, as the config.yaml beside it describes it."""
     from agents import make_agent
     from envs import make_envs
     from modalities import obs_spec
@@ -227,12 +233,13 @@ def eval_only(config, stack):
     from training.checkpoint import checkpoint_file, load_agent_state, load_checkpoint
     from training.outputs import Outputs
 
-    machine.prepare(config)
     path = checkpoint_file(config.from_checkpoint or config.logdir)
     if not config.from_checkpoint and not path.is_file():
         raise UserError("--script eval_only needs a --logdir with latest.pt, or --from_checkpoint")
-    if not config.eval_episode_num:
-        raise UserError("--script eval_only needs an --eval_episode_num of at least 1")
+    config = beside(config, path.parent / "config.yaml")
+    if not min(config.eval_episode_num, config.eval_envs):
+        raise UserError("--script eval_only needs an --eval_episode_num and --eval_envs of at least 1")
+    machine.prepare(config)
     saved = load_checkpoint(path)
     envs = make_envs(config, "eval", min(config.eval_envs, config.eval_episode_num))
     stack.callback(close_envs, config, envs)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import fcntl
 import math
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import IO, Any, NoReturn
 
 # Colors (RGB) of predictions: a blue where a model sees, an orange where it imagines; the color-blind tell them apart.
@@ -29,6 +30,21 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
+
+
+def plain(name: str) -> str:
+    """Return the letters and digits of a name in lower case: what is left where spellings differ."""
+    return "".join(filter(str.isalnum, name.lower()))
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the known name that is spelled most like `name`, case and punctuation aside, or None.
+
+    cutoff: how alike they must be, from 0 to 1.
+    """
+    names = {plain(each): each for each in known}
+    near = difflib.get_close_matches(plain(name), names, 1, cutoff)
+    return names[near[0]] if near else None
 
 
 def derive_seed(seed: int, *path: int) -> int:

@@ -67,7 +67,7 @@ TASKS = (  # (presets, an example)
     ("dmlab", "dmlab_rooms_collect_good_objects_train"),
     ("minecraft", "minecraft_diamond"),
 )
-PACKAGES = {"gym_LunarLander-v3": "-r requirements/box2d.txt", "gym_HalfCheetah-v5": "mujoco==3.17.0"}
+PACKAGES = {"gym_LunarLander-v3": "-r requirements/box2d.txt", "gym_HalfCheetah-v5": "-r requirements/dmc.txt"}
 GAMES = "pong", "breakout", "boxing", "freeway", "seaquest", "ms_pacman"
 CONTROL = "cartpole_balance", "cartpole_swingup", "walker_walk", "cheetah_run", "ball_in_cup_catch"
 RANDOM = (  # (presets, a task, factor on the number of episodes: success rates need more than returns)

@@ -13,29 +13,11 @@ from typing import Any
 from envs import wrappers
 from envs.checks import Checked
 from envs.env import Env, Place
-from envs.errors import one_line, unknown
+from envs.errors import one_line
 from envs.parallel import Envs, Local, Worker
 from envs.spaces import describe
+from envs.tasks import SUITES, split_task
 from tools import UserError, derive_seed
-
-# suite -> (module, the function in it that makes a task, what pip installs for it).
-# Nothing is imported before its suite is asked for.
-SUITES = {
-    "atari": ("envs.atari", "make", "ale-py==0.12.1"),
-    "atari100k": ("envs.atari", "make", "ale-py==0.12.1"),
-    "bsuite": ("envs.bsuite", "make", "bsuite==0.3.6"),
-    "crafter": ("envs.crafter", "make", "crafter==1.8.3"),
-    "custom": ("envs.from_gym", "make_custom", "gymnasium"),
-    "dmc": ("envs.dmc", "make", "dm_control==1.0.50 mujoco==3.17.0"),
-    "dmlab": ("envs.dmlab", "make", "the wheel that https://github.com/google-deepmind/lab builds"),
-    "dummy": ("envs.dummy", "make", "gymnasium"),
-    "gym": ("envs.from_gym", "make", "gymnasium"),
-    "memorymaze": ("envs.memorymaze", "make", "memory-maze==1.0.3 dm_control==1.0.50 mujoco==3.17.0"),
-    "minecraft": ("envs.minecraft", "make", "minerl==0.4.4, which needs a Java 8 JDK"),
-    "minigrid": ("envs.minigrid", "make", "minigrid==3.2.0"),
-    "popgym": ("envs.popgym", "make", "popgym==1.0.7"),
-    "procgen": ("envs.procgen", "make", "--no-deps -r requirements/procgen.txt"),
-}
 
 # suite -> where its limit of an episode stands in the configuration, in frames
 LIMITS = {"atari": ("atari", "limit"), "atari100k": ("atari", "limit"), "minecraft": ("minecraft", "length")}
@@ -60,9 +42,7 @@ def make_env(config: Any, mode: str, index: int, behind: int = 0, restart: int =
     Raises: UserError for an unknown suite or task, a missing package, an unsupported space, or when no
       observation is left.
     """
-    suite, _, task = config.task.partition("_")
-    if suite not in SUITES:
-        raise unknown_suite(config.task, suite)
+    suite, task = split_task(config.task)
     check_options(config, suite)
     module, make, packages = SUITES[suite]
     later = [behind, restart] if behind or restart else []
@@ -80,15 +60,6 @@ def make_env(config: Any, mode: str, index: int, behind: int = 0, restart: int =
     if config.time_limit > 0:
         env = wrappers.TimeLimit(env, max(1, config.time_limit // config.action_repeat))
     return env
-
-
-def unknown_suite(task: str, suite: str) -> UserError:
-    """Return the error to raise for a task without a suite: an id or a class alone is told which to take."""
-    if re.fullmatch(r"([\w.]+:)?([\w-]+/)?[\w-]+-v\d+", task):
-        return UserError(f"unknown suite '{suite}': did you mean 'gym_{task}'?")
-    if ":" in task:
-        return UserError(f"unknown suite '{suite}': did you mean 'custom_{task}'?")
-    return UserError(f"{unknown('suite', suite, SUITES)} (a task is suite_name, with suite one of {', '.join(SUITES)})")
 
 
 def check_options(config: Any, suite: str) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
-from tools import UserError
+from tools import UserError, nearest
 
 
 def one_line(error: BaseException) -> str:
@@ -13,7 +12,7 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def unknown(what: str, name: str, valid: Iterable[str]) -> UserError:
-    """Return the error to raise for a `name` that is not among the `valid` ones: it offers the nearest."""
-    near = difflib.get_close_matches(name, list(valid), 1, cutoff=0.0)
-    return UserError(f"unknown {what} '{name}'" + (f": did you mean '{near[0]}'?" if near else ": there is none"))
+def unknown(what: str, name: str, valid: Iterable[str], meant: str = "") -> UserError:
+    """Return the error to raise for a `name` that is not among the `valid` ones: it offers `meant`, or the nearest."""
+    near = meant or nearest(name, valid, cutoff=0.0)
+    return UserError(f"unknown {what} '{name}'" + (f": did you mean '{near}'?" if near else ": there is none"))

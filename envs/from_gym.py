@@ -18,6 +18,7 @@ from envs.checks import PLAIN, article, flag_of, info_of, refusal, reward_of
 from envs.env import Env, Place
 from envs.errors import one_line, unknown
 from envs.opengl import choose_renderer, close_before_exit
+from envs.tasks import suggestions
 from envs.trees import flatten, flatten_space, modern, nest
 from envs.wrappers import ActionRepeat, flags, is_kept
 from modalities import kind_of
@@ -30,9 +31,9 @@ os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
 
 # Start of an id -> (module that registers it when imported, what pip installs for it).
 REGISTERED_BY = {
-    "ALE/": ("ale_py", "ale-py==0.12.1"),
-    "MiniGrid-": ("minigrid", "minigrid==3.2.0"),
-    "BabyAI-": ("minigrid", "minigrid==3.2.0"),
+    "ALE/": ("ale_py", "-r requirements/atari.txt"),
+    "MiniGrid-": ("minigrid", "-r requirements/minigrid.txt"),
+    "BabyAI-": ("minigrid", "-r requirements/minigrid.txt"),
 }
 
 TAKEN = {*flags(), "deter", "stoch", "file"}  # keys beside those of the environment
@@ -96,7 +97,8 @@ def unknown_id(name: str) -> UserError:
     if game and re.search("NoFrameskip|Deterministic|ALE/", name):
         words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", game[1]).lower()
         return UserError(f"unknown gym task '{name}': did you mean 'atari_{words}', or 'gym_ALE/{game[1]}-v5'?")
-    return unknown("gym task", name, gymnasium.registry)
+    meant = next((other for other in suggestions(name) if other != f"gym_{name}"), "")
+    return unknown("gym task", name, gymnasium.registry, meant.removeprefix("gym_"))
 
 
 def refuse_symbols(task: str, env: Env, config: Any) -> None:

@@ -656,9 +656,14 @@ def test_every_preset_of_configs_yaml_is_right():
     assert yaml12().load(CONFIGS.read_text()).keys() - presets.keys() == {"defaults"}  # as YAML 1.2 parsers read it
 
 
-def test_every_key_and_preset_of_configs_yaml_has_help_on_one_line():
-    for line in help_text(CONFIGS).split("\n")[3:]:
-        assert not line.strip() or line.startswith("Keys") or re.match(r"  \S.*\S  +\S|  --\w+   +\S", line), line
+def test_every_key_and_preset_of_configs_yaml_has_help_and_a_screen_is_wide_enough_for_it():
+    lines = help_text(CONFIGS).split("\n")
+    assert all(len(line) <= 100 for line in lines)
+    rows = lines[lines.index("Presets, merged over the defaults in the order given:") + 1 :]
+    for line in rows:
+        assert not line.strip() or line.startswith("Keys") or re.match(r"  \S.*\S  +\S|  --\w+   +\S| \w| {9}", line), (
+            line
+        )
     assert all(len(line) <= 120 for line in CONFIGS.read_text().split("\n"))
 
 
@@ -769,7 +774,7 @@ def test_help_lists_presets_and_keys_aligned(path):
         assert line.endswith("  " + text)
         columns.add(len(line) - len(text))
     assert len(columns) == 1
-    assert sum(line.startswith("  --") for line in lines) == 25 + 4  # keys and sections
+    assert sum(line.startswith("  --") for line in lines) == 25 + 4 + 5  # keys and sections, and what stands above
 
 
 @pytest.mark.parametrize("words", ["--help", "-h", "--configs debug --help", "--nonsense -h"])

@@ -281,8 +281,8 @@ def test_unknown_names():
 @pytest.mark.parametrize(
     "module, task, hint",
     [
-        ("dm_control", "dmc_walker_walk", "pip install dm_control==1.0.50 mujoco==3.17.0"),
-        ("ale_py", "gym_ALE/Pong-v5", "pip install ale-py"),
+        ("dm_control", "dmc_walker_walk", "pip install -r requirements/dmc.txt"),
+        ("ale_py", "gym_ALE/Pong-v5", "pip install -r requirements/atari.txt"),
         ("Box2D", "gym_LunarLander-v3", "gymnasium[box2d]"),
     ],
 )

@@ -99,19 +99,14 @@ def test_packages_of_suites_are_imported_only_when_asked_for():
         assert not set(imports(ast.Module(top, []))) & packages, file
 
 
-def test_versions_that_messages_name_are_those_of_the_requirements():
-    pin = re.compile(r"([A-Za-z_][\w-]*)==([\w.]+)")
-    files = [ROOT / "requirements.txt", *(ROOT / "requirements").glob("*.txt")]
-    pinned = dict(found for file in files for found in pin.findall(file.read_text()))
-    named = [
-        found
-        for file in ("envs", "benchmarks")
-        for path in (ROOT / file).glob("*.py")
-        for found in pin.findall(path.read_text())
-    ]
-    assert len(named) > 10
-    assert {found for found in named if pinned.get(found[0], found[1]) != found[1]} == set()
-    assert {name for name, _ in named} - pinned.keys() == {"minerl"}  # which needs what no requirements can bring
+def test_packages_that_messages_name_are_those_of_the_requirements():
+    named, pinned = set(), set()
+    for file in ("envs", "training", "benchmarks"):
+        for path in (ROOT / file).glob("*.py"):
+            named |= set(re.findall(r"-r (requirements[\w./-]*\.txt)", path.read_text()))
+            pinned |= set(re.findall(r"([A-Za-z_][\w-]*)==[\w.]+", path.read_text()))
+    assert len(named) > 10 and all((ROOT / name).is_file() for name in named)
+    assert pinned == {"minerl"}  # which needs what no requirements can bring
 
 
 # ---------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from agents.dreamer import Dreamer
 from agents.random import Random
 from tests.factories import act, make_agent, make_batch, make_obs
 from tools import locked
-from training.config import load_config
+from training.config import load_config, load_presets
 from training.videos import MARGIN, STRIP
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -711,12 +711,24 @@ def presets():
     return [line.split(":")[0] for line in config if line[:1].isalpha() and not line.startswith(("defaults", "debug"))]
 
 
-def test_debug_makes_every_preset_tiny():
+def test_debug_makes_every_preset_tiny_wherever_it_stands_and_keeps_its_task():
     assert len(presets()) > 8
-    tiny = load_config(["--configs", "debug"], dreamer.CONFIGS)
+    tiny, own = load_config(["--configs", "debug"], dreamer.CONFIGS), load_presets(dreamer.CONFIGS)
     for preset in presets():
         config = load_config(["--configs", preset, "debug"], dreamer.CONFIGS)
-        for name in ("device", "task", "steps", "rssm.deter", "rssm.hidden", "actor.units", "encoder.depth"):
+        assert config == load_config(["--configs", "debug", preset], dreamer.CONFIGS)
+        assert config.task == own[preset].get("task", tiny.task)
+        for name in (
+            "device",
+            "steps",
+            "time_limit",
+            "envs",
+            "logdir",
+            "rssm.deter",
+            "rssm.hidden",
+            "actor.units",
+            "encoder.depth",
+        ):
             assert config[name] == tiny[name], (preset, name)
 
 
@@ -972,7 +984,7 @@ def test_a_missing_package_is_named_with_its_cure(tmp_path, monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, "dm_control", None)
     assert dreamer.main(command(tmp_path / "run", "--task dmc_walker_walk --encoder.cnn_keys $^")) == 2
     error = capfd.readouterr().err
-    assert "pip install dm_control" in error and error.count("\n") == 1
+    assert "pip install -r requirements/dmc.txt" in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 

@@ -17,15 +17,21 @@ from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import YAMLError
 
 from tools import UserError, atomic_write
-from training.settings import Leaves, Setting, Settings, checked, declare, find, flatten, merged, unknown, yaml12
+from training.helptext import describe
+from training.hints import of_stray, unknown
+from training.settings import Leaves, Setting, Settings, checked, declare, find, flatten, merged, related, yaml12
 
 Path = str | pathlib.Path
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs.yaml"
-USAGE = "usage: python3 dreamer.py [--configs PRESET ...] [--config FILE ...] [--KEY VALUE ...]"
-OWN_FLAGS = ("configs", "config")
+OWN_FLAGS = ("configs", "config", "presets")
 FLAG = re.compile(r"--[A-Za-z_]")  # so that values such as -1 and $^ are not taken for flags
 NAME = re.compile(r"[\w.]+")  # all else in a preset is a pattern
 SECTION = re.compile(r"([\w.-]+):(?=\s|$)(?:.*[ \t]#+[ \t]*(.*))?")  # a first line: the name and the comment
+HEADING = re.compile(
+    r"^(?:[ \t]*|\S.*)\n  # (.*)\n  ([\w.]+):", re.MULTILINE
+)  # a comment behind an empty line, and a key
+WORDS = ("include", "last")  # what a preset may say beside keys
+HERE = ("logdir", "script", "device", "threads", "from_checkpoint", "offline_traindir", "log_level", "logger")
 RETIRED = {  # keys of older versions: their defaults
     "imag_weight": "predicted",
     "actor.baseline": True,
@@ -104,21 +110,19 @@ def load_config(argv: Sequence[str], path: Path) -> Config:
 
     argv: the words of the command line after the program's name; --help prints and raises SystemExit(0).
     """
-    if {"-h", "--help"} & set(argv):
-        print(help_text(path))
-        raise SystemExit(0)
     schema = _load(path)
-    names, files, flags = _parse(argv, schema.keys)
-    values: Leaves = []
-    for name in names:
+    if asked := {"-h", "--help"} & set(argv):
+        at = [word in asked for word in argv].index(True)
+        words = [word for word in argv[at + 1 :] if not word.startswith("-")]
+        print(describe(schema, words))
+        raise SystemExit(0)
+    own, flags = _parse(argv, schema)
+    schema = _with_presets(schema, own["presets"])
+    for name in own["configs"]:
         if name not in schema.presets:
-            raise unknown("preset", name, schema.presets, "--configs ")
-        values += _preset(schema, name)
-    given: Leaves = []
-    for file in files:
-        where = f"{file}: "
-        leaves = flatten(_parsed(file, _read(file), yaml12()), where)
-        given += checked(schema.keys, _modern(schema.keys, leaves, where), where)
+            raise unknown("preset", name, schema.presets, "--configs ", _whose(name, own["config"]))
+    values = _stacked(schema, own["configs"])
+    given = [leaf for file in own["config"] for leaf in _file(schema.keys, file)]
     return Config(merged(merged(schema.keys, values), given + flags, given=True))
 
 
@@ -128,23 +132,27 @@ def load_presets(path: Path) -> dict[str, dict[str, Any]]:
     return {name: dict(_preset(schema, name)) for name in schema.presets}
 
 
-def help_text(path: Path) -> str:
-    """Return what --help prints: usage, presets with their comments, sections, and keys with default and help."""
-    schema = _load(path)
-    rows = [(name, preset.help) for name, preset in schema.presets.items()]
-    for name, help in schema.helps.items():
-        if f"{name}." in schema.keys:
-            rows.append((f"--{name}.NAME ...", help))
-        elif name not in schema.keys:
-            rows.append((f"--{name} ...", help))
-        else:
-            default = schema.keys[name].default
-            shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-            rows.append((f"--{name} {shown}", schema.keys[name].describe()))
-    wide = max(len(name) for name, _ in rows)
-    lines = [f"  {name:{wide}}  {help}".rstrip() for name, help in rows]
-    lines[len(schema.presets) : len(schema.presets)] = ["", "Keys, with their defaults:"]
-    return "\n".join([USAGE, "", "Presets, merged over the defaults in the order given:", *lines])
+def help_text(path: Path, words: Sequence[str] = ()) -> str:
+    """Return what --help prints: of everything, or of the keys, sections and presets that `words` name."""
+    return describe(_load(path), words)
+
+
+def beside(config: Config, file: Path) -> Config:
+    """Return a Config that is that of a checkpoint, as the config.yaml beside it says, under what the user gave.
+
+    Keys of the machine and of what is to be done (HERE) stay as they are. Without a file all do. Raises UserError where
+    the file is wrong, or names a module to be imported, which the user has to name: the folder may be anybody's.
+    """
+    if not pathlib.Path(file).is_file():
+        return config
+    leaves = _file(config._settings, file)
+    task = dict(leaves).get("task", "")
+    if ":" in task and "task" not in config.explicit:
+        raise UserError(f"{file} names code to be imported, {task}: give --task {task} to have that")
+    own = {*HERE, *config.explicit}
+    return Config(
+        merged(config._settings, [leaf for leaf in leaves if leaf[0] not in own and not related(leaf[0], own)])
+    )
 
 
 # ---------------------------------------------------------------------------
@@ -154,17 +162,21 @@ def help_text(path: Path) -> str:
 class Section(NamedTuple):
     """A top-level section of a YAML file, not parsed yet: the lines before it, its text, the comment at its name."""
 
+    path: Path
     line: int
     text: str
     help: str
 
 
 class Schema(NamedTuple):
-    """The content of a file such as configs.yaml. `helps` are of keys and sections, in the file's order."""
+    """The content of a file such as configs.yaml.
 
-    path: Path
+    `helps` are of keys and sections, in the file's order; `headings` stand in it above the first key of some.
+    """
+
     keys: Settings
     helps: dict[str, str]
+    headings: dict[str, str]
     presets: dict[str, Section]
 
 
@@ -181,6 +193,17 @@ _WholeNumbers.add_constructor("tag:yaml.org,2002:float", _WholeNumbers.construct
 
 def _load(path: Path) -> Schema:
     """Read the defaults of a file and tell its presets apart."""
+    sections = _sections(path)
+    if "defaults" not in sections:
+        raise UserError(f"{path}: expected a mapping called defaults")
+    defaults = sections.pop("defaults")
+    keys, helps = _declared(defaults)
+    headings = {match[2]: match[1] for match in HEADING.finditer(defaults.text)}
+    return Schema(keys, helps, headings, sections)
+
+
+def _sections(path: Path) -> dict[str, Section]:
+    """Return the top-level sections of a file."""
     head, *texts = re.split(r"^(?=[^\s#])", _read(path), flags=re.MULTILINE)
     line = head.count("\n")
     sections: dict[str, Section] = {}
@@ -189,41 +212,71 @@ def _load(path: Path) -> Schema:
         if not match or match[1] in sections:
             problem = f'found duplicate key "{match[1]}"' if match else "expected a name and a colon"
             raise UserError(f"{path}: line {line + 1}: {problem}")
-        sections[match[1]] = Section(line, text, match[2] or "")
+        sections[match[1]] = Section(path, line, text, match[2] or "")
         line += text.count("\n")
-    if "defaults" not in sections:
-        raise UserError(f"{path}: expected a mapping called defaults")
-    keys, helps = _declared(path, sections.pop("defaults"))
-    return Schema(path, keys, helps, sections)
+    return sections
+
+
+def _with_presets(schema: Schema, files: Sequence[str]) -> Schema:
+    """Return a schema with the presets of the user's own files, too."""
+    presets = dict(schema.presets)
+    for file in files:
+        sections = _sections(file)
+        for name in sections:
+            if name in presets or name == "defaults":
+                raise UserError(f"{file}: {name}: this name is taken, give the preset another")
+        if not sections:
+            raise UserError(f"{file}: expected presets, each a name, a colon and keys")
+        presets |= sections
+    return schema._replace(presets=presets)
 
 
 @functools.lru_cache(maxsize=4)
-def _declared(path: Path, section: Section) -> tuple[Settings, dict[str, str]]:
+def _declared(section: Section) -> tuple[Settings, dict[str, str]]:
     """Return the keys that the defaults declare, and the help of keys and sections. They are shared, as in `_tree`."""
-    return declare(_tree(path, section, _WholeNumbers), f"{path}: defaults: ")
+    return declare(_tree(section, _WholeNumbers), f"{section.path}: defaults: ")
 
 
 @functools.lru_cache(maxsize=256)
-def _tree(path: Path, section: Section, constructor: type = SafeConstructor) -> Any:
+def _tree(section: Section, constructor: type = SafeConstructor) -> Any:
     """Parse the value of a top-level section. It is shared: not to be changed."""
     yaml = yaml12()
     yaml.Constructor = constructor
-    return next(iter(_parsed(path, "\n" * section.line + section.text, yaml).values()))
+    return next(iter(_parsed(section.path, "\n" * section.line + section.text, yaml).values()))
+
+
+def _stacked(schema: Schema, names: Sequence[str]) -> Leaves:
+    """Return what presets set, one over the other.
+
+    One that says `last: true` lies over the others, wherever it stands, but leaves the task to them if they name one.
+    """
+    values: Leaves = []
+    for last in (False, True):
+        for name in names:
+            tree = _tree(schema.presets[name])
+            if (isinstance(tree, dict) and tree.get("last") is True) == last:
+                kept = last and "task" in dict(values)
+                values += [leaf for leaf in _preset(schema, name) if not (kept and leaf[0] == "task")]
+    return values
 
 
 def _preset(schema: Schema, name: str, above: tuple[str, ...] = ()) -> Leaves:
     """Return what a preset sets, after what it includes. `above`: the presets that include it."""
-    where = f"{schema.path}: {name}: "
+    section = schema.presets[name]
+    where = f"{section.path}: {name}: "
     if name in above:
         raise UserError(f"{where}include: goes round in a circle ({' > '.join([*above, name])})")
-    tree = _tree(schema.path, schema.presets[name])
-    included = tree.get("include", []) if isinstance(tree, dict) else []
+    tree = _tree(section)
+    words = {word: tree[word] for word in WORDS if isinstance(tree, dict) and word in tree}
+    if not isinstance(words.get("last", True), bool):
+        raise UserError(f"{where}last: expected true or false, got {words['last']!r}")
+    included = words.get("include", [])
     values: Leaves = []
     for other in included if isinstance(included, list) else [included]:
         if not isinstance(other, str) or other not in schema.presets:
             raise unknown("preset", str(other), schema.presets, f"{where}include: ")
         values += _preset(schema, other, (*above, name))
-    leaves = [leaf for leaf in flatten(tree, where) if leaf[0] != "include"]
+    leaves = [leaf for leaf in flatten(tree, where) if leaf[0].partition(".")[0] not in words]
     return values + checked(schema.keys, _expanded(schema.keys, leaves, where), where)
 
 
@@ -274,30 +327,50 @@ def _errors_of(path: Path) -> Iterator[None]:
 # The command line, and what older versions wrote
 
 
-def _parse(argv: Sequence[str], keys: Settings) -> tuple[list[str], list[str], Leaves]:
-    """Read a command line: names of presets, of --config files, and the values of other flags."""
-    words, flags = list(argv), []
+def _parse(argv: Sequence[str], schema: Schema) -> tuple[dict[str, list[str]], Leaves]:
+    """Read a command line: the words of each flag in OWN_FLAGS, and the values of the other flags."""
+    words, flags, before = list(argv), [], ""
     own: dict[str, list[str]] = {name: [] for name in OWN_FLAGS}
     while words:
         word = words.pop(0)
         if not FLAG.match(word):
-            raise UserError(f"{word}: stray argument, options are given as --key value")
+            raise UserError(of_stray(word, before, schema.keys, schema.presets))
         name, equals, text = word[2:].partition("=")
         retired = Setting(RETIRED[name]) if name in RETIRED else None
-        setting = Setting(()) if name in own else find(keys, name) or retired
+        setting = Setting(()) if name in own else find(schema.keys, name) or retired
         if not setting:
-            raise unknown("key", name, [*keys, *own], "--")
+            raise unknown("key", name, [*schema.keys, *own], "--")
         texts = [text] if equals else []
         several = setting.open or isinstance(setting.default, tuple)
         while words and not equals and not FLAG.match(words[0]) and (several or not texts):
             texts.append(words.pop(0))
+        if not texts and isinstance(setting.default, bool) and setting is not retired:
+            texts = ["true"]  # --parallel
         if not texts or (name in own and "" in texts):
             raise UserError(f"--{name}: missing value")
+        before = " ".join([f"--{name}", *texts])
         if name in own:
-            own[name] += texts if name == "config" else setting.parse(texts)  # a file's name may have commas
+            own[name] += setting.parse(texts) if name == "configs" else texts  # a file's name may have commas
         else:
-            flags += checked(keys, _modern(keys, [(name, setting.parse(texts))], "--"), "--")
-    return own["configs"], own["config"], flags
+            flags += checked(schema.keys, _modern(schema.keys, [(name, setting.parse(texts))], "--"), "--")
+    return own, flags
+
+
+def _file(keys: Settings, file: Path) -> Leaves:
+    """Return what a file of keys sets."""
+    where = f"{file}: "
+    leaves = flatten(_parsed(file, _read(file), yaml12()), where)
+    advice = "; if another version wrote it, delete it there"
+    return checked(keys, _modern(keys, leaves, where), where, advice)
+
+
+def _whose(name: str, files: Sequence[str]) -> str:
+    """Return what is to be said of an unknown preset: whether a --config file has a section of its name."""
+    for file in files:
+        tree = _parsed(file, _read(file), yaml12())
+        if isinstance(tree, dict) and name in tree:
+            return f"; it stands in {file}: give that with --presets"
+    return ""
 
 
 def _modern(keys: Settings, leaves: Leaves, where: str) -> Leaves:

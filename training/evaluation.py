@@ -145,7 +145,8 @@ def evaluate(
         if show_open_loop(agent, config, out, step, arrays) or evaluation.frames:
             out.logger.scalars({"video_seconds": time.monotonic() - start}, step)
     out.logger.flush()
-    out.say("info", f"step {step:,}: eval_return {np.mean(scores):.1f} over {len(scores)} episodes")
+    spread = f"std {np.std(scores):.1f}, min {min(scores):.1f}, max {max(scores):.1f}"
+    out.say("info", f"step {step:,}: eval_return {np.mean(scores):.1f} over {len(scores)} episodes ({spread})")
 
 
 class Beginnings:

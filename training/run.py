@@ -193,6 +193,9 @@ class Run:
         Nothing is written. Raises UserError if the checkpoint does not fit, or if there is nothing to learn from.
         """
         config, warn = self.config, functools.partial(warn_at, self.config.log_level)
+        if saved and config.from_checkpoint and not checkpoint_file(config.from_checkpoint).is_file():
+            way = f"leave it out to go on from {self.logdir / 'latest.pt'}"
+            raise UserError(f"--from_checkpoint {config.from_checkpoint}: no such file; {way}")
         if saved:
             check_same(saved, config)
             load_agent_state(self.agent, saved, config)

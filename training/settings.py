@@ -5,7 +5,6 @@ line that begins with `where`, the place that it is in, such as a file's name an
 """
 
 import contextlib
-import difflib
 import functools
 import math
 import re
@@ -16,11 +15,12 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from tools import UserError
+from training.hints import of_value, unknown
 
 yaml12 = functools.partial(YAML, typ="safe", pure=True)  # JSON is a part of it
 Leaves = list[tuple[str, Any]]  # (dotted name, value) of the leaves of a tree, or of several: the last wins
 TAKEN = ("explicit", "replace", "save", "to_dict")  # names that a Config needs for itself
-RESERVED = (*TAKEN, "configs", "config", "include")  # and those that flags and presets need
+RESERVED = (*TAKEN, "configs", "config", "presets", "include", "last")  # and those that flags and presets need
 TIME = re.compile(r"\d+(\.\d+)?[smh]")
 NULLS = ("null", "Null", "NULL", "~")
 EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list"}
@@ -68,6 +68,8 @@ class Setting(NamedTuple):
             return self._check_list(value)
         if {kind, type(value)} == {int, float} and (kind is float or value % 1 == 0):
             value = kind(value)
+        if kind is str and type(value) in (int, float) and str(value) in map(str, self.choices):
+            value = str(value)  # precision: 32, which YAML takes for a number
         if kind not in EXPECTED or type(value) is not kind:
             time = " or a time such as 10m" * self.time
             raise ValueError(f"expected {EXPECTED.get(kind, 'a single value or a list')}{time}, got {value!r}")
@@ -206,12 +208,12 @@ def flatten(tree: Any, where: str) -> Leaves:
         return list(walk(tree, ""))
 
 
-def checked(keys: Settings, leaves: Leaves, where: str) -> Leaves:
+def checked(keys: Settings, leaves: Leaves, where: str, advice: str = "") -> Leaves:
     """Return leaves with their values in the types of the defaults; raise UserError for the first that is wrong.
 
     Args:
       keys: {dotted name: Setting}; leaves: [(dotted name, value)] of one place, each named once; where: str that
-        begins the messages.
+        begins the messages; advice: str that ends the one on an unknown key.
     """
     done: dict[str, Any] = {}
     for name, value in leaves:
@@ -219,13 +221,16 @@ def checked(keys: Settings, leaves: Leaves, where: str) -> Leaves:
             continue  # an empty section
         setting = find(keys, name)
         if not setting:
-            raise unknown("key", name, keys, where)
-        if name in done or (setting.open and _related(name, done)):
+            raise unknown("key", name, keys, where, advice)
+        if name in done or (setting.open and related(name, done)):
             raise UserError(f"{where}{name}: given twice")
         if setting.open:
             _check_name(name, where, TAKEN)
         with _naming(f"{where}{name}: "):
-            done[name] = setting.check(value)
+            try:
+                done[name] = setting.check(value)
+            except ValueError as error:
+                raise ValueError(f"{error}{of_value(name, value)}") from None
     return list(done.items())
 
 
@@ -239,7 +244,7 @@ def find(keys: Settings, name: str) -> Setting | None:
         return None
     if name in keys:
         return keys[name]
-    declared = [key for key in _related(name, keys) if not keys[key].open]
+    declared = [key for key in related(name, keys) if not keys[key].open]
     inside = any(setting.open and key[-1:] in ("", ".") and name.startswith(key) for key, setting in keys.items())
     return Setting(open=True) if inside and not declared else None
 
@@ -254,13 +259,13 @@ def merged(settings: Settings, leaves: Leaves, given: bool = False) -> Settings:
     new = dict(settings)
     for name, value in leaves:
         setting = new.get(name) or Setting(open=True)
-        for other in _related(name, new) if setting.open else ():
+        for other in related(name, new) if setting.open else ():
             del new[other]
         new[name] = setting._replace(value=value, given=setting.given or given)
     return new
 
 
-def _related(name: str, names: Iterable[str]) -> list[str]:
+def related(name: str, names: Iterable[str]) -> list[str]:
     """Return the names that are above or below a name: sections of it, or keys in it if it were a section."""
     return [other for other in names if other.startswith(f"{name}.") or name.startswith(f"{other}.")]
 
@@ -270,18 +275,6 @@ def _check_name(name: str, where: str, taken: Sequence[str]) -> None:
     for word in name.split("."):
         if word in taken or word.startswith("_"):
             raise UserError(f"{where}{name}: the name {word} is taken")
-
-
-def unknown(what: str, name: str, known: Iterable[str], where: str) -> UserError:
-    """Make the UserError that names the nearest known name: a key in the section `name`, or one spelled alike.
-
-    Args:
-      what: str, "key" or "preset"; name: str; known: all such names, str; where: str that begins the message.
-    """
-    names = [f"{key}NAME" if key.endswith(".") else key for key in known]
-    near = [key for key in names if key.startswith(f"{name}.")] or difflib.get_close_matches(name, names, n=1)
-    hint = f", did you mean {'--' * (where == '--')}{near[0]}?" if near else " (--help lists all)"
-    return UserError(f"{where}{name}: unknown {what}{hint}")
 
 
 @contextlib.contextmanager
