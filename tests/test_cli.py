@@ -8,7 +8,10 @@ import sys
 
 import pytest
 
+import dreamer
+from tools import UserError
 from training import installed
+from training.config import CONFIGS, beside, help_text, load_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -63,6 +66,133 @@ def test_pip_is_told_in_one_line_that_nothing_is_to_be_installed(tmp_path, words
     assert done.returncode == 1 and "Traceback" not in done.stderr and not list(tmp_path.iterdir())
     (said,) = (line for line in done.stderr.splitlines() if "make .venv/core" in line)
     assert "run from its folder" in said and f"PYTHONPATH={ROOT}" in said
+
+
+# Presets of one's own
+
+
+@pytest.fixture
+def mine(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("""
+# what I try
+cave:  # my cave
+  include: size1m
+  task: custom_cave:Cave
+  size: [96, 96]
+wide: {.*\\.units: 99, steps: 7}
+first: {last: true, steps: 8, task: dummy_vector}
+""")
+    return file
+
+
+def load(*words):
+    return load_config(list(map(str, words)), CONFIGS)
+
+
+def refused(*words):
+    with pytest.raises(UserError) as caught:
+        load(*words)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_presets_of_ones_own_stack_with_the_others(mine):
+    config = load("--configs", "wide", "cave", "--presets", mine)
+    assert (config.task, config.size, config.steps) == ("custom_cave:Cave", (96, 96), 7)
+    assert config.actor.units == 64 and load("--configs", "cave", "wide", "--presets", mine).actor.units == 99
+    assert load("--presets", mine, "--configs", "debug", "cave").task == "custom_cave:Cave"
+    assert load("--presets", mine, "--configs", "debug", "cave").rssm.deter == load("--configs", "debug").rssm.deter
+    assert load("--presets", mine) == load()
+
+
+def test_a_preset_that_is_last_lies_over_all_but_their_task(mine):
+    config = load("--presets", mine, "--configs", "first", "wide", "cave")
+    assert (config.steps, config.task) == (8, "custom_cave:Cave")
+    assert load("--presets", mine, "--configs", "first", "--steps", "9").steps == 9
+    assert load("--presets", mine, "--configs", "first").task == "dummy_vector"
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    {
+        "cave: {stepz: 3}": "cave: stepz: unknown key, did you mean steps?",
+        "cave: {steps: x}": "cave: steps: expected a whole number, got 'x'",
+        "cave: {include: debgu}": "include: debgu: unknown preset, did you mean debug?",
+        "cave: {last: 1}": "cave: last: expected true or false, got 1",
+        "debug: {steps: 3}": "debug: this name is taken, give the preset another",
+        "defaults: {steps: 3}": "defaults: this name is taken",
+        "# nothing": "expected presets",
+        "- steps": "expected a name and a colon",
+        "cave: [1": "line ",
+    }.items(),
+)
+def test_a_wrong_preset_of_ones_own_is_one_line_that_names_the_file(mine, text, said):
+    mine.write_text(text)
+    message = refused("--presets", mine, "--configs", "cave")
+    assert message.startswith(f"{mine}: ") and said in message, message
+
+
+def test_a_file_of_presets_that_is_not_there_is_named():
+    assert refused("--presets", "no.yaml") == "no.yaml: No such file or directory"
+    assert refused("--presets") == "--presets: missing value"
+
+
+# A checkpoint and the config.yaml beside it
+
+
+def test_a_checkpoint_is_as_the_file_beside_it_says_under_what_the_user_gave(tmp_path):
+    file = tmp_path / "config.yaml"
+    there = "--configs debug --task dummy_vector --rssm.deter 64 --logdir there --device cuda --script train --seed 3"
+    load(*there.split()).save(file)
+    config = beside(load("--seed", 4, "--logdir", "here", "--script", "eval_only"), file)
+    assert (config.task, config.rssm.deter, config.rssm.hidden) == ("dummy_vector", 64, 16)
+    assert (config.seed, config.logdir, config.device, config.script) == (4, "here", "auto", "eval_only")
+    assert beside(load("--rssm.deter", 8), file).rssm.deter == 8
+    assert beside(load(), tmp_path / "none.yaml") == load()
+
+
+def test_code_that_a_file_beside_a_checkpoint_names_is_not_imported_unless_the_user_names_it(tmp_path):
+    file = tmp_path / "config.yaml"
+    for task in ("custom_cave:Cave", "gym_cave:Cave-v0"):
+        load("--task", task).save(file)
+        with pytest.raises(UserError, match=f"config.yaml names code to be imported, {task}: give --task {task}"):
+            beside(load(), file)
+        assert beside(load("--task", task), file).task == task
+
+
+def test_eval_only_needs_no_preset_again_and_tells_the_spread(tmp_path, capfd):
+    there, here = tmp_path / "there", tmp_path / "here"
+    words = "--configs debug --task dummy_vector --steps 20 --eval_every 0 --rssm.deter 64 --logdir"
+    assert dreamer.main([*words.split(), str(there), "--eval_envs", "0"]) == 0
+    assert not (there / "eval_eps").exists()
+    words = f"--script eval_only --from_checkpoint {there}/latest.pt --eval_episode_num 3 --eval_envs 2 --logdir {here}"
+    assert dreamer.main(words.split()) == 0
+    said = capfd.readouterr().err
+    assert re.search(r"eval_return \S+ over 3 episodes \(std \S+, min \S+, max \S+\)", said)
+    assert load("--config", here / "config.yaml").rssm.deter == 64
+    for lost in ("nowhere", tmp_path):
+        assert dreamer.main(["--logdir", str(there), "--from_checkpoint", str(lost), "--configs", "debug"]) == 2
+        said = capfd.readouterr().err
+        assert said.count("\n") == 1 and "no such file; leave it out to go on from" in said
+
+
+# --help
+
+
+def test_help_has_an_example_first_and_shows_what_is_asked_for(capsys):
+    lines = help_text(CONFIGS).splitlines()
+    assert lines[2].startswith("example: python3 dreamer.py --configs ")
+    load_config(lines[2].partition("dreamer.py ")[2].split(), CONFIGS)
+    assert [line for line in lines if line.startswith(" ") and line[1] != " "] == [
+        *(" The run", " Environments", " Data and clocks", " Exploration", " Networks", " World model", " Behavior"),
+        *(" Planning", " Optimizers"),
+    ]
+    with pytest.raises(SystemExit):
+        load_config(["--help", "lr", "Debug"], CONFIGS)
+    shown = capsys.readouterr().out
+    assert "--opt.lr 4e-05" in shown and "  debug " in shown and "--train_ratio" not in shown
+    assert refused("--help", "qwxz").startswith("--help qwxz: there is no such key")
 
 
 # The Makefile and the image

@@ -46,7 +46,7 @@ def describe(schema: Any, words: Sequence[str] = ()) -> str:
     for name, *row in keys:
         heading = schema.headings.get(name)
         lines += ["", f" {heading}"] if heading else []
-        lines += table([tuple(row)], rows)
+        lines += table([(row[0], row[1])], rows)
     return "\n".join(lines)
 
 

@@ -284,14 +284,20 @@ def of_key(name: str, known: list[str]) -> str:
     whole, last = plain(name), plain(name.rpartition(".")[2])
     same = [key for key in known if plain(key) == whole]
     inside = [key for key in known if key.lower().startswith(f"{name.lower()}.")]
-    for candidate in (*same, *inside):
-        return candidate
-    if whole.startswith("no") and (negated := [key for key in known if plain(key) == whole[2:]]):
-        return f"{negated[0]} false"
+    negated = [f"{key} false" for key in known if f"no{plain(key)}" == whole]
+    if found := [*same, *inside, *negated]:
+        return found[0]
     foreign = {name: meant for name, meant in FOREIGN.items() if meant.split(" ")[0] in known}
-    found = foreign.get(whole) or (same_last_part(name, known) if "." in name else "") or foreign.get(last)
-    found = found or same_last_part(name, known) or nearest(name, known, 0.7)
-    return found or foreign.get(nearest(whole, foreign, 0.9) or "", "")
+    guesses = (
+        foreign.get(whole),
+        nearest(name, known, 0.85),
+        same_last_part(name, known) if "." in name else "",
+        foreign.get(last),
+        same_last_part(name, known),
+        nearest(name, known, 0.7),
+        foreign.get(nearest(whole, foreign, 0.9) or ""),
+    )
+    return next(filter(None, guesses), "")
 
 
 def same_last_part(name: str, known: list[str]) -> str:
