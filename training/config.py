@@ -28,7 +28,7 @@ FLAG = re.compile(r"--[A-Za-z_]")  # so that values such as -1 and $^ are not ta
 NAME = re.compile(r"[\w.]+")  # all else in a preset is a pattern
 SECTION = re.compile(r"([\w.-]+):(?=\s|$)(?:.*[ \t]#+[ \t]*(.*))?")  # a first line: the name and the comment
 HEADING = re.compile(
-    r"^(?:[ \t]*|\S.*)\n  # (.*)\n  ([\w.]+):", re.MULTILINE
+    r"^(?:[ \t]*|\S.*)\n  # (.*)(?:\n  #.*)*\n  ([\w.]+):", re.MULTILINE
 )  # a comment behind an empty line, and a key
 WORDS = ("include", "last")  # what a preset may say beside keys
 HERE = ("logdir", "script", "device", "threads", "from_checkpoint", "offline_traindir", "log_level", "logger")
@@ -339,7 +339,7 @@ def _parse(argv: Sequence[str], schema: Schema) -> tuple[dict[str, list[str]], L
         retired = Setting(RETIRED[name]) if name in RETIRED else None
         setting = Setting(()) if name in own else find(schema.keys, name) or retired
         if not setting:
-            raise unknown("key", name, [*schema.keys, *own], "--")
+            raise unknown("key", name, [*schema.keys, *own, "help"], "--")
         texts = [text] if equals else []
         several = setting.open or isinstance(setting.default, tuple)
         while words and not equals and not FLAG.match(words[0]) and (several or not texts):
