@@ -36,11 +36,12 @@ NOT_RUN = {  # a pattern -> why a command is not run
     r"^pip |bin/pip |-m venv|^make \.venv": "installs packages",
     r"custom_|PRESET|\bNAME\b|<\w+>|\bPATH\b|\bDIR\b|\.\.\.": "stands for commands of your own",
     r"benchmarks/(family|environments|throughput|attack)": "takes minutes to hours",
-    r"plot_scores|inference_video\.py --checkpoint|eval_only|train_offline": "needs runs that are there",
+    r"(plot_scores|--checkpoint|--from_checkpoint|train_offline)(?!.*logdir/quickstart)": "needs runs that are there",
 }
+AFTER = re.compile(r"checkpoint \./logdir/quickstart")  # which make demo has left
 TRAINS = re.compile(r"dreamer\.py(?!.*--help)|^make demo")
 STOPPED = 128 + signal.SIGTERM
-PATIENCE = {"cheap": 120, "long": 1800}  # seconds
+PATIENCE = {"cheap": 300, "after": 900, "long": 1800}  # seconds
 
 
 class Command(NamedTuple):
@@ -53,10 +54,12 @@ class Command(NamedTuple):
 
     @property
     def kind(self):
-        """Return "cheap" or "long", or why it is not run."""
+        """Return "cheap", "long", "after" for what comes after a training, or why it is not run."""
         for pattern, why in NOT_RUN.items():
             if re.search(pattern, self.text):
                 return why
+        if AFTER.search(self.text):
+            return "after"
         return "long" if TRAINS.search(self.text) else "cheap"
 
 
@@ -114,7 +117,7 @@ def run_cheap(command, place):
         env=environment(place, command.active),
         capture_output=True,
         text=True,
-        timeout=PATIENCE["cheap"],
+        timeout=PATIENCE[command.kind],
     )
     return f"exit status {done.returncode}: {done.stderr[-300:]}" if done.returncode else ""
 
@@ -174,13 +177,14 @@ def main(argv=None):
     parser.add_argument("--list", action="store_true", help="only tell what would be done")
     parser.add_argument("--long", action="store_true", help="run trainings until their first update")
     options = parser.parse_args(argv)
-    found = commands()
+    found = list({command.text: command for command in reversed(commands())}.values())[::-1]  # each once
     wrong = 0
     with tempfile.TemporaryDirectory() as folder:
         place = None if options.list else clone(pathlib.Path(folder))
         for command in found:
             kind = command.kind
-            runs = {"cheap": run_cheap, "long": run_long if options.long else None}.get(kind)
+            runs = {"cheap": run_cheap, "after": run_cheap, "long": run_long}.get(kind)
+            runs = runs if options.long or kind == "cheap" else None
             said = f"not run: {kind}" if kind not in PATIENCE else kind
             if runs and not options.list:
                 problem = runs(command, place)
