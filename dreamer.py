@@ -238,7 +238,7 @@ def eval_only(config, stack):
         raise UserError("--script eval_only needs a --logdir with latest.pt, or --from_checkpoint")
     config = beside(config, path.parent / "config.yaml")
     if not min(config.eval_episode_num, config.eval_envs):
-        raise UserError("--script eval_only needs an --eval_episode_num and --eval_envs of at least 1")
+        raise UserError("--script eval_only needs an --eval_episode_num of at least 1 and an --eval_envs of at least 1")
     machine.prepare(config)
     saved = load_checkpoint(path)
     envs = make_envs(config, "eval", min(config.eval_envs, config.eval_episode_num))

@@ -34,7 +34,7 @@ NOT_RUN = {  # a pattern -> why a command is not run
     r"^tensorboard|tensorboard\.main": "serves until it is stopped",
     r"^make test|-m pytest": "is what runs this",
     r"^pip |bin/pip |-m venv|^make \.venv": "installs packages",
-    r"custom_|PRESET|\bNAME\b|<\w+>|\bPATH\b|\bDIR\b|\.\.\.": "stands for commands of your own",
+    r"custom_|mine\.yaml|PRESET|\bNAME\b|<\w+>|\bPATH\b|\bDIR\b|\.\.\.": "stands for commands of your own",
     r"benchmarks/(family|environments|throughput|attack)": "takes minutes to hours",
     r"(plot_scores|--checkpoint|--from_checkpoint|train_offline)(?!.*logdir/quickstart)": "needs runs that are there",
 }
@@ -177,15 +177,17 @@ def main(argv=None):
     parser.add_argument("--list", action="store_true", help="only tell what would be done")
     parser.add_argument("--long", action="store_true", help="run trainings until their first update")
     options = parser.parse_args(argv)
-    found = list({command.text: command for command in reversed(commands())}.values())[::-1]  # each once
+    found: dict[str, Command] = {}
+    for command in commands():
+        found.setdefault(command.text, command)
     wrong = 0
     with tempfile.TemporaryDirectory() as folder:
         place = None if options.list else clone(pathlib.Path(folder))
-        for command in found:
+        for command in found.values():
             kind = command.kind
             runs = {"cheap": run_cheap, "after": run_cheap, "long": run_long}.get(kind)
             runs = runs if options.long or kind == "cheap" else None
-            said = f"not run: {kind}" if kind not in PATIENCE else kind
+            said = f"not run: {kind}" if kind not in PATIENCE else f"{kind}, not run"
             if runs and not options.list:
                 problem = runs(command, place)
                 wrong += bool(problem)

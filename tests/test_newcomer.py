@@ -71,6 +71,7 @@ def test_a_printed_target_is_one(text):
             assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="there is nothing to clone")
 def test_what_takes_a_moment_runs_as_printed_in_a_bare_clone(tmp_path):
     place = newcomer.clone(tmp_path)
     first = TEXTS["python3 dreamer.py --help"]
