@@ -84,7 +84,7 @@ def test_names(monkeypatch):
 def test_missing_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "ale_py", None)
     monkeypatch.delitem(sys.modules, "envs.atari")
-    assert "pip install ale-py==0.12.1" in one_line_error(make_env, make_atari_config("pong"), "train", 0)
+    assert "pip install -r requirements/atari.txt" in one_line_error(make_env, make_atari_config("pong"), "train", 0)
 
 
 def test_spaces(capfd):

@@ -91,11 +91,11 @@ def test_unknown_task(task, nearest):
 @pytest.mark.parametrize(
     "package, task, hint",
     [
-        ("bsuite", "bsuite_catch/0", "bsuite==0.3.6"),
-        ("crafter", "crafter_reward", "crafter==1.8.3"),
-        ("memory_maze", "memorymaze_9x9", "memory-maze==1.0.3 dm_control==1.0.50 mujoco==3.17.0"),
-        ("minigrid", "minigrid_Empty-5x5-v0", "minigrid==3.2.0"),
-        ("popgym", "popgym_RepeatFirstEasy", "popgym==1.0.7"),
+        ("bsuite", "bsuite_catch/0", "-r requirements/bsuite.txt"),
+        ("crafter", "crafter_reward", "-r requirements/crafter.txt"),
+        ("memory_maze", "memorymaze_9x9", "-r requirements/memorymaze.txt"),
+        ("minigrid", "minigrid_Empty-5x5-v0", "-r requirements/minigrid.txt"),
+        ("popgym", "popgym_RepeatFirstEasy", "-r requirements/popgym.txt"),
     ],
 )
 def test_missing_package(package, task, hint, monkeypatch):
