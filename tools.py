@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
-import fcntl
 import math
 import os
+import pathlib
+import re
+import socket
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any, NoReturn
 
 # Colors (RGB) of predictions: a blue where a model sees, an orange where it imagines; the color-blind tell them apart.
@@ -154,7 +156,65 @@ class Rates:
 
 
 # ---------------------------------------------------------------------------
+# What is read from a file, and may be anyone's
+
+
+def misfit(value: Any, form: Any, name: str = "") -> str | None:
+    """Return in what a tree of dicts and lists differs from a form, such as "counters.updates is missing", or None.
+
+    Args:
+      form: {key: form} for a dict with these keys and any others, those whose name here ends in "?" being optional;
+        {type: form} for a dict whose keys are all of the type; [form] for a list of any length; (form, ...) for one of
+        this length; a type or a union of types; or a function that is true of what fits.
+      name: of the value, dotted.
+    """
+    if isinstance(form, dict):
+        return misfit(value, Mapping, name) or _misfit_of_keys(value, form, f"{name}." if name else "")
+    if isinstance(form, (list, tuple)):
+        if not isinstance(value, (list, tuple)):
+            return f"{name or 'it'} is no list"
+        if isinstance(form, tuple) and len(value) != len(form):
+            return f"{name or 'it'} has {len(value)} entries instead of {len(form)}"
+        forms = form if isinstance(form, tuple) else form * len(value)
+        found = (misfit(item, part, f"{name}[{i}]") for i, (item, part) in enumerate(zip(value, forms, strict=True)))
+        return next(filter(None, found), None)
+    is_type = not callable(form) or isinstance(form, type)  # a union of types cannot be called
+    fits = isinstance(value, form) and (form is bool or not isinstance(value, bool)) if is_type else form(value)
+    return None if fits else f"{name or 'it'} is not what belongs there"
+
+
+def _misfit_of_keys(value: Mapping, form: Mapping, prefix: str) -> str | None:
+    for key, part in form.items():
+        if isinstance(key, type):
+            wrong = next((word for word in value if not isinstance(word, key)), None)
+            found = (misfit(item, part, f"{prefix}{word}") for word, item in value.items())
+            reason = next(filter(None, found), None) if wrong is None else f"{prefix}{wrong} is no such key"
+        else:
+            word = key.removesuffix("?")
+            missing = f"{prefix}{word} is missing" if word == key else None
+            reason = misfit(value[word], part, f"{prefix}{word}") if word in value else missing
+        if reason:
+            return reason
+    return None
+
+
+def accepts(setter: Callable[[Any], Any], state: Any) -> bool:
+    """True if a generator that serves for nothing else takes a state; it alone knows what is one."""
+    try:
+        setter(state)
+    except (TypeError, ValueError, KeyError, IndexError, OverflowError, RuntimeError):
+        return False
+    return True
+
+
+# ---------------------------------------------------------------------------
 # Files
+
+LOCK = ".lock"  # its first byte is what Windows locks, so that others read from the second on
+TEMPORARY = re.compile(
+    r"(latest\.pt|best\.pt|replay-\d+\.pt|step_\d+\.pt|config\.yaml|wandb_id\.txt|\d{8}T\d{6}\w*-\w+-\d+\.npz)"
+    r"\.[0-9a-f]{8}\.tmp"
+)
 
 
 def atomic_write(path: str | os.PathLike, write: Callable[[IO[bytes]], Any]) -> None:
@@ -172,21 +232,51 @@ def atomic_write(path: str | os.PathLike, write: Callable[[IO[bytes]], Any]) -> 
             os.remove(temporary)
 
 
-@contextlib.contextmanager
-def locked(directory: str | os.PathLike):
-    """Lock a directory against other processes. Raises UserError if another holds it.
+def sweep(directories: Sequence[pathlib.Path]) -> None:
+    """Remove the temporary files that a run which was killed has left in directories that none writes to now."""
+    for directory in directories:
+        for path in directory.glob("*.tmp"):
+            if TEMPORARY.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
-    Where the file system knows no locks, there is none.
+
+@contextlib.contextmanager
+def locked(directory: str | os.PathLike) -> Iterator[bool]:
+    """Lock a directory against other processes, by a file in it. Raises UserError if another holds it, and names it.
+
+    Children do not inherit the lock, and a process that is killed leaves none, only the file. The value is False where
+    there is no lock, as the file system knows none or cannot be written.
     """
-    handle = os.open(directory, os.O_RDONLY)
+    from filelock import FileLock, Timeout  # a tenth of a second that a misspelt flag need not wait for
+
+    path = pathlib.Path(directory) / LOCK
+    lock = FileLock(path, blocking=False, on_acquired=_sign)
+    with contextlib.suppress(OSError, NotImplementedError):
+        try:
+            lock.acquire()
+        except Timeout:  # an OSError
+            raise UserError(f"{directory}: another run is writing there{_signed(path)}") from None
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise UserError(f"{directory}: another run is writing there") from None
-    except OSError:
-        pass
-    try:
-        yield
+        yield lock.is_locked
     finally:
-        os.close(handle)
+        if lock.is_locked:
+            with contextlib.suppress(OSError):  # Windows keeps what is open
+                path.unlink()
+            lock.release()
+
+
+def _sign(handle: int) -> None:
+    """Write who holds a lock into its file, which a full disk need not take."""
+    with contextlib.suppress(OSError):
+        os.ftruncate(handle, 0)
+        os.write(handle, f"\nprocess {os.getpid()} on {socket.gethostname()}\n".encode())
+
+
+def _signed(path: pathlib.Path) -> str:
+    """Return ": who" for who holds a lock, as far as its file tells."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        file.seek(1)
+        who = file.read(300).decode("ascii", "replace").strip()
+        return f": {who}" if re.fullmatch(r"process \d+ on [\w.-]+", who) else ""
+    return ""

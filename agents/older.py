@@ -4,7 +4,26 @@ import re
 
 import torch
 
-from specs import ObsSpec
+from modalities import MODALITIES
+from specs import ActionSpec, ObsSpec
+from tools import UserError, misfit
+
+TENSORS = {str: torch.Tensor}
+MOMENTS = {str: lambda kept: misfit(kept, TENSORS) is None and kept.keys() in ({"nu", "mu"}, ADAM)}
+ADAM = {"step", "exp_avg", "exp_avg_sq"}
+SIZES = {str: [int]}
+OBSERVED = {str: {"kind": lambda kind: kind in MODALITIES, "shape": [int], "classes": [int]}}
+OBSERVED_ONCE = {"images": SIZES, "vectors": SIZES, "classes": SIZES}
+SPECS = {
+    "observation": lambda specs: not (misfit(specs, OBSERVED) and misfit(specs, OBSERVED_ONCE)),
+    "action": {"widths": {str: int}, "classes": SIZES},
+}
+SAVED = {"model": TENSORS, "opt": {str: object}, "signature": {str: str}, "specs?": SPECS}  # see `tools.misfit`
+OPTIMIZERS = {  # by the key that only they have, of the newest form first
+    "moments": {"kind": str, "names": [str], "moments": MOMENTS},
+    "adams": {"adams": {str: {int: TENSORS}}, "names": {str: [str]}},
+    "nu": {"names": [str], "count": torch.Tensor, "nu": torch.Tensor, "mu": torch.Tensor},
+}
 
 # Patterns of parameters that were renamed, and their names now; None for what is no longer there.
 RENAMED = {
@@ -21,18 +40,42 @@ def rename(name):
     return name
 
 
+def check_form(saved):
+    """Raise UserError unless a state has the form of what `Dreamer.state_dict` returns, or returned once."""
+    reason = misfit(saved, SAVED, "agent")
+    form = next((form for key, form in OPTIMIZERS.items() if key in saved["opt"]), None) if not reason else None
+    reason = reason or (misfit(saved["opt"], form, "agent.opt") if form else "agent.opt.moments is missing")
+    if not reason and form is OPTIMIZERS["nu"]:
+        sizes = [saved["model"][name].numel() if name in saved["model"] else -1 for name in saved["opt"]["names"]]
+        fits = min(sizes, default=0) >= 0 and {saved["opt"][key].numel() for key in ("nu", "mu")} == {sum(sizes)}
+        reason = None if fits else "agent.opt.names are of other parameters"
+    if reason:
+        raise UserError(f"the checkpoint is damaged or of another project: {reason}")
+
+
+def read_specs(saved):
+    """Return the ObsSpec and the ActionSpec that a state of any agent tells. Raises UserError if it does not."""
+    reason = misfit(saved, {"specs": SPECS}, "agent")
+    if reason:
+        raise UserError(f"the checkpoint is of an older version, damaged or of another project: {reason}")
+    actions = {key: saved["specs"]["action"][key] for key in ActionSpec._fields}
+    return ObsSpec.read(saved["specs"]["observation"]), ActionSpec(**actions)
+
+
 def modernize(saved, nets):
-    """Return a saved state in today's names and forms.
+    """Return a saved state in today's names and forms. Raises UserError if it has none of theirs.
 
     A bias that it lacks starts at the zeros that it implied. The optimizer's state is matched by name.
 
     Args:
       saved: what `Dreamer.state_dict` returned then; nets: module that it is for.
     """
+    check_form(saved)
     model = renamed(saved["model"])
     implied = {n: torch.zeros_like(p) for n, p in nets.named_parameters() if n not in model and n.endswith(".bias")}
     own = {name: tuple(value.shape) for name, value in nets.state_dict().items()}
-    signature = renamed(saved["signature"]) | {name: str(own[name]) for name in implied}
+    told = {name: text for name, text in renamed(saved["signature"]).items() if name in model or name not in own}
+    signature = told | {name: str(tuple(value.shape)) for name, value in (model | implied).items()}
     specs = dict(saved.get("specs", {}))
     if specs:
         specs["observation"] = ObsSpec.read(specs["observation"]).plain()

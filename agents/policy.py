@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from agents import make_agent
 from agents.acting import certain
+from agents.older import read_specs
 from envs.spaces import Converter
-from specs import ActionSpec, ObsSpec
 from tools import UserError
 from training.checkpoint import checkpoint_file, load_agent_state, load_checkpoint
 from training.config import CONFIGS, load_config
@@ -218,8 +218,7 @@ def load_policy(path, device="auto", **changes):
         raise UserError(f"{path} does not tell its spaces, being of an older version: resume its run to write it anew")
     config = load_config(["--config", str(pathlib.Path(path).parent / "config.yaml"), "--compile", "false"], CONFIGS)
     config = config.replace(device=str(device), **changes)
-    specs = ObsSpec.read(saved["specs"]["observation"]), ActionSpec(**saved["specs"]["action"])
-    agent = make_agent(config, *specs)
+    agent = make_agent(config, *read_specs(saved))
     load_agent_state(agent, checkpoint, config)
     own = checkpoint.get("spaces")
     if not own:

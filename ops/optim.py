@@ -202,7 +202,10 @@ def check_state(state, kind, params):
     """
     kept, missing = state["moments"], {name for name in params.keys() - {*state["names"]} if not name.endswith(".bias")}
     other = [
-        n for n, p in params.items() for moment in kept.get(n, {}).values() if moment.ndim and moment.shape != p.shape
+        name
+        for name, param in params.items()
+        for key, moment in kept.get(name, {}).items()
+        if moment.shape != (param.shape if key != "step" else ())
     ]
     if state["kind"] != kind or missing or {*state["names"]} - params.keys() or other:
         raise ValueError("the optimizer state belongs to other parameters")

@@ -10,7 +10,8 @@ A step holds obs[t], reward[t], is_first[t], is_last[t], is_terminal[t] and the 
     is_last       False     False     False            True
 
 This is also the layout of the episode files, which are those of DreamerV2 and dreamerv3-torch: one compressed .npz per
-episode, {time}-{uuid}-{length}.npz, arrays of equal length, no pickles.
+episode, {time}-{uuid}-{length}.npz, the time in UTC, arrays of equal length, no pickles. What the names say counts for
+nothing: lengths are those of the arrays.
 """
 
 from __future__ import annotations
@@ -18,19 +19,21 @@ from __future__ import annotations
 import collections
 import datetime
 import pathlib
-import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
+from replay import npz
 from replay.content import check_content
-from tools import atomic_write
+from replay.memory import memory_limit, size, step_bytes
+from tools import UserError, atomic_write
 
 Layout = Mapping[str, tuple[tuple[int, ...], Any]]  # {key: (shape, dtype)} of one step
 Arrays = Mapping[str, np.ndarray]  # {key: (N or T, ...)}
 Step = dict[str, Any]  # {key: value} of one step
+FLAGS = ("is_first", "is_last", "is_terminal")  # which a file may lack
 
 # ---------------------------------------------------------------------------
 # Steps
@@ -45,14 +48,24 @@ def stored_step(layout: Layout, obs: Arrays, actions: Arrays, index: int) -> Ste
 # ---------------------------------------------------------------------------
 # Episode files
 
-NAME = re.compile(r"\d{8}T\d{6}[^-]*-.+-([0-9]+)\.npz")
+LONGEST_KEY = 200  # bytes of a key, which becomes the name of a folder
+SHARE = 4  # a file may take one part in so many of the memory
+
+
+def check_keys(keys: Iterable[str]) -> None:
+    """Raise UserError for a key of observations or actions that no archive or folder can be called."""
+    for key in keys:
+        plain = key.isprintable() and key.encode("utf-8", "ignore").decode() == key
+        if not plain or not 0 < len(key.encode("utf-8", "ignore")) <= LONGEST_KEY:
+            shown = ascii(key) if len(key) < 40 else f"{key[:40]!a}..."
+            raise UserError(f"the environment calls an observation or action {shown}, which can name no file")
 
 
 def save_episode(directory: str | pathlib.Path, episode: Mapping[str, Any]) -> pathlib.Path:
     """Write {key: (T, ...)} as one compressed .npz, atomically; return its path."""
-    now = datetime.datetime.now().strftime("%Y%m%dT%H%M%SF%f")
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SF%f")
     path = pathlib.Path(directory) / f"{now}-{uuid.uuid4().hex}-{len(episode['reward'])}.npz"
-    atomic_write(path, lambda file: np.savez_compressed(file, **episode))
+    atomic_write(path, lambda file: npz.write(file, episode))
     return path
 
 
@@ -62,28 +75,27 @@ def load_episode(path: pathlib.Path, layout: Layout) -> dict[str, np.ndarray]:
     Args:
       layout: {key: (shape, dtype)} of one step; a StepLayout also tells which classes and actions there are.
     Returns: {key: (T, ...)}
-    Raises ValueError that names the problem.
+    Raises ValueError that names the problem. Sizes are checked before anything large is read.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            episode = {key: file[key] for key in file.files if key in layout}
+        with npz.opened(path) as file:
+            wanted = {key: layout[key] for key in file.members if key in layout}
+            heads = {key: file.head(key) for key in wanted}
+            ends = "discount" in file.members and "is_terminal" not in file.members  # as the first Dreamer wrote them
+            length = check_heads(heads, layout, file.members)
+            episode = {key: file.array(key) for key in wanted}
+            if ends and file.head("discount").shape[:1] == (length,) == file.head("discount").shape:
+                episode["is_terminal"] = file.array("discount") == 0
+    except Misfit as error:
+        raise ValueError(str(error)) from None
     except Exception as error:  # zipfile, zlib and NumPy raise dozens of types for a damaged or foreign file
         raise ValueError(f"cannot be read ({' '.join(str(error).split())})") from None
-    if "reward" not in episode or not episode["reward"].ndim or not len(episode["reward"]):
-        raise ValueError("holds no reward")
-    length = len(episode["reward"])
     steps = np.arange(length)
     episode.setdefault("is_first", steps == 0)
     episode.setdefault("is_terminal", np.zeros(length, bool))
-    episode.setdefault("is_last", (steps == length - 1) | episode["is_terminal"].astype(bool))
+    episode.setdefault("is_last", (steps == length - 1) | episode["is_terminal"].reshape(length).astype(bool))
     for key, (shape, dtype) in layout.items():
-        if key not in episode:
-            raise ValueError(f"lacks {key}")
         value = episode[key]
-        if value.shape[:1] != (length,) or not fits(value.shape[1:], shape):
-            raise ValueError(f"{key} has shape {value.shape} where {(length, *shape)} was expected")
-        if value.dtype.kind not in "biuf" or (dtype == np.uint8 and value.dtype != np.uint8):
-            raise ValueError(f"{key} has type {value.dtype} where {np.dtype(dtype)} was expected")
         if not finite(value):
             raise ValueError(f"{key} is not finite")
         if np.dtype(dtype).kind == "i" and ((value < 0).any() or (value % 1).any()):
@@ -92,7 +104,38 @@ def load_episode(path: pathlib.Path, layout: Layout) -> dict[str, np.ndarray]:
     episode["is_first"][0] = True
     episode["is_last"][-1] = True  # even if a run was stopped here: the next step in a stream is of another episode
     check_content(path.name, episode, layout)
-    return episode
+    return {key: episode[key] for key in layout}
+
+
+class Misfit(ValueError):
+    """An episode file is whole, and not of this task."""
+
+
+def check_heads(heads: Mapping[str, npz.Head], layout: Layout, keys: Collection[str]) -> int:
+    """Return the length in steps of an episode file whose arrays begin with `heads`; raise Misfit unless it fits.
+
+    keys: all that the file has.
+    """
+    there = f"it has {', '.join(sorted(map(ascii, keys)))}"
+    if "reward" not in heads or not heads["reward"].shape or not heads["reward"].shape[0]:
+        raise Misfit(f"holds no reward: {there}")
+    length = heads["reward"].shape[0]
+    for key, (shape, dtype) in layout.items():
+        if key not in heads and key in FLAGS:
+            continue
+        if key not in heads:
+            raise Misfit(f"lacks {key}: {there}")
+        found, _, kind = heads[key]
+        if kind.hasobject:
+            raise ValueError(f"{key} holds pickles, which may run code")
+        if found[:1] != (length,) or not fits(found[1:], shape):
+            raise Misfit(f"{key} has shape {found} where {(length, *shape)} was expected")
+        if kind.kind not in "biuf" or (dtype == np.uint8 and kind != np.uint8):
+            raise Misfit(f"{key} has type {kind} where {np.dtype(dtype)} was expected")
+    taken = sum(head.nbytes for head in heads.values()) + length * step_bytes(layout)
+    if taken > memory_limit() / SHARE:
+        raise Misfit(f"claims {length:,} steps, which take {size(taken)} of memory")
+    return length
 
 
 def finite(value: np.ndarray) -> bool:
@@ -113,18 +156,27 @@ def fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
 class EpisodeWriter:
     """Collect the steps of environments and write each episode when it ends.
 
-    The oldest files are deleted so that the directory has at most `limit` steps.
+    The oldest files are deleted so that the directory has at most `limit` steps, but none of those that are held, and
+    nothing that is no episode.
 
     Args:
       directory: of the files, created if missing; count: number of environments; limit: in agent steps.
+      held: function that returns the names of files which are needed still.
     """
 
-    def __init__(self, directory: str | pathlib.Path, count: int, limit: int):
+    def __init__(
+        self,
+        directory: str | pathlib.Path,
+        count: int,
+        limit: int,
+        held: Callable[[], Collection[str]] = frozenset,
+    ):
         self.directory = pathlib.Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         self.steps: list[list[Step]] = [[] for _ in range(count)]
-        self.limit = limit
-        self.files = collections.deque((path, length_of(path)) for path in episode_files(self.directory))
+        self.limit, self.held = limit, held
+        found = ((path, npz.steps_in(path)) for path in by_age(episode_files(self.directory)))
+        self.files = collections.deque((path, length) for path, length in found if length)
         self.total = sum(length for _, length in self.files)
 
     def add(self, index: int, step: Step) -> tuple[str, int] | None:
@@ -142,19 +194,35 @@ class EpisodeWriter:
         path = save_episode(self.directory, {key: np.stack([step[key] for step in steps]) for key in steps[0]})
         self.files.append((path, len(steps)))
         self.total += len(steps)
-        while self.total > self.limit and len(self.files) > 1:
-            oldest, length = self.files.popleft()
-            self.total -= length
-            oldest.unlink(missing_ok=True)
+        if self.total > self.limit:
+            self._forget()
         return path.name, len(steps)
+
+    def _forget(self):
+        """Delete the oldest files until the rest is within the limit, the newest and those that are held aside."""
+        held, kept = self.held(), collections.deque()
+        while len(self.files) > 1 and self.total > self.limit:
+            path, length = self.files.popleft()
+            if path.name in held:
+                kept.append((path, length))
+            else:
+                self.total -= length
+                path.unlink(missing_ok=True)
+        self.files = kept + self.files
 
 
 def episode_files(folder: str | pathlib.Path) -> list[pathlib.Path]:
-    """Return the episode files of a folder, oldest first; none if it does not exist."""
+    """Return what is called an episode file in a folder, sorted by name; nothing if it does not exist."""
     return sorted(pathlib.Path(folder).expanduser().glob("*.npz"))
 
 
-def length_of(path: pathlib.Path) -> int:
-    """Return the length in steps that a file's name states; 0 if it is not of the form {time}-{uuid}-{length}.npz."""
-    match = NAME.fullmatch(path.name)
-    return int(match[1]) if match else 0
+def by_age(paths: Iterable[pathlib.Path]) -> list[pathlib.Path]:
+    """Return files oldest first, as the file system has it: names tell the time of a zone, and clocks are set."""
+
+    def age(path):
+        try:
+            return path.lstat().st_mtime_ns, path.name
+        except OSError:  # it was deleted meanwhile
+            return 0, path.name
+
+    return sorted(paths, key=age)

@@ -73,6 +73,10 @@ class Stream:
             self.whole.append((self.stop - length, length))
         self.whole_episodes()
 
+    def names(self):
+        """Return the names of the episode files that `state_dict` lists."""
+        return [name for name, _, _ in self.episodes]
+
     def whole_episodes(self):
         """Return (first position, length) of the complete episodes in memory that are long enough for a window."""
         while self.whole and self.whole[0][0] < self.start:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import collections
+import functools
 import math
-import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from replay.episodes import Arrays, Layout, Step, length_of, load_episode
+from replay import memory
+from replay.episodes import Arrays, Layout, Step, check_keys, load_episode
+from replay.memory import step_bytes
+from replay.npz import steps_in
 from replay.rings import Mirror, Stream
-from tools import UserError, derive_seed
+from tools import UserError, accepts, derive_seed, misfit
 
 Places = list[tuple[int, int]]  # (stream, position of a window's first step)
 SMALL_STEP = 4096  # bytes; memory for smaller steps is cheap; see room_for_run
@@ -40,6 +43,9 @@ class Replay:
       length: trained steps in a sequence (T); context: steps that precede them.
       seed: of the sampling.
       device: that has a copy of all steps, to sample from, or None; see `resident`.
+    Attributes:
+      memory: the Need of all its steps; tight: a warning if this leaves little of the memory, or None.
+    Raises UserError for a capacity that is less than a window, or does not fit into memory.
     """
 
     def __init__(
@@ -63,7 +69,9 @@ class Replay:
         self.spared = 1 if windows == "episode_but_last" else 0  # steps at the end of an episode
         if shares[0] < self.window + self.spared:
             raise UserError(f"--dataset_size leaves {shares[0]} steps a stream, too few for windows of {self.window}")
-        check_memory(self.layout | self.stored, capacity)
+        check_keys(self.layout)
+        self.memory = memory.need(self.layout | self.stored, capacity)
+        self.tight = memory.check(self.memory)
         self.streams = [Stream(self.layout, self.stored, share, self.window + self.spared) for share in shares]
         self.mirror = Mirror(self.streams, device) if device else None
         self.fresh: collections.deque[tuple[int, int]] = collections.deque()
@@ -173,6 +181,10 @@ class Replay:
 
     # -- resuming
 
+    def names(self) -> set[str]:
+        """Return the names of the episode files that a state saved now would need."""
+        return {name for stream in self.streams for name in stream.names()}
+
     def state_dict(self) -> dict[str, Any]:
         """Return what `restore` needs besides the episode files, in types that `torch.load` reads with weights_only."""
         if self.mirror:
@@ -189,13 +201,19 @@ class Replay:
     ) -> None:
         """Fill empty streams from episode files; with `saved`, restore the state that `state_dict` returned.
 
-        Files that `saved` does not list are appended, with zeros stored.
+        Files that `saved` does not list are appended, with zeros stored. What does not fit this replay is left alone.
 
         Args:
           saved: what `state_dict` returned, or None.
           paths: the episode files that exist, oldest first.
           warn: function of one line, called for each file that cannot be used.
         """
+        refused: dict[str, list[pathlib.Path]] = {}
+        read = functools.partial(self.read, refused=refused)
+        reason = misfit(saved, STATE) or self._misfit(saved) if saved else None
+        if saved and reason:
+            warn(f"what the replay stored is damaged ({reason}): its latent states start anew")
+            saved = None
         rest = {path.name: path for path in paths}
         known = saved["streams"] if saved else []
         same = len(known) == len(self.streams)  # otherwise each episode goes to the emptiest stream
@@ -209,7 +227,7 @@ class Replay:
         for index, (name, length), stored in pieces:
             path = rest.pop(name, None)
             gone += path is None
-            episode = self.read(path, warn)
+            episode = read(path)
             if episode and len(episode["reward"]) == length:
                 stored = {key: value for key, value in stored.items() if key in self.stored}
                 self.extend(index if same else self.emptiest(), name, episode, stored)
@@ -219,13 +237,32 @@ class Replay:
             self.fresh.extend(map(tuple, saved["fresh"]))
             self.queued = [min(old, s.stop) for old, s in zip(saved["queued"], self.streams, strict=True)]
             self.rng.bit_generator.state = saved["rng"]
-        self.load(rest.values(), warn)
+        self.load(rest.values(), read)
+        for reason, files in refused.items():
+            more = [f"{path.name}" for path in files[1:3]] + [f"{len(files) - 3} more"] * (len(files) > 3)
+            warn(f"skipped {', '.join([str(files[0]), *more])}: {reason}")
 
-    def load(self, paths, warn):
+    def _misfit(self, saved):
+        """Return why a saved state cannot be one of this replay's agent, or None."""
+        for stream in saved["streams"]:
+            lengths = [length for _, length in stream["episodes"]]
+            tensors = {key: value for key, value in stream.items() if isinstance(value, torch.Tensor)}
+            if min(lengths, default=1) < 1 or stream["stop"] < sum(lengths):
+                return "lengths of episodes"
+            for key, value in tensors.items():
+                shape, dtype = self.stored.get(key, (value.shape[1:], None))
+                kind = torch.from_numpy(np.empty(0, dtype)).dtype if dtype else value.dtype
+                if value.shape != (sum(lengths), *shape) or value.dtype != kind:
+                    return f"shape or type of {key}"
+        count = len(saved["streams"])
+        same = len(saved["queued"]) == count and all(0 <= index < count for index, _ in saved["fresh"])
+        return None if same else "number of streams"
+
+    def load(self, paths, read):
         """Append the newest episode files that fit, oldest first, each to the emptiest stream."""
         episodes, room = [], self.capacity - len(self)
         for path in reversed(list(paths)):
-            episode = self.read(path, warn) if room > 0 else None
+            episode = read(path) if room > 0 else None
             if episode:
                 episodes.append((path.name, episode))
                 room -= len(episode["reward"])
@@ -236,14 +273,22 @@ class Replay:
         """Return the index of the stream with the fewest steps."""
         return min(range(len(self.streams)), key=lambda index: len(self.streams[index]))
 
-    def read(self, path, warn):
-        """Return the episode of a file; if it cannot be used, warn and return None."""
+    def read(self, path, refused):
+        """Return the episode of a file; if it cannot be used, note {reason: [path]} in `refused` and return None."""
         if path is None:
             return None
         try:
             return load_episode(path, self.layout)
         except ValueError as error:
-            warn(f"skipped {path}: {error}")
+            refused.setdefault(str(error), []).append(path)
+
+
+STATE = {  # what `Replay.state_dict` returns; see `tools.misfit`
+    "streams": [{"episodes": [(str, int)], "stop": int, str: int | list | tuple | torch.Tensor}],
+    "fresh": [(int, int)],
+    "queued": [int],
+    "rng": lambda state: accepts(functools.partial(setattr, np.random.default_rng().bit_generator, "state"), state),
+}
 
 
 def make_replay(
@@ -257,9 +302,8 @@ def make_replay(
       layout: {key: (shape, dtype)} of a step; agent: with `stored` and `context`.
       paths: the episode files of offline_traindir, and those that the run has written; device: of the agent.
     """
-    offline, own = ([length_of(path) for path in group] for group in paths)
-    needed = max(room_for_run(config, layout), sum(own)) + sum(offline)
-    capacity = min(config.dataset_size, needed) if all(own + offline) else config.dataset_size
+    offline, own = (sum(map(steps_in, group)) for group in paths)
+    capacity = min(config.dataset_size, max(room_for_run(config, layout), own) + offline)
     return Replay(
         layout,
         agent.stored,
@@ -296,25 +340,9 @@ def room_for_run(config: Any, layout: Layout) -> int:
     return math.ceil(room * actions) + config.envs * (config.batch_length + 2)
 
 
-def step_bytes(layout: Layout) -> int:
-    """Return the size in bytes of one step of {key: (shape, dtype)}."""
-    return sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in layout.values())
-
-
 def resident(device: torch.device, layout: Layout, capacity: int) -> torch.device | None:
     """Return the device for a copy of `capacity` steps; None on CPU, or if it would exceed half of the free memory."""
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)
     return device if step_bytes(layout) * capacity <= free / 2 else None
-
-
-def check_memory(layout: Layout, capacity: int) -> None:
-    """Raise UserError if `capacity` steps cannot fit into this machine's memory."""
-    step = step_bytes(layout)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if step * capacity > memory:
-        raise UserError(
-            f"{capacity} steps of {step / 1024:.1f} KB do not fit into {memory / 2**30:.0f} GiB of memory: "
-            f"lower --dataset_size to at most {int(0.8 * memory / step)}"
-        )

@@ -3,37 +3,100 @@
 from __future__ import annotations
 
 import pathlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from tools import UserError, atomic_write
+from tools import UserError, atomic_write, misfit
+from training.archive import check_archive
+from training.config import CONFIGS, load_config
+from training.rng import fits_generator, fits_global_generators
 
 SAME = ("task", "action_repeat")  # in all of a logdir's run
+NUMBER = int | float
+CLOCK = {"next": NUMBER, "step?": NUMBER}
 
 
-def load_checkpoint(path: pathlib.Path) -> dict[str, Any]:
-    """Read a checkpoint to CPU memory. Raises UserError if it is missing or no checkpoint."""
+def is_count(value: Any) -> bool:
+    """True for 0, 1, 2, ..."""
+    return type(value) is int and value >= 0
+
+
+LEARNED = {  # what any checkpoint has; see `tools.misfit`
+    "agent": {str: object},
+    "counters": {"agent_steps": is_count, "updates": is_count, "episodes": is_count},
+    "kind?": str,
+    "task?": str,
+    "action_repeat?": is_count,
+}
+RESUMED = LEARNED | {  # and what a run needs to go on
+    "clocks": {
+        "ratio": {"start": int | None, "done": int, "pending?": int, "step?": NUMBER, "ratio?": NUMBER},
+        **dict.fromkeys(("log", "eval", "save"), CLOCK),
+    },
+    "rng": fits_global_generators,
+    "random": fits_generator,
+    "replay": lambda name: isinstance(name, str) and re.fullmatch(r"replay-\d+\.pt", name),
+}
+
+
+def load_checkpoint(path: pathlib.Path, form: Mapping[str, Any] = LEARNED) -> dict[str, Any]:
+    """Read a checkpoint to CPU memory, and prove it: its bytes, its form, and that its numbers are finite.
+
+    Raises UserError if it is missing, damaged, of another form, or if what was learned is no number any more.
+    """
     try:
+        check_archive(path)
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(saved, dict) or "agent" not in saved:
-            raise ValueError("it is no checkpoint of this project")
-    except Exception as error:
-        said = str(error) or type(error).__name__
-        reason = "no such file" if isinstance(error, FileNotFoundError) else said.splitlines()[0]
-        raise UserError(f"{path} cannot be loaded: {reason}") from None
+    except Exception as error:  # torch and pickle have many of their own for what they refuse
+        raise UserError(f"{path} cannot be loaded: {reason_of(error)}{remedy(path, error)}") from None
+    if not isinstance(saved, dict) or "agent" not in saved:
+        raise UserError(f"{path} cannot be loaded: it is no checkpoint of this project")
+    reason = misfit(saved, form) or not_finite(saved["agent"], "agent")
+    if reason:
+        raise UserError(f"{path} cannot be loaded: {reason}")
     return saved
 
 
 def load_stored(path: pathlib.Path, warn: Callable[[str], None]) -> dict[str, Any] | None:
-    """Read what a replay saved beside a checkpoint, or return None, after `warn(line)`, if it cannot be read."""
+    """Read what a replay saved beside a checkpoint, or return None, after `warn(line)`, if it cannot be read.
+
+    Its tensors lie in the file still, which is not copied to memory as a whole.
+    """
     try:
-        return torch.load(path, weights_only=True)
-    except Exception as error:  # torch and pickle have many of their own for a damaged file
-        reason = "it is gone" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
+        check_archive(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        reason = "it is gone" if isinstance(error, FileNotFoundError) else reason_of(error)
         warn(f"{path}: {reason}: the replay's latent states start anew")
         return None
+
+
+def reason_of(error: Exception) -> str:
+    """Return in a few words why a file could not be read."""
+    if isinstance(error, OSError):
+        return "no such file" if isinstance(error, FileNotFoundError) else error.strerror or type(error).__name__
+    if isinstance(error, ValueError):
+        return str(error)
+    return "it is no checkpoint of this project: it holds more than numbers, text and tensors, and code is not run"
+
+
+def remedy(path: pathlib.Path, error: Exception) -> str:
+    """Return what to do about a damaged checkpoint, as the end of a line."""
+    if not isinstance(error, ValueError) or path.name != "latest.pt":
+        return ""
+    return ": put a copy of it there, or remove it to begin at step 0 with the episodes that are there"
+
+
+def not_finite(tree: Any, name: str) -> str | None:
+    """Return a line that names the first tensor of a tree that is not finite, or None."""
+    if isinstance(tree, Mapping):
+        return next(filter(None, (not_finite(value, f"{name}.{key}") for key, value in tree.items())), None)
+    if isinstance(tree, torch.Tensor) and tree.is_floating_point() and not tree.isfinite().all():
+        return f"{name} is not finite: what it had learned is lost"
+    return None
 
 
 def save_checkpoint(logdir: pathlib.Path, checkpoint: dict[str, Any], stored: Any, updates: int) -> None:
@@ -64,6 +127,15 @@ def check_same(saved: Mapping[str, Any], config: Any) -> None:
         if was != config[key]:
             way = f"give another --logdir, with --from_checkpoint {config.logdir} to start from what it has learned"
             raise UserError(f"--{key} {config[key]}: the run in {config.logdir} has {was}; {way}")
+
+
+def config_of(logdir: pathlib.Path) -> dict[str, Any]:
+    """Return what a logdir's config.yaml says of `SAME`, as far as it can be read."""
+    try:
+        config = load_config(["--config", str(logdir / "config.yaml")], CONFIGS)
+    except UserError:  # there is none, or it is of another version
+        return {}
+    return {key: config[key] for key in SAME}
 
 
 def load_agent_state(agent: Any, saved: Mapping[str, Any], config: Any) -> None:

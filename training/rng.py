@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
+
+from tools import accepts, misfit
 
 
 def seed_everything(seed: int) -> None:
@@ -42,6 +45,34 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
 
 
+def fits_global_generators(state: Any) -> bool:
+    """True if `set_rng_state` takes a state."""
+    form = {
+        "python": (int, [int], float | None),
+        "numpy": (str, torch.Tensor, int, int, float),
+        "torch": torch.Tensor,
+        "cuda": [torch.Tensor],
+        "agent?": {str: fits_generator},
+    }
+    if misfit(state, form):
+        return False
+    version, internal, gauss = state["python"]
+    name, keys, *rest = state["numpy"]
+    return (
+        accepts(random.Random().setstate, (version, tuple(internal), gauss))
+        and accepts(np.random.RandomState().set_state, (name, keys.numpy(), *rest))
+        and accepts(torch.Generator().set_state, state["torch"])
+    )
+
+
+def fits_generator(state: Any) -> bool:
+    """True if a generator, of NumPy or PyTorch, takes a state."""
+    if isinstance(state, torch.Tensor):
+        own = torch.Generator()  # others, as of CUDA, have states of another size
+        return state.dtype == torch.uint8 and (state.shape != own.get_state().shape or accepts(own.set_state, state))
+    return accepts(functools.partial(setattr, np.random.default_rng().bit_generator, "state"), state)
+
+
 def generator_states(generators: Mapping[str, Any]) -> dict[str, Any]:
     """Return {name: state}, in types that `torch.load(weights_only=True)` accepts."""
     return {
@@ -54,9 +85,9 @@ def set_generator_states(generators: Mapping[str, Any], states: Mapping[str, Any
     """Undo `generator_states`; a state of another kind of device, or none, leaves a generator as it is."""
     for name, generator in generators.items():
         if isinstance(generator, np.random.Generator):
-            if name in states:
+            if isinstance(states.get(name), Mapping):
                 generator.bit_generator.state = states[name]
-        elif name in states and states[name].shape == generator.get_state().shape:
+        elif isinstance(states.get(name), torch.Tensor) and states[name].shape == generator.get_state().shape:
             generator.set_state(states[name])
 
 

@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from replay.episodes import EpisodeWriter, episode_files
-from tools import Every, Rates, UserError, locked
+from replay.episodes import EpisodeWriter, by_age, episode_files
+from tools import Every, Rates, UserError, locked, sweep
 from training.checkpoint import (
+    RESUMED,
     SAME,
     check_same,
     checkpoint_file,
+    config_of,
     load_agent_state,
     load_checkpoint,
     load_stored,
@@ -50,6 +52,7 @@ class Run:
         self.last_return: float | None = None
         self.stopped: int | None = None
         self.save_asked = False
+        self.saved_names: set[str] = set()  # of the episode files that the last checkpoint needs
         self.metrics = Metrics()
         self.clock = agent.clock(config)
         self.clocks: dict[str, Any] = {
@@ -138,16 +141,17 @@ class Run:
 
     def open(self, stack: contextlib.ExitStack) -> Outputs:
         """Begin to write, where the run stands; `stack` closes what is opened. Raises UserError if that fails."""
-        is_new = not self.logdir.is_dir()
+
+        def held() -> set[str]:  # by memory, now or in the checkpoint that a run would go on from
+            return self.replay.names() | self.saved_names
+
         try:
             self.out = Outputs(self.config, self.step, self.updates)
             stack.callback(self.out.close)
-            if is_new:
-                stack.enter_context(locked(self.logdir))
             self.config.save(self.logdir / "config.yaml")
             if self.config.eval_episode_num:
                 (self.logdir / "eval_eps").mkdir(exist_ok=True)
-            writer = EpisodeWriter(self.logdir / "train_eps", self.config.envs, self.config.dataset_size)
+            writer = EpisodeWriter(self.logdir / "train_eps", self.config.envs, self.config.dataset_size, held)
         except OSError as error:
             raise UserError(f"--logdir {self.config.logdir}: {error.strerror}") from None
         self.recorder = Recorder(self.replay, writer)
@@ -167,7 +171,9 @@ class Run:
             "spaces": self.spaces,
             **{key: self.config[key] for key in SAME},
         }
-        save_checkpoint(self.logdir, checkpoint, self.replay.state_dict(), self.updates)
+        stored = self.replay.state_dict()
+        save_checkpoint(self.logdir, checkpoint, stored, self.updates)
+        self.saved_names = self.replay.names()
         self.saved_at = time.monotonic()
         if self.save_asked:
             self.save_asked = False
@@ -187,6 +193,20 @@ class Run:
             self.save_all()
             raise
 
+    def _goes_on(self, saved: dict[str, Any], warn: Callable[[str], None]) -> bool:
+        """Load the agent of the logdir's checkpoint; False if it is another's that has met and learned nothing yet.
+
+        Raises UserError if it has.
+        """
+        try:
+            load_agent_state(self.agent, saved, self.config)
+        except UserError as error:
+            if saved["counters"]["updates"] or saved["counters"]["episodes"]:
+                raise
+            warn(f"{self.logdir}: begins anew at step 0, as nothing was learned there yet: {error}")
+            return False
+        return True
+
     def restore(self, saved: dict[str, Any] | None, paths: Sequence[pathlib.Path]) -> None:
         """Go on from the logdir's checkpoint, or start from another run's agent; fill the replay from episode files.
 
@@ -198,8 +218,12 @@ class Run:
             raise UserError(f"--from_checkpoint {config.from_checkpoint}: no such file; {way}")
         if saved:
             check_same(saved, config)
-            load_agent_state(self.agent, saved, config)
-        self.replay.restore(load_stored(self.logdir / saved["replay"], warn) if saved else None, paths, warn)
+            saved = saved if self._goes_on(saved, warn) else None
+        stored = load_stored(self.logdir / saved["replay"], warn) if saved else None
+        if self.replay.tight:
+            warn(self.replay.tight)
+        self.replay.restore(stored, paths, warn)
+        self.saved_names = self.replay.names()
         if self.offline and not self.replay.ready():
             where = config.offline_traindir or f"--offline_traindir or {self.logdir / 'train_eps'}"
             raise UserError(f"{where} must hold {config.batch_length + 1} steps of this task to learn from")
@@ -217,21 +241,53 @@ class Run:
 
 
 def open_logdir(config: Any, stack: contextlib.ExitStack) -> dict[str, Any] | None:
-    """Keep other runs out of the logdir, if it exists, and return its checkpoint, if it has one."""
+    """Keep other runs out of the logdir, which is made for that, and return its checkpoint, if it has one.
+
+    `stack` removes it again if nothing comes to stand there. What a killed run has left behind is swept away. Raises
+    UserError if the logdir cannot be made, is another run's, or holds what no run can go on from.
+    """
     logdir = pathlib.Path(config.logdir).expanduser()
-    if logdir.is_dir():
-        stack.enter_context(locked(logdir))
+    try:
+        new = [folder for folder in (logdir, *logdir.parents) if not folder.exists()]
+        logdir.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # such as a name that no file system takes
+        raise UserError(f"--logdir {config.logdir!a}: {getattr(error, 'strerror', None) or error}") from None
+    stack.callback(_remove_empty, new)
+    if stack.enter_context(locked(logdir)):
+        sweep([logdir, logdir / "train_eps", logdir / "eval_eps"])
     path = logdir / "latest.pt"
-    return load_checkpoint(path) if path.exists() else None
+    if path.exists():
+        return load_checkpoint(path, RESUMED)
+    _note_what_is_there(logdir, config)
+    return None
+
+
+def _remove_empty(folders: Sequence[pathlib.Path]) -> None:
+    """Remove folders, the inner ones first, as far as they are empty."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+def _note_what_is_there(logdir: pathlib.Path, config: Any) -> None:
+    """Warn of what a run without a checkpoint has left in its logdir. Raises UserError if it was another task's."""
+    if episode_files(logdir / "train_eps"):
+        check_same(config_of(logdir), config)
+    left = [name for name in ("scores.jsonl", "metrics.jsonl") if (logdir / name).is_file()]
+    if any((logdir / name).stat().st_size for name in left):
+        text = (
+            f"{logdir / 'latest.pt'} is gone: the run begins at step 0 and adds to the curves of {' and '.join(left)}"
+        )
+        warn_at(config.log_level, text)
 
 
 def episode_paths(config: Any) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
-    """Return the episode files of offline_traindir, and those that the run has written, each oldest first.
+    """Return the episode files of offline_traindir, and those that the run has written, oldest first.
 
     Raises UserError if there is no such directory.
     """
     folder = pathlib.Path(config.offline_traindir).expanduser()
     if config.offline_traindir and not folder.is_dir():
         raise UserError(f"--offline_traindir {folder}: no such directory")
-    own = episode_files(pathlib.Path(config.logdir) / "train_eps")
+    own = by_age(episode_files(pathlib.Path(config.logdir) / "train_eps"))
     return (episode_files(folder) if config.offline_traindir else []), own
