@@ -149,12 +149,16 @@ def wire(config, stack):
     def evaluate(film=False):
         if not config.eval_episode_num:
             return
+        score = None
         with undisturbed({**agent.generators, "replay": replay.rng}):
             played = envs.evaluating()
             if film:
                 evaluation.record_film(agent, played, specs[1], config.eval_mode, out, run.step)
             else:
-                evaluation.evaluate(agent, played, config, out, specs, run.step, lambda: not run.stopped, replay)
+                score = evaluation.evaluate(
+                    agent, played, config, out, specs, run.step, lambda: not run.stopped, replay
+                )
+        run.keeper.evaluated(score)
 
     return SimpleNamespace(run=run, agent=agent, replay=replay, collect=collect, evaluate=evaluate, envs=envs)
 

@@ -200,7 +200,8 @@ class EpisodeWriter:
 
     def _forget(self):
         """Delete the oldest files until the rest is within the limit, the newest and those that are held aside."""
-        held, kept = self.held(), collections.deque()
+        held = self.held()
+        kept: collections.deque[tuple[pathlib.Path, int]] = collections.deque()
         while len(self.files) > 1 and self.total > self.limit:
             path, length = self.files.popleft()
             if path.name in held:

@@ -57,8 +57,8 @@ def _disorder(file: IO[bytes], archive: zipfile.ZipFile) -> str | None:
             return member.filename
     file.seek(archive.start_dir)
     index = sum(46 + len(m.orig_filename.encode()) + len(m.extra) + len(m.comment) for m in members)
-    _, end = file.read(index), file.read(1000)
-    return None if _is_end(end, len(members), index, archive.start_dir) else "its end"
+    file.seek(index, 1)
+    return None if _is_end(file.read(1000), len(members), index, archive.start_dir) else "its end"
 
 
 def _is_end(content: bytes, count: int, index: int, begin: int) -> bool:

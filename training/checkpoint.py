@@ -104,12 +104,17 @@ def save_checkpoint(logdir: pathlib.Path, checkpoint: dict[str, Any], stored: An
 
     Raises OSError where the logdir cannot take them; what was there before is still good then.
     """
-    name = f"replay-{updates}.pt"
+    name = stored_file(updates)
     atomic_save(logdir / name, stored)
-    atomic_save(logdir / "latest.pt", {**checkpoint, "replay": name})
+    atomic_save(logdir / "latest.pt", checkpoint)
     for old in logdir.glob("replay-*.pt"):
         if old.name != name:
             old.unlink(missing_ok=True)
+
+
+def stored_file(updates: int) -> str:
+    """Return the name of the file of what the replay stored when a checkpoint was written."""
+    return f"replay-{updates}.pt"
 
 
 def atomic_save(path: pathlib.Path, state: Any) -> None:

@@ -98,8 +98,8 @@ def evaluate(
     step: int,
     going: Callable[[], bool] = lambda: True,
     replay: Any = None,
-) -> None:
-    """Play `eval_episode_num` episodes and log their returns and videos.
+) -> float | None:
+    """Play `eval_episode_num` episodes and log their returns and videos; return their mean, None if it ended early.
 
     Args:
       envs: evaluation environments; step: environment frames that training has seen.
@@ -125,7 +125,7 @@ def evaluate(
     if evaluation.cut:
         out.say("warning", f"{endless(envs.longest)}; the evaluation has counted {evaluation.cut} as they were then")
     if not episodes:
-        return
+        return None
     scores, lengths = ([getattr(episode, name) for episode in episodes] for name in ("score", "length"))
     result = {"eval_return": np.mean(scores), "eval_length": np.mean(lengths), "eval_episodes": len(scores)}
     names = sorted({name for episode in episodes for name in episode.logs})
@@ -147,6 +147,7 @@ def evaluate(
     out.logger.flush()
     spread = f"std {np.std(scores):.1f}, min {min(scores):.1f}, max {max(scores):.1f}"
     out.say("info", f"step {step:,}: eval_return {np.mean(scores):.1f} over {len(scores)} episodes ({spread})")
+    return float(np.mean(scores)) if len(scores) == config.eval_episode_num else None
 
 
 class Beginnings:

@@ -21,8 +21,10 @@ from training.checkpoint import (
     load_checkpoint,
     load_stored,
     save_checkpoint,
+    stored_file,
 )
 from training.driver import Episode
+from training.keep import Keeper
 from training.logger import Metrics
 from training.outputs import Outputs, Recorder, warn_at
 from training.protocol import Agent
@@ -52,6 +54,7 @@ class Run:
         self.last_return: float | None = None
         self.stopped: int | None = None
         self.save_asked = False
+        self.keeper = Keeper(self.logdir, config.keep, functools.partial(checkpoint_of, self))
         self.saved_names: set[str] = set()  # of the episode files that the last checkpoint needs
         self.metrics = Metrics()
         self.clock = agent.clock(config)
@@ -122,6 +125,7 @@ class Run:
             self.log()
         if self.clocks["save"](self.step) or self.save_asked:
             self.save()
+        self.keeper.serve(self.step)
 
     def log(self) -> None:
         """Write the means of the metrics since the last log."""
@@ -160,19 +164,7 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint that `restore` goes on from."""
-        self.metrics.drain()
-        checkpoint = {
-            "kind": self.config.agent,
-            "agent": self.agent.state_dict(),
-            "counters": {"agent_steps": self.agent_steps, "updates": self.updates, "episodes": self.episodes},
-            "clocks": {name: clock.state_dict() for name, clock in self.clocks.items()},
-            "rng": get_rng_state() | {"agent": generator_states(self.agent.generators)},
-            "random": generator_states(self.random.generators)["act"],
-            "spaces": self.spaces,
-            **{key: self.config[key] for key in SAME},
-        }
-        stored = self.replay.state_dict()
-        save_checkpoint(self.logdir, checkpoint, stored, self.updates)
+        save_checkpoint(self.logdir, checkpoint_of(self), self.replay.state_dict(), self.updates)
         self.saved_names = self.replay.names()
         self.saved_at = time.monotonic()
         if self.save_asked:
@@ -193,20 +185,6 @@ class Run:
             self.save_all()
             raise
 
-    def _goes_on(self, saved: dict[str, Any], warn: Callable[[str], None]) -> bool:
-        """Load the agent of the logdir's checkpoint; False if it is another's that has met and learned nothing yet.
-
-        Raises UserError if it has.
-        """
-        try:
-            load_agent_state(self.agent, saved, self.config)
-        except UserError as error:
-            if saved["counters"]["updates"] or saved["counters"]["episodes"]:
-                raise
-            warn(f"{self.logdir}: begins anew at step 0, as nothing was learned there yet: {error}")
-            return False
-        return True
-
     def restore(self, saved: dict[str, Any] | None, paths: Sequence[pathlib.Path]) -> None:
         """Go on from the logdir's checkpoint, or start from another run's agent; fill the replay from episode files.
 
@@ -218,7 +196,7 @@ class Run:
             raise UserError(f"--from_checkpoint {config.from_checkpoint}: no such file; {way}")
         if saved:
             check_same(saved, config)
-            saved = saved if self._goes_on(saved, warn) else None
+            saved = saved if goes_on(self.agent, saved, config, warn) else None
         stored = load_stored(self.logdir / saved["replay"], warn) if saved else None
         if self.replay.tight:
             warn(self.replay.tight)
@@ -227,6 +205,7 @@ class Run:
         if self.offline and not self.replay.ready():
             where = config.offline_traindir or f"--offline_traindir or {self.logdir / 'train_eps'}"
             raise UserError(f"{where} must hold {config.batch_length + 1} steps of this task to learn from")
+        self.keeper.begin(saved["counters"]["agent_steps"] * config.action_repeat if saved else 0, warn)
         if saved is None:
             if config.from_checkpoint:
                 load_agent_state(self.agent, load_checkpoint(checkpoint_file(config.from_checkpoint)), config)
@@ -238,6 +217,37 @@ class Run:
         set_rng_state(saved["rng"])
         set_generator_states(self.agent.generators, saved["rng"].get("agent", {}))  # older ones lack them
         set_generator_states(self.random.generators, {"act": saved["random"]})
+
+
+def checkpoint_of(run: Run) -> dict[str, Any]:
+    """Return what a run goes on from, but for what the replay stores, which has a file of its own."""
+    run.metrics.drain()
+    return {
+        "kind": run.config.agent,
+        "agent": run.agent.state_dict(),
+        "counters": {"agent_steps": run.agent_steps, "updates": run.updates, "episodes": run.episodes},
+        "clocks": {name: clock.state_dict() for name, clock in run.clocks.items()},
+        "rng": get_rng_state() | {"agent": generator_states(run.agent.generators)},
+        "random": generator_states(run.random.generators)["act"],
+        "replay": stored_file(run.updates),
+        "spaces": run.spaces,
+        **{key: run.config[key] for key in SAME},
+    }
+
+
+def goes_on(agent: Agent, saved: Mapping[str, Any], config: Any, warn: Callable[[str], None]) -> bool:
+    """Load the agent of the logdir's checkpoint; False if it is another's that has met and learned nothing yet.
+
+    Raises UserError if it has.
+    """
+    try:
+        load_agent_state(agent, saved, config)
+    except UserError as error:
+        if saved["counters"]["updates"] or saved["counters"]["episodes"]:
+            raise
+        warn(f"{config.logdir}: begins anew at step 0, as nothing was learned there yet: {error}")
+        return False
+    return True
 
 
 def open_logdir(config: Any, stack: contextlib.ExitStack) -> dict[str, Any] | None:
@@ -275,10 +285,8 @@ def _note_what_is_there(logdir: pathlib.Path, config: Any) -> None:
         check_same(config_of(logdir), config)
     left = [name for name in ("scores.jsonl", "metrics.jsonl") if (logdir / name).is_file()]
     if any((logdir / name).stat().st_size for name in left):
-        text = (
-            f"{logdir / 'latest.pt'} is gone: the run begins at step 0 and adds to the curves of {' and '.join(left)}"
-        )
-        warn_at(config.log_level, text)
+        gone, curves = f"{logdir / 'latest.pt'} is gone", " and ".join(left)
+        warn_at(config.log_level, f"{gone}: the run begins at step 0 and adds to {curves} of the one before")
 
 
 def episode_paths(config: Any) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
