@@ -10,6 +10,7 @@ import contextlib
 import errno
 import functools
 import gc
+import os
 import pathlib
 import shlex
 import signal
@@ -68,10 +69,9 @@ def main(argv=None):
         print(f"dreamer.py: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        gone = error.errno == errno.ENOENT and not pathlib.Path(config.logdir).is_dir()
-        if error.errno not in FULL and not gone:
+        if error.errno not in FULL and not is_gone(error, config):
             raise
-        return failed(config, f"--logdir {config.logdir}: {'it is gone' if gone else error.strerror}")
+        return failed(config, f"--logdir {config.logdir}: {error.strerror}")
     except KeyboardInterrupt:
         return failed(config, "ended at once")
 
@@ -84,6 +84,12 @@ def with_absolute_paths(config):
     return config.replace(
         **{key: str(pathlib.Path(path).expanduser().absolute()) for key, path in paths.items() if path}
     )
+
+
+def is_gone(error, config):
+    """True if a file could not be written because the logdir, or a folder in it, is not there any more."""
+    place = os.path.abspath(os.fsdecode(error.filename or ""))
+    return error.errno == errno.ENOENT and pathlib.Path(place).is_relative_to(config.logdir)
 
 
 def failed(config, why):

@@ -34,9 +34,10 @@ from training import machine
 from training.checkpoint import checkpoint_file, load_agent_state, load_checkpoint
 from training.config import CONFIGS, load_config
 from training.driver import Driver
+from training.foreign import check_foreign
 from training.outputs import endless
 from training.rng import seed_everything
-from training.videos import BORDER, as_rgb, bordered, caption
+from training.videos import BORDER, as_rgb, bordered, caption, check_mp4
 
 FORMATS = {"mp4": ["mp4"], "gif": ["gif"], "both": ["mp4", "gif"]}
 PANEL = 192  # least height of an open-loop panel in pixels
@@ -179,6 +180,8 @@ def open_players(options, rest, stack):
         if path and not path.is_file():
             raise UserError(f"{path}: no such checkpoint")
         config = load_config([*(["--config", str(run.parent / "config.yaml")] if run else []), *rest], CONFIGS)
+        if run:
+            check_foreign(config, run.parent, {word[2:].partition("=")[0] for word in rest if word.startswith("--")})
         if "task" not in config.explicit:
             raise UserError("a random agent without a checkpoint beside it needs --task")
         label = "random" if not path else path.resolve().parent.name if path.stem == "latest" else path.stem
@@ -302,6 +305,8 @@ class Films:
         for name, files in self.files.items():
             kind, *key = name.split("/")
             for path, _ in files:
+                if path.suffix == ".mp4":
+                    check_mp4(path)
                 names.append("_".join([stems[kind], *key]) + path.suffix)
                 path.replace(folder / names[-1])
         return names

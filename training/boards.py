@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import sys
+import threading
 from typing import Any
 
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -53,6 +54,12 @@ def tag(name):
     return f"{next(group for group, names in GROUPS.items() if re.fullmatch(names, name))}/{name}"
 
 
+def except_of_tensorboard(args):
+    """Print what ended a thread, unless it is one that tells the next who writes, as of a full disk."""
+    if not (type(args.thread).__module__.startswith("tensorboard.") and isinstance(args.exc_value, OSError)):
+        threading.__excepthook__(args)
+
+
 class TensorBoard:
     """TensorBoard's event files; videos are GIFs among its images.
 
@@ -65,6 +72,8 @@ class TensorBoard:
           step: where a resumed run goes on. What was logged later is hidden, for the run does it again.
           chosen: dotted keys of `config` that the user set. HParams shows them first.
         """
+        if threading.excepthook is threading.__excepthook__:
+            threading.excepthook = except_of_tensorboard
         older = step and not any(MARK in beginning(path) for path in logdir.glob("events.out.tfevents.*"))
         self._events = SummaryWriter(str(logdir), purge_step=step + 1 if step else None)
         self.flush, self.close = self._events.flush, self._events.close
@@ -152,6 +161,16 @@ def hparams(settings, chosen, name):
     }
 
 
+def run_id(path):
+    """Return the id of wandb's run that a file holds, None if there is no file. Raises UserError if it is no id."""
+    if not path.exists():
+        return None
+    text = path.read_bytes().strip()
+    if not re.fullmatch(rb"[\w-]{1,128}", text):
+        raise UserError(f"{path} holds no id of a run of Weights & Biases: remove it to begin a new one")
+    return text.decode("ascii")
+
+
 class WeightsAndBiases:
     """Weights & Biases, configured by its own environment variables (WANDB_MODE=offline, WANDB_PROJECT, ...).
 
@@ -172,7 +191,7 @@ class WeightsAndBiases:
                     project=os.environ.get("WANDB_PROJECT", "dreamer"),
                     name=os.environ.get("WANDB_NAME", logdir.name),
                     dir=str(logdir),
-                    id=known.read_text().strip() if known.exists() else None,
+                    id=run_id(known),
                     resume="allow",
                     config=config,
                     settings=wandb.Settings(console="off"),  # otherwise the progress line fills its log

@@ -7,6 +7,8 @@ there. Presets are parsed when they are asked for, so that --help and a typo ans
 
 import contextlib
 import functools
+import itertools
+import math
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
@@ -32,6 +34,7 @@ HEADING = re.compile(
 )  # a comment behind an empty line, and a key
 WORDS = ("include", "last")  # what a preset may say beside keys
 HERE = ("logdir", "script", "device", "threads", "from_checkpoint", "offline_traindir", "log_level", "logger")
+LARGEST, DEEPEST = 10_000, 100  # values of a file that has aliases; brackets within brackets
 RETIRED = {  # keys of older versions: their defaults
     "imag_weight": "predicted",
     "actor.baseline": True,
@@ -308,7 +311,26 @@ def _read(path: Path) -> str:
 def _parsed(path: Path, text: str, yaml: YAML) -> Any:
     """Return what a text of a file is in YAML."""
     with _errors_of(path):
+        opening = (1 if bracket in "[{" else -1 for bracket in re.sub(r"[^][{}]", "", text))
+        if max(itertools.accumulate(opening), default=0) > DEEPEST:  # which the parser would take minutes to find
+            raise RecursionError
+        if "*" in text and "&" in text and _unfolded(yaml.compose(text), {}) > LARGEST:
+            raise ValueError(f"its aliases unfold to more than {LARGEST:,} values")
         return yaml.load(text)
+
+
+def _unfolded(node: Any, known: dict[int, float]) -> float:
+    """Return how many values a node of YAML stands for when each alias in it is what it names.
+
+    known: {id: that number} of the nodes below which it was counted already, infinite while it is being counted.
+    """
+    if node is None:  # of an empty file
+        return 0
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        below = [part for pair in node.value for part in (pair if isinstance(pair, tuple) else [pair])]
+        known[id(node)] = 1 + sum(_unfolded(part, known) for part in below if not isinstance(part, str))
+    return known[id(node)]
 
 
 @contextlib.contextmanager
@@ -316,8 +338,9 @@ def _errors_of(path: Path) -> Iterator[None]:
     """Turn whatever is wrong with a file into a UserError that names the place."""
     try:
         yield
-    except (OSError, YAMLError, ValueError) as error:
+    except (OSError, YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
+        error = ValueError("nested too deeply") if isinstance(error, RecursionError) else error
         reason = getattr(error, "strerror", None) or getattr(error, "problem", None) or error
         where = f"{path}: line {mark.line + 1}" if mark else path
         raise UserError(f"{where}: {' '.join(str(reason).split())}") from None

@@ -198,8 +198,9 @@ def record_film(agent: Agent, envs: Any, act_spec: Any, mode: str, out: Outputs,
     path = out.logdir / "videos" / f"{step:09d}_score_{scores[-1]:.1f}.mp4"
     try:
         write_mp4(path, captioned(frames, scores), fps=30)
-    except OSError as error:  # a full disk: all else is saved by now
-        out.say("warning", f"no video: {path}: {error.strerror}")
+    except OSError as error:  # a run that was saved does not end in error for its film
+        path.unlink(missing_ok=True)
+        out.say("warning", f"no video in {path.parent}: {error.strerror or error}")
         return
     out.logger.video("film/episode", board_film(frames, scores), step, fps=20)
     out.logger.scalars({"film_seconds": time.monotonic() - start}, step)

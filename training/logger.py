@@ -1,7 +1,10 @@
 """Logging: metrics and scores as JSON lines, means of metrics, and a progress line."""
 
+import contextlib
+import errno
 import json
 import math
+import os
 import shutil
 import sys
 from collections import deque
@@ -70,28 +73,49 @@ class Logger:
             output.flush()
 
     def close(self):
-        """Flush and close all files."""
-        self.flush()
-        for file in (*self._outputs, self._metrics, self._scores):
-            file.close()
+        """Flush and close all files, those that a full disk spares as well."""
+        with contextlib.ExitStack() as stack:
+            for file in (self._scores, self._metrics, *self._outputs):
+                stack.callback(file.close)
+            self.flush()
 
 
 class _JsonLines:
-    """A file of one JSON object per line. A kill can truncate only the last line; opening removes such a line."""
+    """A file of one JSON object per line. A kill can truncate only the last line; opening removes such a line.
+
+    A last line that is whole, as an editor may leave it, only lacks its end, and gets it.
+    """
 
     def __init__(self, path):
         # Unbuffered, so that a line is one call of write(2).
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115
-        self._file.truncate(path.read_bytes().rfind(b"\n") + 1)
+        content = path.read_bytes()
+        end = content.rfind(b"\n") + 1
+        if _is_object(content[end:]):
+            self._file.write(b"\n")
+        else:
+            self._file.truncate(end)
 
     def write(self, entries):
         """Write {name: number or text} as a line; nan, inf and -inf become text, as JSON has no such numbers."""
         plain = {name: _plain(value) for name, value in entries.items()}
         strict = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in plain.items()}
-        self._file.write(json.dumps(strict, allow_nan=False).encode() + b"\n")
+        line = json.dumps(strict, allow_nan=False).encode() + b"\n"
+        written = self._file.write(line)
+        if written < len(line):  # what a full disk takes of a line is no line
+            self._file.truncate(self._file.tell() - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self):
         self._file.close()
+
+
+def _is_object(line):
+    """True if a line holds a whole JSON object."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _plain(value):

@@ -7,6 +7,7 @@ import io
 import math
 
 import imageio.v2 as imageio
+import imageio_ffmpeg
 import numpy as np
 from PIL import Image
 
@@ -127,6 +128,17 @@ def gif(frames, fps):
 
 
 def write_mp4(path, frames, fps):
-    """Write a list of frames (H, W, 3) as an MP4; create its folder."""
+    """Write a list of frames (H, W, 3) as an MP4; create its folder. Raises OSError if that fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    imageio.mimwrite(path, frames, fps=fps, macro_block_size=2)
+    imageio.mimwrite(path, frames, fps=fps, macro_block_size=2, ffmpeg_log_level="fatal")
+    check_mp4(path)
+
+
+def check_mp4(path):
+    """Raise OSError if an MP4 cannot be read: ffmpeg, which wrote it, ends without a word on a full disk."""
+    try:
+        whole = imageio_ffmpeg.count_frames_and_secs(path)[0] > 0
+    except RuntimeError:
+        whole = False
+    if not whole:
+        raise OSError(f"{path.name} was cut short: is the disk full?")
