@@ -49,7 +49,7 @@ def stored_step(layout: Layout, obs: Arrays, actions: Arrays, index: int) -> Ste
 # Episode files
 
 LONGEST_KEY = 200  # bytes of a key, which becomes the name of a folder
-SHARE = 4  # a file may take one part in so many of the memory
+SMALL, SHARE = 2**26, 4  # bytes that a file may always take, and one part in so many of the memory
 
 
 def check_keys(keys: Iterable[str]) -> None:
@@ -79,13 +79,12 @@ def load_episode(path: pathlib.Path, layout: Layout) -> dict[str, np.ndarray]:
     """
     try:
         with npz.opened(path) as file:
-            wanted = {key: layout[key] for key in file.members if key in layout}
-            heads = {key: file.head(key) for key in wanted}
+            heads = {key: file.head(key) for key in file.members if key in layout}
             ends = "discount" in file.members and "is_terminal" not in file.members  # as the first Dreamer wrote them
             length = check_heads(heads, layout, file.members)
-            episode = {key: file.array(key) for key in wanted}
-            if ends and file.head("discount").shape[:1] == (length,) == file.head("discount").shape:
-                episode["is_terminal"] = file.array("discount") == 0
+            episode = {key: file.array(key, head) for key, head in heads.items()}
+            if ends and (head := file.head("discount")).shape == (length,):
+                episode["is_terminal"] = file.array("discount", head) == 0
     except Misfit as error:
         raise ValueError(str(error)) from None
     except Exception as error:  # zipfile, zlib and NumPy raise dozens of types for a damaged or foreign file
@@ -125,7 +124,7 @@ def check_heads(heads: Mapping[str, npz.Head], layout: Layout, keys: Collection[
             continue
         if key not in heads:
             raise Misfit(f"lacks {key}: {there}")
-        found, _, kind = heads[key]
+        found, kind = heads[key].shape, heads[key].dtype
         if kind.hasobject:
             raise ValueError(f"{key} holds pickles, which may run code")
         if found[:1] != (length,) or not fits(found[1:], shape):
@@ -133,7 +132,7 @@ def check_heads(heads: Mapping[str, npz.Head], layout: Layout, keys: Collection[
         if kind.kind not in "biuf" or (dtype == np.uint8 and kind != np.uint8):
             raise Misfit(f"{key} has type {kind} where {np.dtype(dtype)} was expected")
     taken = sum(head.nbytes for head in heads.values()) + length * step_bytes(layout)
-    if taken > memory_limit() / SHARE:
+    if taken > SMALL and taken > memory_limit() / SHARE:
         raise Misfit(f"claims {length:,} steps, which take {size(taken)} of memory")
     return length
 

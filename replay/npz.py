@@ -17,11 +17,12 @@ METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # those that never unpack 
 
 
 class Head(NamedTuple):
-    """What an array says of itself before its data."""
+    """What an array says of itself before its data, which begin at `start`."""
 
     shape: tuple[int, ...]
     fortran: bool
     dtype: np.dtype
+    start: int
 
     @property
     def nbytes(self) -> int:
@@ -42,14 +43,14 @@ class Npz:
             raise ValueError(f"{key} is packed in a way that NumPy does not use")
         with self.archive.open(member) as file:
             head = _read_head(file, key)
-            if member.file_size - file.tell() != head.nbytes and not head.dtype.hasobject:
+            if member.file_size - head.start != head.nbytes and not head.dtype.hasobject:
                 raise ValueError(f"{key} has not the size that its shape {head.shape} means")
         return head
 
-    def array(self, key: str) -> np.ndarray:
-        """Read an array, against its checksum. Raises what zipfile and NumPy do for damaged ones."""
+    def array(self, key: str, head: Head) -> np.ndarray:
+        """Read the array of a Head, against its checksum. Raises what zipfile and NumPy do for damaged ones."""
         with self.archive.open(self.members[key]) as file:
-            head = _read_head(file, key)
+            file.read(head.start)
             data = file.read(head.nbytes)
             if len(data) != head.nbytes or file.read(1):  # which checks the sum, at the end of the member
                 raise ValueError(f"{key} was cut short")
@@ -60,7 +61,7 @@ class Npz:
 def _read_head(file: IO[bytes], key: str) -> Head:
     if np.lib.format.read_magic(file) != (1, 0):  # others may have headers of any length
         raise ValueError(f"{key} has no header of version 1")
-    return Head(*np.lib.format.read_array_header_1_0(file))
+    return Head(*np.lib.format.read_array_header_1_0(file), file.tell())
 
 
 @contextlib.contextmanager

@@ -118,6 +118,7 @@ def test_an_array_that_unpacks_to_more_than_its_episode_has_is_not_unpacked(tmp_
 
 def test_an_episode_larger_than_memory_is_refused_before_it_is_read(tmp_path, monkeypatch):
     path = save_episode(tmp_path, make_episode(0, 500))
+    monkeypatch.setattr("replay.episodes.SMALL", 0)
     monkeypatch.setattr("replay.episodes.memory_limit", lambda: 4 * 500 * 60)
     with pytest.raises(ValueError, match=r"claims 500 steps, which take 1 MiB of memory"):
         load_episode(path, LAYOUT)
