@@ -16,10 +16,11 @@ from gymnasium.envs.registration import load_env_creator
 from envs import making
 from envs.checks import PLAIN, article, flag_of, info_of, refusal, reward_of
 from envs.env import Env, Place
-from envs.errors import one_line, unknown
+from envs.errors import described, one_line, unknown
 from envs.opengl import choose_renderer, close_before_exit
 from envs.tasks import suggestions
 from envs.trees import flatten, flatten_space, modern, nest
+from envs.user_modules import import_user_module
 from envs.wrappers import ActionRepeat, flags, is_kept
 from modalities import kind_of
 from modalities.image.space import too_small
@@ -51,7 +52,7 @@ def make(task: str, config: Any, place: Place) -> Env:
                 raise UserError(f"{asked} cannot be made ({one_line(error)}): pip install {packages}") from error
     module, _, name = task.rpartition(":")
     if module:
-        making.import_module(module, asked)
+        import_user_module(module, asked)
     try:
         spec = gymnasium.spec(name)
         entry = spec.entry_point
@@ -71,7 +72,7 @@ def make(task: str, config: Any, place: Place) -> Env:
     except gymnasium.error.Error as error:
         raise UserError(f"{asked} cannot be made: {one_line(error)}") from error
     except (Exception, SystemExit) as error:
-        raise UserError(f"{asked} cannot be made: {making.described(error)}") from error
+        raise UserError(f"{asked} cannot be made: {described(error)}") from error
     env = FromGym(making.wrap(env, config.wrappers), place.seed, config)
     if mujoco:
         close_before_exit(env)

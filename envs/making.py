@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import os
 import pathlib
 import sys
-import traceback
 from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
 from typing import Any
 
-from envs.errors import one_line, unknown
+from envs.errors import described, unknown
+from envs.user_modules import import_user_module
 from tools import UserError
 
 
@@ -25,7 +22,7 @@ def load(path: str, asked: str) -> Callable:
     if not (module_name and colon and name):
         raise UserError(f"{asked} must look like package.module:Class")
     module_name = _beside(module_name, asked)
-    module = import_module(module_name, asked)
+    module = import_user_module(module_name, asked)
     found = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
     if not hasattr(module, name):
         raise unknown(f"class or function in {module_name}", name, found)
@@ -45,29 +42,6 @@ def _beside(module_name: str, asked: str) -> str:
     if str(file.parent) not in sys.path:
         sys.path.insert(0, str(file.parent))
     return file.stem
-
-
-def import_module(name: str, asked: str) -> ModuleType:
-    """Import a module of the user's. Raises UserError, with the place, for whatever keeps it from being imported."""
-    if os.getcwd() not in sys.path:  # a script finds what lies beside it, not what lies where it is called
-        sys.path.insert(0, os.getcwd())
-    try:
-        return importlib.import_module(name)
-    except (Exception, SystemExit) as error:
-        raise UserError(f"{asked}: '{name}' cannot be imported: {described(error)}") from error
-
-
-def described(error: BaseException) -> str:
-    """Return an exception in one line, with its type and the place in the file that it comes from."""
-    if isinstance(error, ModuleNotFoundError) and error.name == "gym":
-        return "No module named 'gym': import gymnasium as gym, which has the same names and is here"
-    if isinstance(error, ImportError):
-        return one_line(error)
-    if isinstance(error, SyntaxError):
-        return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {one_line(error)}{where}"
 
 
 # ---------------------------------------------------------------------------
