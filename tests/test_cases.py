@@ -7,7 +7,7 @@ import pytest
 from benchmarks import cases
 from benchmarks.processes import MARK, end, marked, start
 
-CHEAP = ["clash_silent", "clash_envs_package", "task_path", "syntax_error"]
+CHEAP = ["clash_silent", "clash_envs_package", "syntax_error"]
 
 
 @pytest.mark.parametrize("name", CHEAP)
