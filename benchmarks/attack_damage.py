@@ -43,6 +43,7 @@ def attack_damage(count, seed=0):
         files |= {"episode": next((run / "train_eps").glob("*.npz")), "config.yaml": run / "config.yaml"}
         files |= {"scores.jsonl": run / "scores.jsonl"}
         readers = make_readers(files)
+        assert all(read() is True for read in readers.values())  # while they are whole
         for number in range(count):
             kind = KINDS[number % len(KINDS)]
             whole = files[kind].read_bytes()
