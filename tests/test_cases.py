@@ -23,6 +23,8 @@ def test_every_case_is_whole():
         about, *outcomes = map(json.loads, (folder / "want").read_text().splitlines())
         assert about["situation"] and about.keys() <= {"situation", "timeout", "needs"}, folder
         assert outcomes and all(outcome and outcome.keys() <= known for outcome in outcomes), folder
+        for outcome in outcomes:  # every pattern is one
+            cases.differences(outcome, 0, "", "", folder)
         assert "python" in (folder / "command.txt").read_text(), folder
 
 
