@@ -241,12 +241,14 @@ def eval_only(config, stack):
     from specs import act_spec
     from training import evaluation, machine
     from training.checkpoint import checkpoint_file, load_agent_state, load_checkpoint
+    from training.foreign import check_foreign
     from training.outputs import Outputs
 
     path = checkpoint_file(config.from_checkpoint or config.logdir)
     if not config.from_checkpoint and not path.is_file():
         raise UserError("--script eval_only needs a --logdir with latest.pt, or --from_checkpoint")
     config = beside(config, path.parent / "config.yaml")
+    check_foreign(config, path.parent, config.explicit)
     if not min(config.eval_episode_num, config.eval_envs):
         raise UserError("--script eval_only needs an --eval_episode_num of at least 1 and an --eval_envs of at least 1")
     machine.prepare(config)

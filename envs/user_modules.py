@@ -22,7 +22,18 @@ from tools import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 OURS = {
-    *("agents", "behaviors", "benchmarks", "docs", "dreamer", "envs", "exploration", "export", "inference_video", "modalities"),
+    *(
+        "agents",
+        "behaviors",
+        "benchmarks",
+        "docs",
+        "dreamer",
+        "envs",
+        "exploration",
+        "export",
+        "inference_video",
+        "modalities",
+    ),
     *("models", "networks", "ops", "replay", "specs", "tests", "tools", "training"),
 }
 STDLIB = pathlib.Path(os.__file__).parent

@@ -7,9 +7,8 @@ import textwrap
 import pytest
 
 import dreamer
-import inference_video
 from envs import make_env
-from envs.user_modules import OURS, ROOT, OursFirst, check_foreign
+from envs.user_modules import OURS, ROOT, OursFirst
 from tests.factories import env_config as make_config
 from tests.factories import one_line_error
 
@@ -174,14 +173,3 @@ def test_a_run_ends_in_one_line_and_writes_nothing(folder, parallel, capsys):
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and f"rename {place / 'tools.py'} (imported in cave.py)" in said
     assert not pathlib.Path("run").exists()
-
-
-def test_a_folder_from_elsewhere_cannot_have_its_own_code_run(folder, monkeypatch):
-    place = folder(**{"run/cave": CAVE})
-    check_foreign("custom_cave:Env", place / "run")  # the working directory's own
-    monkeypatch.chdir(place / "run")
-    (place / "run" / "config.yaml").write_text("task: custom_cave:Env")
-    (place / "run" / "latest.pt").write_bytes(b"")
-    options, rest = inference_video.parse(["--checkpoint", "."])
-    said = one_line_error(inference_video.open_players, options, rest, None)
-    assert str(place / "run" / "cave.py") in said and "--task custom_cave:Env" in said

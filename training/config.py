@@ -144,14 +144,11 @@ def beside(config: Config, file: Path) -> Config:
     """Return a Config that is that of a checkpoint, as the config.yaml beside it says, under what the user gave.
 
     Keys of the machine and of what is to be done (HERE) stay as they are. Without a file all do. Raises UserError where
-    the file is wrong, or names a module to be imported, which the user has to name: the folder may be anybody's.
+    the file is wrong.
     """
     if not pathlib.Path(file).is_file():
         return config
     leaves = _file(config._settings, file)
-    task = dict(leaves).get("task", "")
-    if ":" in task and "task" not in config.explicit:
-        raise UserError(f"{file} names code to be imported, {task}: give --task {task} to have that")
     own = {*HERE, *config.explicit}
     return Config(
         merged(config._settings, [leaf for leaf in leaves if leaf[0] not in own and not related(leaf[0], own)])
