@@ -22,8 +22,10 @@ from training import installed
 if __name__ == "__main__":
     installed.demand("dreamer.py")  # before the first package is imported
 
-from tools import NonFiniteLoss, UserError, derive_seed
+from tools import NonFiniteLoss, UserError, derive_seed, guard_output
 from training.config import CONFIGS, beside, load_config
+from training.console import print_line
+from training.logdir import placed
 from training.signals import Interrupted, given_up_if_stopped, signals_noted
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # a disk that takes no more
@@ -66,7 +68,7 @@ def main(argv=None):
         with contextlib.ExitStack() as stack:  # what is opened is closed at the end, whatever happens
             return (eval_only if config.script == "eval_only" else train)(config, stack)
     except UserError as error:
-        print(f"dreamer.py: {error}", file=sys.stderr)
+        print_line(f"dreamer.py: {error}")
         return 2
     except OSError as error:
         if error.errno not in FULL and not is_gone(error, config):
@@ -80,10 +82,9 @@ def with_absolute_paths(config):
     """Return the configuration with paths that stay the same where an environment changes the directory."""
     if not config.logdir:
         raise UserError("--logdir: expected a path, got nothing")
-    paths = {key: config[key] for key in ("logdir", "offline_traindir", "from_checkpoint")}
-    return config.replace(
-        **{key: str(pathlib.Path(path).expanduser().absolute()) for key, path in paths.items() if path}
-    )
+    paths = {key: config[key] for key in ("offline_traindir", "from_checkpoint")}
+    paths = {key: str(pathlib.Path(path).expanduser().absolute()) for key, path in paths.items() if path}
+    return placed(config).replace(**paths)
 
 
 def is_gone(error, config):
@@ -96,16 +97,21 @@ def failed(config, why):
     """Say why a run cannot go on, and from what it could; return the exit status."""
     path = pathlib.Path(config.logdir) / "latest.pt"
     kept = f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
-    print(f"dreamer.py: {why}; {kept}", file=sys.stderr)
+    print_line(f"dreamer.py: {why}; {kept}")
     return 1
 
 
 def train(config, stack):
     """Train until `steps` frames were seen or a signal came; go on from the checkpoint in the logdir."""
-    parts = wire(config, stack)  # PyTorch takes seconds to import, for which a misspelt flag need not wait
+    from training.run import open_logdir  # PyTorch takes seconds to import: a misspelt flag need not wait for it
+
+    before = open_logdir(config, stack)
+    if is_done(config, *before):
+        return 0
+    parts = wire(config, stack, *before)
     run = parts.run
     try:
-        with signals_noted(run, functools.partial(run.out.say, "warning")), contextlib.suppress(Interrupted):
+        with signals_noted(run, run.out.acknowledge), contextlib.suppress(Interrupted):
             loop(run, parts.agent, parts.replay, parts.collect, parts.evaluate)
             finish(run, parts.evaluate)
     except NonFiniteLoss as error:
@@ -113,9 +119,26 @@ def train(config, stack):
     return 128 + run.stopped if run.stopped else 0
 
 
-def wire(config, stack):
+def is_done(config, saved, changed):
+    """Say so and return True if a checkpoint is that of a run at its end."""
+    from training.console import is_printed
+    from training.logdir import changed_line, finished
+
+    if not saved or not finished(config, saved):
+        return False
+    step = saved["counters"]["agent_steps"] * config.action_repeat
+    why = f"already finished at step {step:,}: nothing to do (raise --steps, or give another --logdir)"
+    for line in (changed_line(changed), f"{config.logdir}: {why}"):
+        if line and is_printed("info", config.log_level):
+            print_line(line)
+    return True
+
+
+def wire(config, stack, saved=None, changed=()):
     """Make environments, agent and replay, filled from what the logdir holds, and what `loop` is called with.
 
+    Args:
+      saved, changed: what `training.run.open_logdir` found there.
     Returns: namespace of run, agent, replay, collect, evaluate, envs; `stack` closes what is opened.
     """
     from agents import make_agent
@@ -125,11 +148,12 @@ def wire(config, stack):
     from specs import act_spec, step_layout
     from training import evaluation, machine
     from training.driver import Driver
+    from training.logdir import changed_line
     from training.rng import undisturbed
-    from training.run import Run, episode_paths, open_logdir
+    from training.run import Run, episode_paths
+    from training.startup import start_lines
 
     device = machine.prepare(config)
-    saved = open_logdir(config, stack)
     envs = open_envs(config, stack, saved["counters"]["agent_steps"] if saved else 0)
     spaces = envs.collecting or envs.evaluating()
     specs = obs_spec(spaces.obs_space), act_spec(spaces.act_space)
@@ -139,7 +163,9 @@ def wire(config, stack):
     run.restore(saved, [*paths[0], *paths[1]])  # before anything is written: it may find that nothing fits
     run.spaces, run.restarts = spaces.own, envs.restarts
     out = run.open(stack)
-    out.say("info", "observed: " + ", ".join(f"{key} ({what})" for key, what in describe(spaces.obs_space).items()))
+    about = describe(spaces.obs_space)
+    for line in [*start_lines(run, specs, about, spaces.left_out, device), changed_line(dict(changed))]:
+        out.say("info", line) if line else None
     driver = None
     if envs.collecting:
         driver = Driver(envs.collecting, specs[1], layout, on_step=[run.recorder], on_episode=[run.finished])
@@ -155,15 +181,14 @@ def wire(config, stack):
     def evaluate(film=False):
         if not config.eval_episode_num:
             return
-        score = None
         with undisturbed({**agent.generators, "replay": replay.rng}):
-            played = envs.evaluating()
+            played, going = envs.evaluating(), lambda: not run.stopped
             if film:
-                evaluation.record_film(agent, played, specs[1], config.eval_mode, out, run.step)
-            else:
-                score = evaluation.evaluate(
-                    agent, played, config, out, specs, run.step, lambda: not run.stopped, replay
-                )
+                with out.stage("filming"):
+                    evaluation.record_film(agent, played, specs[1], config.eval_mode, out, run.step)
+                return
+            with out.stage("evaluating"):
+                score = evaluation.evaluate(agent, played, config, out, specs, run.step, going, replay)
         run.keeper.evaluated(score)
 
     return SimpleNamespace(run=run, agent=agent, replay=replay, collect=collect, evaluate=evaluate, envs=envs)
@@ -242,6 +267,7 @@ def eval_only(config, stack):
     from training import evaluation, machine
     from training.checkpoint import checkpoint_file, load_agent_state, load_checkpoint
     from training.foreign import check_foreign
+    from training.logdir import save_config
     from training.outputs import Outputs
 
     path = checkpoint_file(config.from_checkpoint or config.logdir)
@@ -263,12 +289,11 @@ def eval_only(config, stack):
         stack.callback(out.close)
         (out.logdir / "eval_eps").mkdir(exist_ok=True)
         if not (out.logdir / "config.yaml").exists():
-            config.save(out.logdir / "config.yaml")
+            save_config(config, out.logdir)
     except OSError as error:
         raise UserError(f"--logdir {config.logdir}: {error.strerror}") from None
     step, ending = saved["counters"]["agent_steps"] * config.action_repeat, SimpleNamespace(stopped=None)
-    say = functools.partial(out.say, "warning")
-    with signals_noted(ending, say), contextlib.suppress(Interrupted):
+    with signals_noted(ending, out.acknowledge), contextlib.suppress(Interrupted), out.stage("evaluating"):
         evaluation.evaluate(agent, envs, config, out, specs, step, lambda: not ending.stopped)
     return 128 + ending.stopped if ending.stopped else 0
 
@@ -290,4 +315,5 @@ def load_agent(path, device="auto"):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the program at once until there is something to save
+    guard_output()
     sys.exit(main())

@@ -22,20 +22,21 @@ if __name__ == "__main__":
 import cv2
 import imageio.v2 as imageio
 import numpy as np
-from tqdm import tqdm
 
 from agents import make_agent
 from agents.random import Random
 from envs import make_envs
 from modalities import nets, obs_spec
 from specs import act_spec, step_layout
-from tools import IMAGINED, SEEN, Parser, UserError, atomic_write, derive_seed
+from tools import IMAGINED, SEEN, Parser, UserError, atomic_write, derive_seed, guard_output
 from training import machine
 from training.checkpoint import checkpoint_file, load_agent_state, load_checkpoint
 from training.config import CONFIGS, load_config
+from training.console import print_line, shown
 from training.driver import Driver
 from training.foreign import check_foreign
 from training.outputs import endless
+from training.progress import Line, number
 from training.rng import seed_everything
 from training.videos import BORDER, as_rgb, bordered, caption, check_mp4
 
@@ -51,12 +52,12 @@ def main(argv=None):
             players = open_players(options, rest, stack)
             summaries = film_players(players, options)
     except UserError as error:
-        print(f"inference_video.py: {' '.join(str(error).split())}", file=sys.stderr)
+        print_line(f"inference_video.py: {' '.join(str(error).split())}")
         return 2
     except KeyboardInterrupt:
         return 130
     report(summaries)
-    print(f"videos and scores.json: {options.output}")
+    print_line(f"videos and scores.json: {options.output}", sys.stdout)
     return 0
 
 
@@ -179,7 +180,7 @@ def open_players(options, rest, stack):
         run = path or (known[0] if known else None)  # a random agent plays what the others play
         if path and not path.is_file():
             raise UserError(f"{path}: no such checkpoint")
-        config = load_config([*(["--config", str(run.parent / "config.yaml")] if run else []), *rest], CONFIGS)
+        config = load_config(rest, CONFIGS, run and run.parent / "config.yaml", warn)
         if run:
             check_foreign(config, run.parent, {word[2:].partition("=")[0] for word in rest if word.startswith("--")})
         if "task" not in config.explicit:
@@ -193,6 +194,11 @@ def open_players(options, rest, stack):
     return players
 
 
+def warn(text):
+    """Print a warning to stderr."""
+    print_line(f"inference_video.py: warning: {text}")
+
+
 # ---------------------------------------------------------------------------
 # Playing on film
 
@@ -202,11 +208,11 @@ def film_players(players, options):
     try:
         options.output.mkdir(parents=True, exist_ok=True)
         summaries = []
-        with tqdm(total=options.episodes * len(players), unit="episode", mininterval=0.5, miniters=0) as bar:
+        with contextlib.closing(Line()) as line:
             for player in players:
                 folder = options.output / player.name if len(players) > 1 else options.output
                 folder.mkdir(exist_ok=True)
-                summaries.append(film_player(player, folder, options, bar))
+                summaries.append(film_player(player, folder, options, line))
                 write_json(folder / "scores.json", summaries[-1])
         if len(players) > 1:
             write_json(options.output / "scores.json", summaries)
@@ -215,7 +221,7 @@ def film_players(players, options):
         raise UserError(f"--output {options.output}: {error.strerror or error}") from None
 
 
-def film_player(player, folder, options, bar):
+def film_player(player, folder, options, line):
     """All episodes of one player; returns its summary."""
     seed_everything(player.config.seed)
     scores, lengths, videos = [], [], []
@@ -223,13 +229,12 @@ def film_player(player, folder, options, bar):
         # A video is renamed when it is whole, for its name tells the score; what is not whole goes with the scratch.
         with tempfile.TemporaryDirectory(prefix=".", dir=folder) as scratch, contextlib.ExitStack() as stack:
             films = Films(pathlib.Path(scratch), options, stack)
-            score, length = play(player, films, bar)
+            score, length = play(player, films, line, f"episode {index + 1}/{options.episodes}")
             stack.close()  # ends the files
             stem = f"episode_{index:03d}"
             videos += films.publish(folder, {"": f"{stem}_score_{score:.1f}", "openloop": f"{stem}_openloop"})
         scores.append(score)
         lengths.append(length)
-        bar.update()
     return {
         "agent": player.name,
         "checkpoint": str(player.path) if player.path else None,
@@ -248,7 +253,7 @@ def film_player(player, folder, options, bar):
     }
 
 
-def play(player, films, bar):
+def play(player, films, line, name):
     """Play an episode on film; return the sum of its rewards and the number of agent steps."""
     finished = []
     layout = step_layout(player.envs.obs_space, player.specs[1])
@@ -268,13 +273,13 @@ def play(player, films, bar):
         driver.on_step = [lambda index, step, stored: open_loop.add(step)]
     while not finished and driver.lengths[0] < player.envs.longest:
         driver.step(player.agent, player.mode)
-        score = f"{driver.returns[0]:.1f}"
-        bar.set_postfix(agent=player.name, step=driver.lengths[0], score=score, refresh=False)
-        bar.update(0)  # redraws, if it is time to
+        if finished or line.due():
+            score = f"score={number(driver.returns[0])}"
+            line.show([(0, name), (3, player.name), (2, f"step {driver.lengths[0]:,}"), (1, score)])
     driver.rest()
     open_loop.flush()
     if not finished:
-        print(f"inference_video.py: warning: {endless(player.envs.longest)}; it is cut off there", file=sys.stderr)
+        print_line(f"inference_video.py: warning: {endless(player.envs.longest)}; it is cut off there")
     return (finished[0].score, finished[0].length) if finished else (float(driver.returns[0]), int(driver.lengths[0]))
 
 
@@ -370,16 +375,20 @@ def write_json(path, content):
 
 def report(summaries):
     """Print a table, a line for each agent."""
-    wide = max(len(summary["agent"]) for summary in summaries)
-    print(f"{'agent':{wide}}  {'step':>11}  episodes  {'mean':>8}  {'std':>8}  {'min':>8}  {'max':>8}  length")
-    for summary in summaries:
+    names = [shown(summary["agent"]) for summary in summaries]
+    wide = max(map(len, names))
+    lines = [f"{'agent':{wide}}  {'step':>11}  episodes  {'mean':>8}  {'std':>8}  {'min':>8}  {'max':>8}  length"]
+    for name, summary in zip(names, summaries, strict=True):
         step = "-" if summary["step"] is None else f"{summary['step']:,}"
-        numbers = "  ".join(f"{summary[name]:8.1f}" for name in ("mean", "std", "min", "max"))
+        numbers = "  ".join(f"{summary[key]:8.1f}" for key in ("mean", "std", "min", "max"))
         lengths = summary["lengths"]
         span = f"{np.mean(lengths):.1f} ({min(lengths)} to {max(lengths)})"
-        print(f"{summary['agent']:{wide}}  {step:>11}  {summary['episodes']:8}  {numbers}  {span}")
+        lines.append(f"{name:{wide}}  {step:>11}  {summary['episodes']:8}  {numbers}  {span}")
+    for line in lines:
+        print_line(line, sys.stdout)
 
 
 if __name__ == "__main__":
+    guard_output()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C, with nothing half-written
     sys.exit(main())

@@ -1,15 +1,17 @@
-"""What every other file may use, without PyTorch: errors of the user, seeds, clocks, atomic files."""
+"""What every other file may use, without PyTorch: errors of the user, seeds, clocks, atomic files, safe streams."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import difflib
+import io
 import math
 import os
 import pathlib
 import re
 import socket
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -138,6 +140,12 @@ class Ratio:
         self.pending = state.get("pending", 0)
         if state.get("ratio", self.ratio) != self.ratio and self.start is not None:
             self.start, self.done, self.pending = self.step, 0, 0
+
+    def left(self, step: int, begin: int) -> int:
+        """Return how many times are still to come until `step`, if the first call of `due` is or was at `begin`."""
+        start, done = (begin, -self.first) if self.start is None else (self.start, self.done)
+        total = math.floor((step - start) * self.ratio + 1e-9)
+        return max(0, total - total % self.burst - done)
 
 
 class Rates:
@@ -280,3 +288,51 @@ def _signed(path: pathlib.Path) -> str:
         who = file.read(300).decode("ascii", "replace").strip()
         return f": {who}" if re.fullmatch(r"process \d+ on [\w.-]+", who) else ""
     return ""
+
+
+# ---------------------------------------------------------------------------
+# Standard streams
+
+
+class _Lossy(io.RawIOBase):
+    """A descriptor to write on that never fails: what it does not take is lost."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self.number
+
+    def isatty(self) -> bool:
+        return os.isatty(self.number)
+
+    def write(self, data: Any) -> int:
+        try:
+            return os.write(self.number, data)
+        except OSError:  # nobody reads it, the disk is full, the terminal is gone
+            return len(data)
+
+
+def guard_output() -> None:
+    """Make stdout and stderr streams that cannot fail, for all that prints in this process, until its very end.
+
+    What a broken pipe, a full disk or a dead terminal does not take is lost; a character that the encoding lacks is
+    escaped. Standard descriptors that are closed are opened on the null device: the next file to be opened would have
+    their number, and what is printed in it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest number that is free
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        old = getattr(sys, name)
+        buffered = io.BufferedWriter(_Lossy(number))
+        line_buffering = name == "stderr" or os.isatty(number)
+        write_through = getattr(old, "write_through", False)
+        encoding = getattr(old, "encoding", None) or "utf-8"
+        stream = io.TextIOWrapper(buffered, encoding, "backslashreplace", None, line_buffering, write_through)
+        setattr(sys, name, stream)

@@ -16,7 +16,7 @@ from envs.spaces import Converter
 from tools import UserError
 from training.checkpoint import checkpoint_file, load_agent_state, load_checkpoint
 from training.config import CONFIGS, load_config
-from training.outputs import warn_at
+from training.console import warn_at
 
 
 class Unfit(UserError, ValueError):
@@ -216,7 +216,8 @@ def load_policy(path, device="auto", **changes):
     saved = checkpoint["agent"]
     if "specs" not in saved:
         raise UserError(f"{path} does not tell its spaces, being of an older version: resume its run to write it anew")
-    config = load_config(["--config", str(pathlib.Path(path).parent / "config.yaml"), "--compile", "false"], CONFIGS)
+    written = pathlib.Path(path).parent / "config.yaml"
+    config = load_config(["--compile", "false"], CONFIGS, written, functools.partial(warn_at, "warning"))
     config = config.replace(device=str(device), **changes)
     agent = make_agent(config, *read_specs(saved))
     load_agent_state(agent, checkpoint, config)

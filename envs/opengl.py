@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import sys
 import threading
@@ -19,6 +20,8 @@ NO_RENDERER = "dm_control finds no headless OpenGL: apt-get install libosmesa6 (
 
 def import_suite() -> ModuleType:
     """Import `dm_control.suite`. Raises UserError where its renderer fails, ImportError where it is missing."""
+    # Of its own models it says, for each that is loaded, what MuJoCo will not read one day.
+    logging.getLogger("absl").addFilter(lambda record: "is deprecated and will be removed" not in record.getMessage())
     try:
         from dm_control import suite
     except ImportError:

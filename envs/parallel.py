@@ -40,7 +40,7 @@ from envs.errors import one_line
 from envs.foreign import Foreign
 from envs.wrappers import AutoReset
 from specs import act_spec, step_layout
-from tools import UserError
+from tools import UserError, guard_output
 
 STEP, RESET, RENDER = b"s", b"r", b"p"
 DONE, MESSAGE = b"d", b"m"
@@ -77,6 +77,7 @@ class Envs:
       longest: steps after which an episode can be taken for one that never ends.
     Attributes:
       events: a line about each restart, for the caller to log and clear.
+      left_out: {observation that is dropped: the key of the configuration that says so}.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class Envs:
             answers, failures = self._answers(range(len(makers)), self._start_timeout)
             for index, failure in failures.items():
                 raise _fatal(index, failure)
-            self.obs_space, self.act_space, self.own = answers[0]
+            self.obs_space, self.act_space, self.own, self.left_out = answers[0]
             self._check_spaces(answers)
             layout = _layout(self.obs_space, self.act_space)
             self._file = _anonymous_file(layout.itemsize * len(makers))
@@ -306,8 +307,8 @@ class SharedEnv:
 
 
 def _spaces(env):
-    """Return the spaces of observations and actions, and what `make_env` says of the environment's own, or None."""
-    return env.obs_space, env.act_space, getattr(env, "own", None)
+    """Return the spaces of observations and actions, the environment's own as `make_env` says, and what is left out."""
+    return env.obs_space, env.act_space, getattr(env, "own", None), getattr(env, "left_out", {})
 
 
 class Local:
@@ -415,6 +416,7 @@ def _interrupts_blocked():
 
 def _serve(pipe, make, restart):
     """Live as a worker: make the environment, then obey until it fails or the parent is done or gone."""
+    guard_output()
     env = None
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # It stays a daemon to its parent, which so ends it, but may have processes of its own, as simulators do.

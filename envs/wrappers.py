@@ -124,19 +124,23 @@ class AutoReset(Wrapper):
 
 
 class SelectKeys(Wrapper):
-    """Drops the observations that the encoder does not read. Raises UserError if that is all of them."""
+    """Drops the observations that `encoder` does not read. Raises UserError if that is all of them.
+
+    left_out: {observation: the key that leaves it out}.
+    """
 
     def __init__(self, env: Env, config: Any):
         super().__init__(env)
         encoder = config.encoder
         kinds = {key: modalities.kind_of(space, config) for key, space in env.obs_space.items()}
         self.obs_space = {key: space for key, space in env.obs_space.items() if is_kept(encoder, key, kinds[key])}
-        self._dropped = env.obs_space.keys() - self.obs_space.keys()
+        dropped = {key: kind for key, kind in kinds.items() if key not in self.obs_space}
+        self.left_out = {key: f"--encoder.{modalities.space(kind).KEYS}" for key, kind in dropped.items()}
         if not self.obs_space:
             small = [key for key, kind in kinds.items() if kind != "image" and len(env.obs_space[key].shape or ()) > 1]
             note = f" ({', '.join(f'{key} {env.obs_space[key].shape}' for key in small)}: no image)" if small else ""
             raise UserError(f"no observation is left: {' or '.join(_choices(encoder, kinds))}{note}")
-        for key in self._dropped:
+        for key in self.left_out:
             if too_small(env.obs_space[key], config) and is_kept(encoder, key, "image"):
                 found = f"observation '{key}' {env.obs_space[key].shape} is too small for an image of {config.size}"
                 cure = "let encoder.mlp_keys take it as numbers, or leave it out of encoder.cnn_keys"
@@ -149,7 +153,7 @@ class SelectKeys(Wrapper):
         return self._select(self.env.step(action))
 
     def _select(self, obs):
-        for key in self._dropped:
+        for key in self.left_out:
             obs.pop(key, None)  # it may be offered and not there: what nobody reads is not drawn
         return obs
 

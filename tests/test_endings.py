@@ -190,7 +190,7 @@ def test_a_signal_that_ends_runs_saves_this_one(name, tmp_path, monkeypatch, cap
     monkeypatch.setattr(Signals, "plan", {60: getattr(signal, name)})
     assert run(tmp_path, Signals) == 128 + getattr(signal, name)
     assert saved(tmp_path)["agent_steps"] == 60
-    assert f"{name}: ending" in capfd.readouterr().err
+    assert f"{name}: stopping" in capfd.readouterr().err
 
 
 def test_a_hang_up_that_is_ignored_stays_so(tmp_path, monkeypatch):

@@ -271,7 +271,7 @@ def test_an_output_that_cannot_be_written_is_one_line(vector, tmp_path, capfd):
     refuses(["--checkpoint", vector], f"--output {tmp_path}/file/videos: ", tmp_path / "file" / "videos", capfd)
     if os.getuid() == 0 and pathlib.Path("/proc/self").exists():  # who is root may write to any real folder
         assert inference_video.main(["--checkpoint", str(vector), "--output", "/proc/self"]) == 2
-        assert capfd.readouterr().err.rsplit("\n", 2)[1].startswith("inference_video.py: --output /proc/self: ")
+        assert capfd.readouterr().err.splitlines()[-1].startswith("inference_video.py: --output /proc/self: ")
 
 
 def test_nothing_half_written_stays(vector, tmp_path, monkeypatch):

@@ -1,4 +1,3 @@
-import io
 import json
 import os
 import re
@@ -16,10 +15,9 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard import SummaryWriter
 
-import training.logger as logger_module
 from tools import UserError
 from training.boards import MAIN, tag
-from training.logger import Logger, Metrics, NonFiniteLoss, Progress
+from training.logger import Logger, Metrics, NonFiniteLoss
 
 HPARAMS = "experiment", "session_start_info"
 
@@ -202,7 +200,7 @@ def test_scores_survive_a_kill(tmp_path):
         "for step in range(3): logger.score(step, 'train', 1.0, 10)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
-    root = os.path.dirname(os.path.dirname(os.path.abspath(logger_module.__file__)))
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=root, check=False)
     assert done.returncode == -signal.SIGKILL
     assert [line["step"] for line in lines(tmp_path / "scores.jsonl")] == [0, 1, 2]
@@ -364,109 +362,3 @@ def test_json_lines_are_written_without_any_output(tmp_path):
     logger.close()
     assert lines(tmp_path / "metrics.jsonl") == [{"step": 10, "kl": 1.0}]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "scores.jsonl"]
-
-
-# Progress
-
-
-class Screen(io.StringIO):
-    """A stream that can pretend to be a terminal."""
-
-    def __init__(self, terminal):
-        super().__init__()
-        self.terminal = terminal
-
-    def isatty(self):
-        return self.terminal
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    now = [1000.0]
-    monkeypatch.setattr(logger_module, "monotonic", lambda: now[0])
-    return now
-
-
-def test_progress_in_a_file_is_plain_lines_at_intervals(clock):
-    screen = Screen(terminal=False)
-    progress = Progress(60_000, stream=screen)
-    for second in range(21):
-        clock[0] = 1000.0 + second
-        progress.update(143 * second, 31 * second // 10, 512.34, extra="eval 7.0")
-    printed = screen.getvalue().split("\n")
-    # (60000 - 1430) / 143 = 409.6 seconds left
-    assert printed[0] == "step 1,430/60,000 (2%) | 143 fps | 3.1 updates/s | return 512.3 | ETA 00:06:49 | eval 7.0"
-    assert printed[1].startswith("step 2,860/60,000 (4%) | 143 fps | 3.1 updates/s")
-    assert printed[2:] == [""]
-    progress.message("saved")
-    progress.close()
-    assert screen.getvalue().endswith("\nsaved\n") and "\x1b" not in screen.getvalue()
-
-
-def test_progress_interval_is_an_argument(clock):
-    screen = Screen(terminal=False)
-    progress = Progress(100, stream=screen, interval=2)
-    for second in range(7):
-        clock[0] = 1000.0 + second
-        progress.update(second, 0)
-    assert screen.getvalue().count("\n") == 3
-
-
-def test_progress_on_a_terminal_is_one_line_rewritten(clock, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "30")
-    screen = Screen(terminal=True)
-    progress = Progress(1000, stream=screen)
-    for tenth in range(25):
-        clock[0] = 1000.0 + tenth / 10
-        progress.update(10 * tenth, tenth)
-    assert screen.getvalue().count("\r") == 2 and "\n" not in screen.getvalue()
-    shown = screen.getvalue().split("\r")[1].removesuffix("\x1b[K")
-    assert shown == "step 100/1,000 (10%) | 100 fps | 10.0 updates/s"[:29]
-    screen.truncate(0), screen.seek(0)
-    progress.message("saved latest.pt")
-    assert screen.getvalue() == "\r\x1b[Ksaved latest.pt\nstep 200/1,000 (20%) | 100 fp"
-    screen.truncate(0), screen.seek(0)
-    progress.close()
-    assert screen.getvalue() == "\rstep 240/1,000 (24%) | 100 fp\x1b[K\n"
-    progress.close()
-    assert screen.getvalue().count("\n") == 1
-
-
-def test_progress_rates_are_recent(clock):
-    screen = Screen(terminal=False)
-    progress = Progress(10_000, stream=screen, interval=1)
-    step = 0
-    for second in range(1, 31):
-        step += 200 if second <= 15 else 50  # the run slows down
-        clock[0] = 1000.0 + second
-        progress.update(step, step // 10)
-    last = screen.getvalue().splitlines()[-1]
-    # From the start on it would be (3000 + 750) / 30 = 125 fps.
-    assert "| 50.0 fps | 5.0 updates/s | ETA 00:02:05" in last  # (10000 - 3750) / 50 = 125 seconds
-
-
-def test_progress_of_a_resumed_run_counts_from_where_it_resumed(clock):
-    screen = Screen(terminal=False)
-    progress = Progress(1_000_000, step=900_000, updates=5000, stream=screen)
-    clock[0] += 100
-    progress.update(910_000, 5250)
-    assert screen.getvalue() == "step 910,000/1,000,000 (91%) | 100 fps | 2.5 updates/s | ETA 00:15:00\n"
-
-
-def test_progress_without_progress_has_no_eta(clock):
-    screen = Screen(terminal=False)
-    progress = Progress(100, stream=screen)
-    clock[0] += 10
-    progress.update(0, 0)
-    progress.close()
-    assert screen.getvalue() == "step 0/100 (0%) | 0.0 fps | 0.0 updates/s | ETA --:--:--\n"
-
-
-def test_progress_shows_where_a_short_run_ended(clock):
-    screen = Screen(terminal=False)
-    progress = Progress(100, stream=screen)
-    clock[0] += 2
-    progress.update(100, 4)
-    assert screen.getvalue() == ""
-    progress.close()
-    assert screen.getvalue() == "step 100/100 (100%) | 50.0 fps | 2.0 updates/s | ETA 00:00:00\n"

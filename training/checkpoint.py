@@ -11,10 +11,8 @@ import torch
 
 from tools import UserError, atomic_write, misfit
 from training.archive import check_archive
-from training.config import CONFIGS, load_config
 from training.rng import fits_generator, fits_global_generators
 
-SAME = ("task", "action_repeat")  # in all of a logdir's run
 NUMBER = int | float
 CLOCK = {"next": NUMBER, "step?": NUMBER}
 
@@ -123,24 +121,6 @@ def atomic_save(path: pathlib.Path, state: Any) -> None:
         atomic_write(path, lambda file: torch.save(state, file))
     except RuntimeError as error:  # torch finds its archive incomplete after a write that failed
         raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-
-
-def check_same(saved: Mapping[str, Any], config: Any) -> None:
-    """Raises UserError if a checkpoint is to be gone on with by a run whose replay and curves it does not belong to."""
-    for key in SAME:
-        was = saved.get(key, config[key])  # older ones do not tell
-        if was != config[key]:
-            way = f"give another --logdir, with --from_checkpoint {config.logdir} to start from what it has learned"
-            raise UserError(f"--{key} {config[key]}: the run in {config.logdir} has {was}; {way}")
-
-
-def config_of(logdir: pathlib.Path) -> dict[str, Any]:
-    """Return what a logdir's config.yaml says of `SAME`, as far as it can be read."""
-    try:
-        config = load_config(["--config", str(logdir / "config.yaml")], CONFIGS)
-    except UserError:  # there is none, or it is of another version
-        return {}
-    return {key: config[key] for key in SAME}
 
 
 def load_agent_state(agent: Any, saved: Mapping[str, Any], config: Any) -> None:

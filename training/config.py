@@ -11,7 +11,7 @@ import itertools
 import math
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ruamel.yaml import YAML
@@ -48,6 +48,7 @@ SWITCHED = {  # behaviors that older versions chose by those three
     "dreamerv1": ("shifted", False, False),
     "dreamerv3_2023": ("true_start", True, False),
 }
+VERSIONS = {"cem": "planet", **{name: name for name in SWITCHED}}  # of the behaviors that are not DreamerV3's
 
 
 class Config:
@@ -108,10 +109,15 @@ def _thawed(value: Any) -> Any:
     return [_thawed(item) for item in value] if isinstance(value, tuple) else value
 
 
-def load_config(argv: Sequence[str], path: Path) -> Config:
+def load_config(
+    argv: Sequence[str], path: Path, saved: Path | None = None, warn: Callable[[str], None] = lambda line: None
+) -> Config:
     """Merge the defaults of the YAML file `path`, presets, --config files and flags into a Config; the last wins.
 
-    argv: the words of the command line after the program's name; --help prints and raises SystemExit(0).
+    Args:
+      argv: the words of the command line after the program's name; --help prints and raises SystemExit(0).
+      saved: the config.yaml of a run, which goes before other --config files. Another version may have written it:
+        keys that this one does not know are left out, after `warn(line)`.
     """
     schema = _load(path)
     if asked := {"-h", "--help"} & set(argv):
@@ -125,7 +131,10 @@ def load_config(argv: Sequence[str], path: Path) -> Config:
         if name not in schema.presets:
             raise unknown("preset", name, schema.presets, "--configs ", _whose(name, own["config"]))
     values = _stacked(schema, own["configs"])
-    given = [leaf for file in own["config"] for leaf in _file(schema.keys, file)]
+    given: Leaves = _saved(schema.keys, saved, warn) if saved else []
+    if (behavior := dict(given).get("behavior")) in VERSIONS:  # older ones name no version: this one's goes below
+        values.append(("version", VERSIONS[behavior]))
+    given += [leaf for file in own["config"] for leaf in _file(schema.keys, file)]
     return Config(merged(merged(schema.keys, values), given + flags, given=True))
 
 
@@ -140,7 +149,7 @@ def help_text(path: Path, words: Sequence[str] = ()) -> str:
     return describe(_load(path), words)
 
 
-def beside(config: Config, file: Path) -> Config:
+def beside(config: Config, file: Path, warn: Callable[[str], None] = lambda line: None) -> Config:
     """Return a Config that is that of a checkpoint, as the config.yaml beside it says, under what the user gave.
 
     Keys of the machine and of what is to be done (HERE) stay as they are. Without a file all do. Raises UserError where
@@ -148,7 +157,7 @@ def beside(config: Config, file: Path) -> Config:
     """
     if not pathlib.Path(file).is_file():
         return config
-    leaves = _file(config._settings, file)
+    leaves = _saved(config._settings, file, warn)
     own = {*HERE, *config.explicit}
     return Config(
         merged(config._settings, [leaf for leaf in leaves if leaf[0] not in own and not related(leaf[0], own)])
@@ -374,6 +383,16 @@ def _parse(argv: Sequence[str], schema: Schema) -> tuple[dict[str, list[str]], L
         else:
             flags += checked(schema.keys, _modern(schema.keys, [(name, setting.parse(texts))], "--"), "--")
     return own, flags
+
+
+def _saved(keys: Settings, file: Path, warn: Callable[[str], None]) -> Leaves:
+    """Return what the config.yaml of a run sets, but for keys that this version does not know, after `warn(line)`."""
+    where = f"{file}: "
+    leaves = _modern(keys, flatten(_parsed(file, _read(file), yaml12()), where), where)
+    lost = [name for name, value in leaves if value != {} and not find(keys, name)]
+    if lost:
+        warn(f"{where}ignored keys that this version does not know: {', '.join(lost)}")
+    return checked(keys, [leaf for leaf in leaves if leaf[0] not in lost], where)
 
 
 def _file(keys: Settings, file: Path) -> Leaves:

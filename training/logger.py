@@ -1,15 +1,11 @@
-"""Logging: metrics and scores as JSON lines, means of metrics, and a progress line."""
+"""Logging: metrics and scores as JSON lines, and means of metrics."""
 
 import contextlib
 import errno
 import json
 import math
 import os
-import shutil
-import sys
-from collections import deque
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -121,80 +117,6 @@ def _is_object(line):
 def _plain(value):
     """Return the Python number in an array or tensor of one element; anything else unchanged."""
     return value.item() if hasattr(value, "item") else value
-
-
-class Progress:
-    """Show progress on one line: rewritten in place on a terminal, a new line every `interval` elsewhere.
-
-    Rates are averaged over the last ten lines, so that they adapt if a run slows down or resumes.
-    """
-
-    def __init__(self, total, step=0, updates=0, stream=None, interval=10.0):
-        """total: steps of the whole run; step, updates: at its start; interval: seconds between lines in a file."""
-        self._total = total
-        self._stream = stream or sys.stderr
-        self._terminal = self._stream.isatty()
-        self._interval = 1.0 if self._terminal else interval
-        self._marks = deque([(monotonic(), step, updates)], maxlen=10)
-        self._latest: Any = None
-        self._shown = ""
-
-    def update(self, step, updates, last_return=None, extra=""):
-        """Set the current state: step of `total`, gradient updates, return of the last episode, further text."""
-        self._latest = (step, updates, last_return, extra)
-        if monotonic() - self._marks[-1][0] >= self._interval:
-            self._show()
-
-    def message(self, text):
-        """Print a line of text above the progress line."""
-        if self._terminal:
-            self._write(f"\r\x1b[K{text}\n{self._shown}")
-        else:
-            self._write(f"{text}\n")
-
-    def close(self):
-        """Show the final state and end the line."""
-        if self._latest:
-            self._show()
-        if self._terminal and self._shown:
-            self._write("\n")
-        self._latest, self._shown = None, ""
-
-    def _show(self):
-        step, updates, last_return, extra = self._latest
-        now = monotonic()
-        then, old_step, old_updates = self._marks[0]
-        self._marks.append((now, step, updates))
-        self._latest = None
-        seconds = max(now - then, 1e-3)
-        fps = (step - old_step) / seconds
-        parts = [
-            f"step {step:,}/{self._total:,} ({100 * step // max(self._total, 1)}%)",
-            f"{_rate(fps)} fps",
-            f"{_rate((updates - old_updates) / seconds)} updates/s",
-            "" if last_return is None else f"return {last_return:.1f}",
-            f"ETA {_clock((self._total - step) / fps) if fps > 0 else '--:--:--'}",
-            extra,
-        ]
-        line = " | ".join(part for part in parts if part)
-        if self._terminal:
-            self._shown = line[: shutil.get_terminal_size().columns - 1]
-            self._write(f"\r{self._shown}\x1b[K")
-        else:
-            self._write(f"{line}\n")
-
-    def _write(self, text):
-        self._stream.write(text)
-        self._stream.flush()
-
-
-def _rate(number):
-    return f"{number:,.0f}" if number >= 100 else f"{number:.1f}"
-
-
-def _clock(seconds):
-    minutes, seconds = divmod(max(int(seconds), 0), 60)
-    return f"{minutes // 60:02d}:{minutes % 60:02d}:{seconds:02d}"
 
 
 class Metrics:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
-import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from replay.episodes import EpisodeWriter
+from training.console import is_printed, warn_at
 from training.driver import Episode
-from training.logger import Logger, Progress
-
-LEVELS = ("debug", "info", "warning", "error")
+from training.logdir import best_return
+from training.logger import Logger
+from training.progress import Ahead, Progress
 
 
 class Outputs:
@@ -20,14 +22,16 @@ class Outputs:
 
     Args:
       config: the whole configuration; step, updates: where the run goes on, 0 for a fresh one.
+      ahead: function that returns what the run has before it.
     Raises UserError, with nothing written, if an output is not to be had; OSError if the logdir cannot be written.
     """
 
-    def __init__(self, config: Any, step: int, updates: int):
+    def __init__(self, config: Any, step: int, updates: int, ahead: Callable[[], Ahead] = Ahead):
         self.config, self.warned = config, False
         self.logdir = pathlib.Path(config.logdir).expanduser()
         self.logger = Logger(self.logdir, step, config.logger, config.to_dict(), config.explicit)
-        self.progress = Progress(config.steps, step=step, updates=updates)
+        self.evaluated = 0  # episodes of the evaluation under way
+        self.progress = Progress(config.steps, step, updates, best_return(self.logdir), ahead)
 
     def close(self) -> None:
         """Close all files and end the progress line."""
@@ -43,12 +47,30 @@ class Outputs:
         if level == "warning":
             warn_at(self.config.log_level, text)
         elif self.speaks(level):
-            self.progress.message(text)
+            self.progress.line.message(text)
 
-    def show(self, step: int, updates: int, last_return: float | None) -> None:
-        """Update the progress line."""
+    def show(self, name: str, step: int, updates: int) -> None:
+        """Update the progress line: "prefill" or "learning", frames, updates."""
         if self.speaks("info"):
-            self.progress.update(step, updates, last_return)
+            self.progress.update(name, step, updates)
+
+    def begin(self, name: str) -> None:
+        """Say that something begins that takes long, and lasts until the next `show`."""
+        if self.speaks("info"):
+            self.progress.begin(name)
+
+    def stage(self, name: str) -> contextlib.AbstractContextManager:
+        """Say that the body takes long, in a word for what it does."""
+        self.evaluated = 0
+        return self.progress.stage(name) if self.speaks("info") else contextlib.nullcontext()
+
+    def acknowledge(self, signal: str, again: bool = False) -> None:
+        """Say at once that a signal came, for the first time or again; for its handler."""
+        if not self.speaks("info"):
+            return
+        unit = "step" if self.progress.name != "learning" or self.progress.stages else "update"
+        late = f"still at this {unit}; the next signal ends the run at once, without saving"
+        self.progress.line.interject(f"{signal}: {late if again else f'stopping after this {unit}; saving'}")
 
     def say_restarts(self, envs: Any) -> None:
         """Warn of environments that had to be restarted since the last call."""
@@ -65,18 +87,12 @@ class Outputs:
     def score(self, step: int, mode: str, episode: Episode) -> None:
         """Log a finished episode to scores.jsonl."""
         self.logger.score(step, mode, episode.score, episode.length, **episode.logs)
+        if mode == "train":
+            self.progress.episode(episode.score)
+        else:
+            self.evaluated += 1
+            self.progress.tell(f"{self.evaluated}/{self.config.eval_episode_num}")
         self.say("debug", f"step {step:,}: {mode} episode of {episode.length} steps, return {episode.score:.1f}")
-
-
-def is_printed(level: str, least: str) -> bool:
-    """True if messages of a level are printed where `log_level` is `least`."""
-    return LEVELS.index(level) >= LEVELS.index(least)
-
-
-def warn_at(least: str, text: str) -> None:
-    """Print a warning to stderr, unless `log_level` is above that."""
-    if is_printed("warning", least):
-        print(f"dreamer.py: warning: {text}", file=sys.stderr)
 
 
 def endless(steps: int) -> str:

@@ -17,6 +17,9 @@ class Clock(Protocol):
     def tick(self) -> None:
         """Count one learn call as done."""
 
+    def left(self, step: int, begin: int) -> int:
+        """Return how many learn calls are to come until `step` agent steps, if they begin or began at `begin`."""
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...

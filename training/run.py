@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,20 +14,20 @@ from replay.episodes import EpisodeWriter, by_age, episode_files
 from tools import Every, Rates, UserError, locked, sweep
 from training.checkpoint import (
     RESUMED,
-    SAME,
-    check_same,
     checkpoint_file,
-    config_of,
     load_agent_state,
     load_checkpoint,
     load_stored,
     save_checkpoint,
     stored_file,
 )
+from training.console import warn_at
 from training.driver import Episode
 from training.keep import Keeper
+from training.logdir import SAME, check_logdir, named, save_config
 from training.logger import Metrics
-from training.outputs import Outputs, Recorder, warn_at
+from training.outputs import Outputs, Recorder
+from training.progress import Ahead
 from training.protocol import Agent
 from training.rng import generator_states, get_rng_state, set_generator_states, set_rng_state
 
@@ -44,6 +45,7 @@ class Run:
       agent_steps, updates, episodes: counters of what was collected and learned in all.
       stopped: number of the signal that asked the run to end, or None.
       save_asked: True if a signal asked for a checkpoint.
+      resumed: True if it goes on from a checkpoint.
     """
 
     def __init__(self, config: Any, agent: Agent, replay: Any, random: Agent):
@@ -51,11 +53,11 @@ class Run:
         self.logdir = pathlib.Path(config.logdir).expanduser()
         self.offline = config.script == "train_offline" or bool(config.offline_traindir)
         self.agent_steps = self.updates = self.episodes = 0
-        self.last_return: float | None = None
         self.stopped: int | None = None
         self.save_asked = False
         self.keeper = Keeper(self.logdir, config.keep, functools.partial(checkpoint_of, self))
         self.saved_names: set[str] = set()  # of the episode files that the last checkpoint needs
+        self.resumed = self.learning = False  # the latter after the first update in this process
         self.metrics = Metrics()
         self.clock = agent.clock(config)
         self.clocks: dict[str, Any] = {
@@ -92,7 +94,12 @@ class Run:
 
     def learning_due(self) -> bool:
         """True if a learn call is due now."""
-        return self.filled() and not self.stopped and self.clock.due(self.agent_steps) > 0
+        due = self.filled() and not self.stopped and self.clock.due(self.agent_steps) > 0
+        if due and not self.learning:
+            self.learning = True
+            if self.config.compile:
+                self.out.begin("compiling")
+        return due
 
     # -- what happened
 
@@ -101,7 +108,7 @@ class Run:
         self.clock.tick()
         self.updates += 1
         self.metrics.add(metrics, self.step)
-        self.out.show(self.step, self.updates, self.last_return)
+        self.out.show(stage_of(self), self.step, self.updates)
         now, save = time.monotonic(), self.clocks["save"]
         if now - self.logged_at > LONGEST_UNLOGGED:
             self.log()
@@ -112,7 +119,6 @@ class Run:
     def finished(self, episode: Episode) -> None:
         """Count and log a training episode."""
         self.episodes += 1
-        self.last_return = episode.score
         self.out.score(self.step, "train", episode)
         scalars = {"train_return": episode.score, "train_length": episode.length, "train_episodes": self.episodes}
         self.out.logger.scalars({**scalars, **episode.logs}, self.step)
@@ -120,7 +126,7 @@ class Run:
     def serve(self) -> None:
         """Show, log and save what is due."""
         self.logged_at = self.saved_at = time.monotonic()
-        self.out.show(self.step, self.updates, self.last_return)
+        self.out.show(stage_of(self), self.step, self.updates)
         if self.clocks["log"](self.step):
             self.log()
         if self.clocks["save"](self.step) or self.save_asked:
@@ -150,9 +156,9 @@ class Run:
             return self.replay.names() | self.saved_names
 
         try:
-            self.out = Outputs(self.config, self.step, self.updates)
+            self.out = Outputs(self.config, self.step, self.updates, functools.partial(ahead_of, self))
             stack.callback(self.out.close)
-            self.config.save(self.logdir / "config.yaml")
+            save_config(self.config, self.logdir)
             if self.config.eval_episode_num:
                 (self.logdir / "eval_eps").mkdir(exist_ok=True)
             writer = EpisodeWriter(self.logdir / "train_eps", self.config.envs, self.config.dataset_size, held)
@@ -164,7 +170,8 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint that `restore` goes on from."""
-        save_checkpoint(self.logdir, checkpoint_of(self), self.replay.state_dict(), self.updates)
+        with self.out.stage("saving"):
+            save_checkpoint(self.logdir, checkpoint_of(self), self.replay.state_dict(), self.updates)
         self.saved_names = self.replay.names()
         self.saved_at = time.monotonic()
         if self.save_asked:
@@ -194,9 +201,9 @@ class Run:
         if saved and config.from_checkpoint and not checkpoint_file(config.from_checkpoint).is_file():
             way = f"leave it out to go on from {self.logdir / 'latest.pt'}"
             raise UserError(f"--from_checkpoint {config.from_checkpoint}: no such file; {way}")
-        if saved:
-            check_same(saved, config)
-            saved = saved if goes_on(self.agent, saved, config, warn) else None
+        if saved and not goes_on(self.agent, saved, config, warn):
+            saved = None
+        self.resumed = saved is not None
         stored = load_stored(self.logdir / saved["replay"], warn) if saved else None
         if self.replay.tight:
             warn(self.replay.tight)
@@ -244,17 +251,39 @@ def goes_on(agent: Agent, saved: Mapping[str, Any], config: Any, warn: Callable[
         load_agent_state(agent, saved, config)
     except UserError as error:
         if saved["counters"]["updates"] or saved["counters"]["episodes"]:
-            raise
+            raise named(error, config) from None
         warn(f"{config.logdir}: begins anew at step 0, as nothing was learned there yet: {error}")
         return False
     return True
 
 
-def open_logdir(config: Any, stack: contextlib.ExitStack) -> dict[str, Any] | None:
-    """Keep other runs out of the logdir, which is made for that, and return its checkpoint, if it has one.
+def stage_of(run: Run) -> str:
+    """Return the word for what a run does between evaluations."""
+    return "learning" if run.filled() else "prefill"
 
-    `stack` removes it again if nothing comes to stand there. What a killed run has left behind is swept away. Raises
-    UserError if the logdir cannot be made, is another run's, or holds what no run can go on from.
+
+def ahead_of(run: Run) -> Ahead:
+    """Return what is to come until a run has seen its last frame: frames, updates, and stages by name."""
+    config, last = run.config, math.ceil(run.config.steps / run.config.action_repeat)
+    begin = run.agent_steps if run.offline else max(run.agent_steps, config.prefill)
+    evaluations = count_of(config.eval_every, run.step, config.steps) + 1 if config.eval_episode_num else 0
+    saves = 0 if run.clocks["save"].by_time else count_of(config.save_every, run.step, config.steps)
+    frames = max(0, config.steps - run.step)
+    return Ahead(frames, run.clock.left(last, begin), {"evaluating": evaluations, "saving": saves + 1})
+
+
+def count_of(period: float, step: int, end: int) -> int:
+    """Return how many multiples of a period there are after `step` and before `end`; 0 of a period of 0 or less."""
+    return max(0, math.ceil(end / period) - 1 - math.floor(step / period)) if period > 0 else 0
+
+
+def open_logdir(config: Any, stack: contextlib.ExitStack) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """Keep other runs out of the logdir, which is made for that, and look at what a run before has left there.
+
+    `stack` removes it again if nothing comes to stand there. What a killed run has left behind is swept away.
+
+    Returns: its checkpoint, or None, and what has changed since, {key: (value before, value now)}. Raises UserError if
+    the logdir cannot be made, is another run's, or holds what no run can go on from.
     """
     logdir = pathlib.Path(config.logdir).expanduser()
     try:
@@ -266,10 +295,8 @@ def open_logdir(config: Any, stack: contextlib.ExitStack) -> dict[str, Any] | No
     if stack.enter_context(locked(logdir)):
         sweep([logdir, logdir / "train_eps", logdir / "eval_eps"])
     path = logdir / "latest.pt"
-    if path.exists():
-        return load_checkpoint(path, RESUMED)
-    _note_what_is_there(logdir, config)
-    return None
+    saved = load_checkpoint(path, RESUMED) if path.exists() else None
+    return saved, check_logdir(config, saved, functools.partial(warn_at, config.log_level))
 
 
 def _remove_empty(folders: Sequence[pathlib.Path]) -> None:
@@ -277,16 +304,6 @@ def _remove_empty(folders: Sequence[pathlib.Path]) -> None:
     with contextlib.suppress(OSError):
         for folder in folders:
             folder.rmdir()
-
-
-def _note_what_is_there(logdir: pathlib.Path, config: Any) -> None:
-    """Warn of what a run without a checkpoint has left in its logdir. Raises UserError if it was another task's."""
-    if episode_files(logdir / "train_eps"):
-        check_same(config_of(logdir), config)
-    left = [name for name in ("scores.jsonl", "metrics.jsonl") if (logdir / name).is_file()]
-    if any((logdir / name).stat().st_size for name in left):
-        gone, curves = f"{logdir / 'latest.pt'} is gone", " and ".join(left)
-        warn_at(config.log_level, f"{gone}: the run begins at step 0 and adds to {curves} of the one before")
 
 
 def episode_paths(config: Any) -> tuple[list[pathlib.Path], list[pathlib.Path]]:

@@ -19,7 +19,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def signals_noted(run: Any, say: Callable[[str], Any] = lambda text: None) -> Iterator[None]:
+def signals_noted(run: Any, acknowledge: Callable[..., Any] = lambda name, again=False: None) -> Iterator[None]:
     """Let signals set attributes of `run`, which it acts on when what it has in hand is done.
 
     SIGINT, SIGTERM and SIGHUP, unless that is ignored, set `stopped` to their number, which ends the run in good order.
@@ -27,7 +27,7 @@ def signals_noted(run: Any, say: Callable[[str], Any] = lambda text: None) -> It
     SIGUSR1 sets `save_asked`.
 
     Args:
-      say: function that prints a line; called from a signal handler.
+      acknowledge: function of a signal's name, and True if it is not the first; called from within the handler.
     """
     again = 0
 
@@ -35,14 +35,14 @@ def signals_noted(run: Any, say: Callable[[str], Any] = lambda text: None) -> It
         nonlocal again
         if not run.stopped:
             run.stopped = number
-            say(f"{signal.Signals(number).name}: ending after the step in hand, then saving")
+            acknowledge(signal.Signals(number).name)
             return
         again += 1
         if again > 1:
             raise KeyboardInterrupt
         if awaits_environment(frame):
             raise Interrupted
-        say("still at work; the next signal ends the run at once, without saving")
+        acknowledge(signal.Signals(number).name, True)
 
     def save(number: int, frame: FrameType | None) -> None:
         run.save_asked = True
