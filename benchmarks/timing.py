@@ -284,6 +284,7 @@ def run_loop(config, frames, folder):
         config = config.replace(logdir=folder, eval_every=0, save_every=0, steps=2 * frames)
         parts = dreamer.wire(config.replace(eval_episode_num=0), stack)
         parts.random, parts.rssm, device = parts.run.random, parts.agent.world.rssm, parts.agent.device
+        parts.envs = parts.envs.collecting
         parts.run.saved_at = math.inf  # so that no checkpoint is due
         run = parts.run
 

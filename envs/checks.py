@@ -17,7 +17,6 @@ from gymnasium import spaces
 
 import modalities
 from envs.env import Env
-from envs.errors import one_line
 from envs.wrappers import Wrapper
 from tools import UserError
 
@@ -46,18 +45,11 @@ class Checked(Wrapper):
 
     def reset(self):
         self._steps = 0
-        return self._checked(self._ask(self.env.reset))
+        return self._checked(self.env.reset())
 
     def step(self, action):
         self._steps += 1
-        try:
-            obs = self.env.step(action)
-        except SystemExit as error:
-            raise self._ended(error) from error
-        return self._checked(obs)
-
-    def render(self, size=None):
-        return self._ask(self.env.render, size)
+        return self._checked(self.env.step(action))
 
     def _checked(self, obs):
         for key, fine in self._tests:
@@ -71,15 +63,6 @@ class Checked(Wrapper):
         found = problem(self.env.obs_space[key], value, self._images[key])
         if found:
             raise refusal(self._name, self._steps, f"observation '{key}' {found}")
-
-    def _ask(self, method, *args):
-        try:
-            return method(*args)
-        except SystemExit as error:
-            raise self._ended(error) from error
-
-    def _ended(self, error):
-        return refusal(self._name, self._steps, f"the environment ended the program: SystemExit {one_line(error)}")
 
 
 def refusal(name: str, step: int, what: str) -> UserError:

@@ -30,22 +30,21 @@ from tools import UserError
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
 
-# Start of an id -> (module that registers it when imported, what pip installs for it).
+# Start of an id, as a regular expression -> (module that registers it when imported, what pip installs for it).
 REGISTERED_BY = {
-    "ALE/": ("ale_py", "-r requirements/atari.txt"),
+    r"ALE/|\w+(NoFrameskip|Deterministic)-v\d": ("ale_py", "-r requirements/atari.txt"),
     "MiniGrid-": ("minigrid", "-r requirements/minigrid.txt"),
     "BabyAI-": ("minigrid", "-r requirements/minigrid.txt"),
 }
 
 TAKEN = {*flags(), "deter", "stoch", "file"}  # keys beside those of the environment
-ATARI = re.compile(r"(?:ALE/)?([A-Za-z]+?)(?:NoFrameskip|Deterministic)?(?:-ram)?-v\d+")
 
 
 def make(task: str, config: Any, place: Place) -> Env:
     """Make the environment that Gymnasium registers as `task`. Raises UserError if it cannot be made."""
     asked = f"gym_{task}"
     for prefix, (module, packages) in REGISTERED_BY.items():
-        if task.startswith(prefix):
+        if re.match(prefix, task):
             try:
                 importlib.import_module(module)
             except ImportError as error:
@@ -94,10 +93,6 @@ def make_custom(task: str, config: Any, place: Place) -> Env:
 
 def unknown_id(name: str) -> UserError:
     """Return the error to raise for an id that Gymnasium does not know."""
-    game = ATARI.fullmatch(name)
-    if game and re.search("NoFrameskip|Deterministic|ALE/", name):
-        words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", game[1]).lower()
-        return UserError(f"unknown gym task '{name}': did you mean 'atari_{words}', or 'gym_ALE/{game[1]}-v5'?")
     meant = next((other for other in suggestions(name) if other != f"gym_{name}"), "")
     return unknown("gym task", name, gymnasium.registry, meant.removeprefix("gym_"))
 

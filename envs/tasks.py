@@ -71,6 +71,9 @@ def split_task(task: str) -> tuple[str, str]:
 
 def suggestions(task: str) -> Iterator[str]:
     """Yield tasks that another name may mean, likely ones first. No suite is imported but Gymnasium's and Atari's."""
+    if re.fullmatch(r"(?!gym:)[\w.]+:([\w-]+/)?[\w-]+-v\d+", task):  # an id, with the module that registers it
+        yield f"gym_{task}"
+        return
     if task.count(":") == 1 and not task.endswith(":") and not task.startswith("gym"):
         yield f"custom_{task}"
         return

@@ -24,6 +24,7 @@ def test_killed_runs_lose_nothing():
 def test_lost_and_repeated_episodes_are_seen(tmp_path):
     rng = np.random.default_rng(0)
     episodes = [{"reward": rng.random(4, np.float32), "state": rng.random((4, 2))} for _ in range(3)]
+    (tmp_path / "train_eps").mkdir()
     for episode in episodes:
         path = save_episode(tmp_path / "train_eps", episode)
     scores = [{"mode": "train", "score": float(each["reward"].sum()), "length": 3} for each in episodes]

@@ -74,7 +74,7 @@ def test_what_cannot_be_made_is_a_row(monkeypatch, inline, capsys, tmp_path):
     assert environments.main(["speed", *tasks, "--seconds", "0.01", "--json", str(out)]) == 0
     rows = json.loads(out.read_text())["results"]
     assert [row["presets"] for row in rows] == ["dmc_proprio", "dmc_vision", "", "", ""]
-    assert "pip install dm_control" in rows[0]["failed"] and "unknown suite" in rows[4]["failed"]
+    assert "pip install -r requirements/dmc.txt" in rows[0]["failed"] and "unknown suite" in rows[4]["failed"]
     assert "failed" not in rows[3] and rows[3]["actions"] == "action discrete 2"
     lines = capsys.readouterr().out.split("\n")[2:7]
     assert [cells(line)[6].partition(":")[0] for line in lines] == ["no", "no", "no", "yes", "no"]

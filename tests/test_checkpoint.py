@@ -25,10 +25,11 @@ from agents.older import check_form, read_specs
 from tests.factories import CONFIGS, one_line_error
 from tools import UserError, locked, misfit, sweep
 from training.archive import check_archive
+from training.boards import run_id
 from training.checkpoint import RESUMED, atomic_save, load_checkpoint, load_stored
 from training.config import load_config
 from training.foreign import check_foreign
-from training.logger import _JsonLines, _run_id
+from training.logger import _JsonLines
 from training.videos import check_mp4, write_mp4
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -271,7 +272,7 @@ def config(logdir):
 
 def opened(logdir):
     with dreamer.contextlib.ExitStack() as stack:
-        return training.run.open_logdir(config(logdir), stack), sorted(path.name for path in logdir.iterdir())
+        return training.run.open_logdir(config(logdir), stack)[0], sorted(path.name for path in logdir.iterdir())
 
 
 def test_a_start_that_learned_nothing_is_no_obstacle(tmp_path, capfd):
@@ -296,8 +297,6 @@ def test_a_checkpoint_that_is_gone_is_said(tmp_path, capfd, name):
 
 def test_a_logdir_without_a_checkpoint_belongs_to_its_task(tmp_path):
     (tmp_path / "config.yaml").write_text("task: dummy_discrete\n")
-    opened(tmp_path)
-    shutil.copytree(OLD / "train_eps", tmp_path / "train_eps")
     assert "the run in" in one_line_error(opened, tmp_path)
 
 
@@ -318,7 +317,7 @@ def test_temporary_files_of_a_killed_run_are_swept_and_no_others(tmp_path):
 def test_nothing_is_left_where_nothing_was_written(tmp_path):
     logdir = tmp_path / "a" / "b"
     with dreamer.contextlib.ExitStack() as stack:
-        assert training.run.open_logdir(config(logdir), stack) is None
+        assert training.run.open_logdir(config(logdir), stack)[0] is None
         assert one_line_error(opened, logdir).startswith(
             f"{logdir}: another run is writing there: process {os.getpid()}"
         )
@@ -481,11 +480,11 @@ def test_what_a_full_disk_takes_of_a_line_is_no_line(tmp_path):
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"", b"a\nb", b"../../x", b"x" * 999])
 def test_what_is_no_id_of_a_wandb_run_is_one_line(tmp_path, content):
     path = tmp_path / "wandb_id.txt"
-    assert _run_id(path) is None
+    assert run_id(path) is None
     path.write_bytes(content)
-    assert str(path) in one_line_error(_run_id, path)
+    assert str(path) in one_line_error(run_id, path)
     path.write_bytes(b"a1-b_2\n")
-    assert _run_id(path) == "a1-b_2"
+    assert run_id(path) == "a1-b_2"
 
 
 def test_a_film_that_a_full_disk_cut_short_is_said(tmp_path):

@@ -162,15 +162,6 @@ def test_spaces_that_change_are_still_those_of_the_start():
     assert "has shape (4,) where its space has (3,)" in one_line_error(env.step, ACTION)
 
 
-def test_an_environment_that_ends_the_program_ends_the_run_in_good_order():
-    def act(step):
-        raise SystemExit("window closed")
-
-    env = make_toy(Toy(VECTOR, act=act))
-    env.reset()
-    assert "ended the program: SystemExit window closed" in one_line_error(env.step, ACTION)
-
-
 class Changing(gymnasium.Env):
     """Instances differ in their spaces."""
 

@@ -37,9 +37,9 @@ def test_without_packages_one_line_says_what_to_run(program, tmp_path):
 def test_packages_that_are_there_are_named_where_they_are(tmp_path, monkeypatch):
     monkeypatch.setattr(installed, "ROOT", str(tmp_path))
     assert installed.problem("dreamer.py") == ""
-    monkeypatch.setattr(installed, "is_there", lambda name: name != "tqdm")
+    monkeypatch.setattr(installed, "is_there", lambda name: name != "rich")
     assert installed.problem("dreamer.py").startswith(
-        f"tqdm is not installed for {sys.executable}: run make .venv/core"
+        f"rich is not installed for {sys.executable}: run make .venv/core"
     )
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv" / "core").touch()
@@ -152,13 +152,16 @@ def test_a_checkpoint_is_as_the_file_beside_it_says_under_what_the_user_gave(tmp
     assert beside(load(), tmp_path / "none.yaml") == load()
 
 
-def test_code_that_a_file_beside_a_checkpoint_names_is_not_imported_unless_the_user_names_it(tmp_path):
-    file = tmp_path / "config.yaml"
-    for task in ("custom_cave:Cave", "gym_cave:Cave-v0"):
-        load("--task", task).save(file)
-        with pytest.raises(UserError, match=f"config.yaml names code to be imported, {task}: give --task {task}"):
-            beside(load(), file)
-        assert beside(load("--task", task), file).task == task
+@pytest.mark.parametrize("task", ["custom_cave:Cave", "gym_cave:Cave-v0"])
+def test_code_that_a_file_beside_a_checkpoint_names_is_not_imported_unless_the_user_names_it(task, tmp_path, capfd):
+    (tmp_path / "latest.pt").write_bytes(b"")
+    (tmp_path / "cave.py").write_text("raise SystemExit('run')")
+    load("--task", task).save(tmp_path / "config.yaml")
+    words = ["--script", "eval_only", "--from_checkpoint", str(tmp_path), "--logdir", str(tmp_path / "eval")]
+    assert dreamer.main(words) == 2
+    assert "names the module 'cave'" in capfd.readouterr().err
+    assert dreamer.main([*words, "--task", task]) == 2
+    assert "names the module" not in capfd.readouterr().err
 
 
 def test_eval_only_needs_no_preset_again_and_tells_the_spread(tmp_path, capfd):
@@ -171,8 +174,9 @@ def test_eval_only_needs_no_preset_again_and_tells_the_spread(tmp_path, capfd):
     said = capfd.readouterr().err
     assert re.search(r"eval_return \S+ over 3 episodes \(std \S+, min \S+, max \S+\)", said)
     assert load("--config", here / "config.yaml").rssm.deter == 64
+    same = ["--configs", "debug", "--task", "dummy_vector", "--rssm.deter", "64"]
     for lost in ("nowhere", tmp_path):
-        assert dreamer.main(["--logdir", str(there), "--from_checkpoint", str(lost), "--configs", "debug"]) == 2
+        assert dreamer.main(["--logdir", str(there), "--from_checkpoint", str(lost), *same]) == 2
         said = capfd.readouterr().err
         assert said.count("\n") == 1 and "no such file; leave it out to go on from" in said
 

@@ -22,9 +22,12 @@ import dreamer
 import envs
 import envs.parallel
 import training.signals
+from agents.random import Random
 from envs.foreign import Foreign
+from specs import act_spec
 from tests.factories import env_config, make_config
 from tools import UserError
+from training.evaluation import film
 
 HERE = "custom_tests.test_endings"
 
@@ -175,7 +178,7 @@ def lengths(folder):
 def test_an_environment_that_exits_ends_the_run_in_one_line_after_all_is_saved(env, tmp_path, capfd):
     assert run(tmp_path, env) == 2
     said = capfd.readouterr().err
-    assert "would have ended the run" in said and "Traceback" not in said
+    assert "environment 0 would have ended the run" in said and "Traceback" not in said
     assert ("window closed" in said) == (env is Exits)
     assert saved(tmp_path)["agent_steps"] == 60 and sum(lengths(tmp_path / "train_eps")) == 60 + 5
 
@@ -239,13 +242,13 @@ def test_an_update_that_fails_while_the_run_is_ending_is_given_up(tmp_path, monk
     assert saved(tmp_path)["updates"] == 0 and "was given up" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("words", ["--steps 60", "--script eval_only"])
+@pytest.mark.parametrize("words", ["--time_limit 0 --steps 60", "--time_limit 0 --script eval_only"])
 def test_an_environment_that_never_ends_an_episode_is_warned_of(words, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(envs, "ENDLESS", 30)
     logdir = tmp_path / "run"
     if "eval_only" in words:
         run(tmp_path / "trained", Twelve, "--steps 12 --eval_episode_num 0")
-        words += f" --from_checkpoint {tmp_path / 'trained'}"
+        words += f" --eval_episode_num 1 --from_checkpoint {tmp_path / 'trained'}"
     assert run(logdir, Endless, words) == 0
     assert "--time_limit" in capfd.readouterr().err
     entries = [json.loads(line) for line in (logdir / "scores.jsonl").read_text().splitlines()]
@@ -256,8 +259,8 @@ def test_limits_that_are_known_bound_an_episode():
     def longest(*words):
         return envs.longest_episode(make_config(*words))
 
-    assert longest("--task", "atari_pong", "--action_repeat", "4") == 27000
-    assert longest("--task", "dummy_vector", "--action_repeat", "2") == envs.ENDLESS
+    assert longest("--task", "atari_pong", "--action_repeat", "4", "--time_limit", "0") == 27000
+    assert longest("--task", "dummy_vector", "--action_repeat", "2", "--time_limit", "0") == envs.ENDLESS
     assert longest("--task", "dummy_vector", "--action_repeat", "2", "--time_limit", "1000") == 500
 
 
@@ -304,10 +307,18 @@ def test_a_worker_that_exits_is_restarted(tmp_path, capfd):
     assert "was restarted: it raised SystemExit: window closed" in capfd.readouterr().err
 
 
-def test_a_film_whose_pictures_change_their_size_is_left_out(tmp_path, capfd):
+def test_pictures_that_change_their_size_make_a_film_of_one_size(tmp_path):
     assert run(tmp_path, Grows, "--steps 20") == 0
-    assert "no video: its pictures have several sizes" in capfd.readouterr().err
-    assert not list(tmp_path.rglob("*.mp4"))
+    assert len(list(tmp_path.rglob("*.mp4"))) == 1
+
+
+def test_an_environment_whose_pictures_have_several_sizes_cannot_be_filmed(monkeypatch):
+    made = envs.make_envs(make_config("--task", "dummy_vector"), "eval", 1)
+    sizes = iter(range(16, 100))
+    monkeypatch.setattr(made, "render", lambda index, size=None: np.zeros((next(sizes), 16, 3), np.uint8))
+    actions = act_spec(made.act_space)
+    with pytest.raises(UserError, match="several sizes"):
+        film(made, actions, Random(actions, 0), "mode")
 
 
 def test_little_shared_memory_is_no_obstacle(monkeypatch):

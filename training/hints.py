@@ -282,14 +282,13 @@ def of_preset(name: str, known: list[str]) -> str:
 def of_key(name: str, known: list[str]) -> str:
     """Return the key that `name` may mean, and what its value is if that differs, or an empty text."""
     whole, last = plain(name), plain(name.rpartition(".")[2])
-    same = [key for key in known if plain(key) == whole]
+    same = [key for key in known if plain(key) == whole and not key.endswith(".")]
     inside = [key for key in known if key.lower().startswith(f"{name.lower()}.")]
     negated = [f"{key} false" for key in known if f"no{plain(key)}" == whole]
-    if found := [*same, *inside, *negated]:
-        return found[0]
     foreign = {name: meant for name, meant in FOREIGN.items() if meant.split(" ")[0] in known}
+    if found := [*same, *([foreign[whole]] if whole in foreign else []), *inside, *negated]:
+        return found[0]
     guesses = (
-        foreign.get(whole),
         nearest(name, known, 0.85),
         same_last_part(name, known) if "." in name else "",
         foreign.get(last),

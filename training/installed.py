@@ -9,7 +9,8 @@ import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PYTHON = (3, 11)
-NEEDED = ("torch", "numpy", "ruamel.yaml", "gymnasium", "tensorboard", "cv2", "imageio", "tqdm")  # requirements.txt
+# What requirements.txt brings.
+NEEDED = ("torch", "numpy", "ruamel.yaml", "gymnasium", "tensorboard", "cv2", "imageio", "rich", "filelock")
 NOT_BUILT = (
     "this project is run from its folder, not installed: its modules (envs, models, tools, ...) would lie beside those "
     "of other packages. In {root} run: make .venv/core && .venv/bin/python dreamer.py --help; for load_agent in your "

@@ -94,6 +94,7 @@ def check_logdir(
     """
     logdir = pathlib.Path(config.logdir)
     changed = changes(recorded(logdir, warn), config)
+    left = [name for name in ("scores.jsonl", "metrics.jsonl") if any(True for _ in entries(logdir / name))]
     for key in SAME:
         was, now = changed.pop(key, (config[key], config[key]))
         if saved:  # those from before there were versions do not tell
@@ -106,9 +107,9 @@ def check_logdir(
             was, now = map(as_flag, changed[key])
             agent = "the checkpoint is of another agent: " if saved else ""
             raise UserError(f"--{key} {now}: {agent}the run in {logdir} has {was}; give another --logdir")
-    if saved is None and any(True for _ in scores(logdir)):
-        count = sum(1 for _ in scores(logdir, "train"))
-        warn(f"there is no {logdir / 'latest.pt'}: starting at step 0, beside {count} episodes of a run before")
+    if saved is None and left:
+        files = " and ".join(left)
+        warn(f"{logdir / 'latest.pt'} is gone: the run begins at step 0 and adds to {files} of the one before")
     return changed
 
 
