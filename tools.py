@@ -259,7 +259,10 @@ def locked(directory: str | os.PathLike) -> Iterator[bool]:
     from filelock import FileLock, Timeout  # a tenth of a second that a misspelt flag need not wait for
 
     path = pathlib.Path(directory) / LOCK
-    lock = FileLock(path, blocking=False, on_acquired=_sign)
+    try:
+        lock = FileLock(path, blocking=False, on_acquired=_sign)
+    except ValueError:  # a system without locks, where the file itself is one
+        lock = FileLock(path, blocking=False)
     with contextlib.suppress(OSError, NotImplementedError):
         try:
             lock.acquire()

@@ -38,7 +38,7 @@ class Checked(Wrapper):
 
     def __init__(self, env: Env, config: Any, name: str):
         super().__init__(env)
-        self._name = name
+        self.name = name
         self._images = {key: modalities.kind_of(space, config) == "image" for key, space in env.obs_space.items()}
         self._tests = [(key, test_of(space, self._images[key])) for key, space in env.obs_space.items()]
         self._steps = 0
@@ -56,13 +56,13 @@ class Checked(Wrapper):
             if not fine(obs[key]):
                 self._look_again(key, obs[key])
         if not -LARGEST <= obs["reward"] <= LARGEST:
-            raise refusal(self._name, self._steps, f"the reward is not finite: {obs['reward']}")
+            raise refusal(self.name, self._steps, f"the reward is not finite: {obs['reward']}")
         return obs
 
     def _look_again(self, key, value):
         found = problem(self.env.obs_space[key], value, self._images[key])
         if found:
-            raise refusal(self._name, self._steps, f"observation '{key}' {found}")
+            raise refusal(self.name, self._steps, f"observation '{key}' {found}")
 
 
 def refusal(name: str, step: int, what: str) -> UserError:
@@ -216,7 +216,8 @@ def reward_of(value: Any) -> float:
     if type(value) not in FLOATS:
         given = plain(value, 1)
         if not isinstance(given, numbers.Real):
-            raise ValueError(f"the reward is {article(value)}, expected one number")
+            several = " (of several environments? a vectorized one cannot be taken)" if np.size(value) > 1 else ""
+            raise ValueError(f"the reward is {article(value)}, expected one number{several}")
         value = float(given)
     if not -LARGEST <= value <= LARGEST:
         raise ValueError(f"the reward is not finite: {value}")

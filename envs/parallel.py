@@ -322,7 +322,7 @@ class Local:
 
     def attach(self, descriptor: int, records: np.ndarray, index: int) -> None:
         self._shared = SharedEnv(self._env, records, index)
-        self._foreign.name = f"environment {index}"
+        self._foreign.name = getattr(self._env, "name", f"environment {index}")
 
     def send(self, command: bytes, *args: Any) -> None:
         with self._foreign:

@@ -178,7 +178,7 @@ def lengths(folder):
 def test_an_environment_that_exits_ends_the_run_in_one_line_after_all_is_saved(env, tmp_path, capfd):
     assert run(tmp_path, env) == 2
     said = capfd.readouterr().err
-    assert "environment 0 would have ended the run" in said and "Traceback" not in said
+    assert "(train environment 0) would have ended the run" in said and "Traceback" not in said
     assert ("window closed" in said) == (env is Exits)
     assert saved(tmp_path)["agent_steps"] == 60 and sum(lengths(tmp_path / "train_eps")) == 60 + 5
 

@@ -126,10 +126,13 @@ def load_config(
         print(describe(schema, words))
         raise SystemExit(0)
     own, flags = _parse(argv, schema)
-    schema = _with_presets(schema, own["presets"])
+    new = set(own["configs"]) - schema.presets.keys()
+    files = [file for file in own["config"] if new & _names(file)]  # of presets, not of keys
+    schema = _with_presets(schema, own["presets"] + files)
+    own["config"] = [file for file in own["config"] if file not in files]
     for name in own["configs"]:
         if name not in schema.presets:
-            raise unknown("preset", name, schema.presets, "--configs ", _whose(name, own["config"]))
+            raise unknown("preset", name, schema.presets, "--configs ")
     values = _stacked(schema, own["configs"])
     given: Leaves = _saved(schema.keys, saved, warn) if saved else []
     if (behavior := dict(given).get("behavior")) in VERSIONS:  # older ones name no version: this one's goes below
@@ -403,13 +406,10 @@ def _file(keys: Settings, file: Path) -> Leaves:
     return checked(keys, _modern(keys, leaves, where), where, advice)
 
 
-def _whose(name: str, files: Sequence[str]) -> str:
-    """Return what is to be said of an unknown preset: whether a --config file has a section of its name."""
-    for file in files:
-        tree = _parsed(file, _read(file), yaml12())
-        if isinstance(tree, dict) and name in tree:
-            return f"; it stands in {file}: give that with --presets"
-    return ""
+def _names(file: Path) -> set[str]:
+    """Return the names at the top level of a YAML file."""
+    tree = _parsed(file, _read(file), yaml12())
+    return set(tree) if isinstance(tree, dict) else set()
 
 
 def _modern(keys: Settings, leaves: Leaves, where: str) -> Leaves:

@@ -70,7 +70,9 @@ class Outputs:
             return
         unit = "step" if self.progress.name != "learning" or self.progress.stages else "update"
         late = f"still at this {unit}; the next signal ends the run at once, without saving"
-        self.progress.line.interject(f"{signal}: {late if again else f'stopping after this {unit}; saving'}")
+        self.progress.line.interject(
+            f"{signal}: {late if again else f'stopping after this {unit}; saving (again: leave what hangs)'}"
+        )
 
     def say_restarts(self, envs: Any) -> None:
         """Warn of environments that had to be restarted since the last call."""
