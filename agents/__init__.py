@@ -12,7 +12,7 @@ from training.machine import choose_device, choose_dtype
 from training.protocol import Agent
 
 # name -> module with make(obs_spec, act_spec, config, device, dtype). Nothing is imported before it is asked for.
-AGENTS = {"dreamer": "agents.dreamer", "random": "agents.random"}
+AGENTS = {"dreamer": "agents.dreamer", "random": "agents.random", "world_models": "agents.world_models"}
 
 
 def make_agent(config: Any, obs_spec: ObsSpec, act_spec: ActionSpec) -> Agent:
