@@ -58,6 +58,7 @@ def learn(run, agent, replay):
 
 def main(argv=None):
     """Run the command line; return the exit status."""
+    config = None
     try:
         config = with_absolute_paths(load_config(sys.argv[1:] if argv is None else argv, CONFIGS))
         if not config.eval_envs:  # no evaluation, then
@@ -75,7 +76,8 @@ def main(argv=None):
             raise
         return failed(config, f"--logdir {config.logdir}: {error.strerror}")
     except KeyboardInterrupt:
-        return failed(config, "ended at once")
+        failed(config, "ended at once") if config else print_line("dreamer.py: ended before it began")
+        return 128 + signal.SIGINT
 
 
 def with_absolute_paths(config):

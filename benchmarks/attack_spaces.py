@@ -157,6 +157,8 @@ def boxes(draw):
     shape = draw(strategies.one_of(strategies.just(()), array_shapes(max_dims=4, max_side=6)))
     whole = (0, 1) if dtype is bool else (np.iinfo if np.issubdtype(dtype, np.integer) else np.finfo)(dtype)
     bounds = [(0, 1), whole if isinstance(whole, tuple) else (whole.min, whole.max)]
+    if dtype is np.float64:  # from all of which Gymnasium cannot draw
+        bounds[1] = -8e307, 8e307
     low, high = draw(strategies.sampled_from(bounds))
     return spaces.Box(low, high, shape, dtype)
 

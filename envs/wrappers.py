@@ -217,7 +217,7 @@ def _plain_action(key, space) -> tuple[spaces.Space, Callable[[np.ndarray], Any]
         raise UserError(f"action '{key}' has no numbers (shape {space.shape}): there is nothing to choose")
     if isinstance(space, spaces.Box) and space.dtype.kind in "biu":
         low, high = space.low.astype(object), space.high.astype(object)  # int64 has no room for their difference
-        count = high - low + 1
+        count = np.asarray(high - low + 1, object)  # of a single number, NumPy makes one of Python's
         if count.max() > MOST_INTEGERS:
             found = f"{space.dtype} from {low.min()} to {high.max()}"
             cure = f"whole numbers have up to {MOST_INTEGERS} values each, declare it float32 and round what comes"

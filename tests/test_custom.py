@@ -266,6 +266,7 @@ def test_boxes_of_whole_numbers_are_choices():
             "steer": spaces.Box(np.array([-1, 0]), np.array([1, 4]), (2,), np.int64),
             "bits": spaces.Box(0, 1, (2,), bool),
             "gray": spaces.Box(0, 255, (1,), np.uint8),
+            "one": spaces.Box(0, 1, (), np.uint8),
         }
     )
     toy = Toy(STATE, action_space=space)
@@ -274,6 +275,7 @@ def test_boxes_of_whole_numbers_are_choices():
         "steer": [3, 5],
         "bits": [2, 2],
         "gray": [256],
+        "one": [2],
     }
     env.reset()
     spec, rng = act_spec(env.act_space), np.random.default_rng(0)
@@ -281,11 +283,13 @@ def test_boxes_of_whole_numbers_are_choices():
         env.step({key: value[0] for key, value in spec.uniform(rng, 1).items()})
         assert space.contains(toy.action)
     steer = np.float32([0, 0, 1, 1, 0, 0, 0, 0])
-    env.step({"steer": steer, "bits": np.float32([0, 1, 1, 0]), "gray": np.eye(256, dtype=np.float32)[255]})
+    gray, one = np.eye(256, dtype=np.float32)[255], np.float32([0, 1])
+    env.step({"steer": steer, "bits": np.float32([0, 1, 1, 0]), "gray": gray, "one": one})
     assert {key: value.tolist() for key, value in toy.action.items()} == {
         "steer": [1, 0],
         "bits": [True, False],
         "gray": [255],
+        "one": 1,
     }
 
 

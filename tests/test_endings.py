@@ -227,9 +227,18 @@ def test_a_third_ctrl_c_ends_the_run_at_once(tmp_path, monkeypatch, capfd):
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(dreamer, "learn", slow)
-    assert run(tmp_path, Twelve) == 1
+    assert run(tmp_path, Twelve) == 130
     said = capfd.readouterr().err
     assert "ends the run at once" in said and "no checkpoint yet" in said and "Traceback" not in said
+
+
+def test_ctrl_c_before_there_is_a_run_is_one_line(tmp_path, monkeypatch, capfd):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dreamer, "load_config", interrupted)
+    assert run(tmp_path / "run", Twelve) == 130
+    assert capfd.readouterr().err == "dreamer.py: ended before it began\n" and not (tmp_path / "run").exists()
 
 
 def test_an_update_that_fails_while_the_run_is_ending_is_given_up(tmp_path, monkeypatch, capfd):
