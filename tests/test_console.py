@@ -665,7 +665,7 @@ def test_a_signal_is_acknowledged_at_once(tmp_path, capfd, monkeypatch, words, u
         count[0] += 1
         if count[0] == 20:
             os.kill(os.getpid(), signal.SIGINT)
-            assert f"SIGINT: stopping after this {unit}; saving\n" in capfd.readouterr().err
+            assert f"SIGINT: stopping after this {unit}; saving (again: leave what hangs)\n" in capfd.readouterr().err
         return act(*args)
 
     monkeypatch.setattr(Random, "act", interrupted)
