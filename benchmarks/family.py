@@ -1,15 +1,17 @@
-"""Compare the versions of Dreamer on one small task, and Plan2Explore with random acting in a maze.
+"""Compare the versions of Dreamer on small tasks, and Plan2Explore with random acting in a maze.
 
 python3 benchmarks/family.py learn --out logdir/family --write docs/family.md
+python3 benchmarks/family.py learn_images --out logdir/family_images --write docs/family.md
 python3 benchmarks/family.py explore --out logdir/explore --write docs/family.md
 
-Runs dreamer.py for every version and seed (existing ones are not run again), prints a table, puts it
-between its markers in a page, and draws OUT.png.
+Runs dreamer.py for every version and seed: finished runs are left alone, others begin or go on. Prints a table, puts
+it between its markers in a page, and draws OUT.png.
 """
 
 import concurrent.futures
 import contextlib
 import json
+import math
 import pathlib
 import statistics
 import subprocess
@@ -20,6 +22,7 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from agents.random import Random
+from benchmarks import goal
 from benchmarks.pages import markdown, mean_and_error, put_between, write_between
 from envs import make_envs
 from envs.dummy import Maze
@@ -32,20 +35,16 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 VERSIONS = {"planet": "PlaNet", "dreamerv1": "Dreamer", "dreamerv2": "DreamerV2"}
 VERSIONS |= {"dreamerv3_2023": "DreamerV3, 2023", "": "DreamerV3"}
-# All at the size of quickstart, so that a run takes minutes, with rates as much faster as there. Four numbers that are
-# easily predicted, of which hundredths matter, hardly contribute to the loss at unit variance, beside the KL: so they
-# are weighted as with a deviation of 0.1, and the reward ten times as much as one of unit variance.
-LEARN = """--task dmc_cartpole_balance --encoder.cnn_keys $^ --action_repeat 8 --steps 24000 --train_ratio 256
---compile true --eval_every 4000 --log_every 2000 --video_pred_log false --horizon 33 --free_nats 1
---loss_scales.rec 100 --loss_scales.reward 10 --actor.max_std 1 --model_opt.lr 1e-3 --actor_opt.lr 2e-4
---critic_opt.lr 5e-4 --cem.candidates 100 --cem.elites 10 --cem.iterations 5"""
-# Dreamer climbs through its model's gradient with a policy that saturates: it needs more data, longer windows, as it
-# stores no latents, its own wide start, and smaller steps. Its preset's batch of 50 would leave a third of the updates.
-OWN = {
-    "dreamerv1": """--steps 48000 --batch_size 16 --batch_length 32 --prefill 1000 --actor.max_std 5
-    --actor_opt.lr 1e-4 --critic_opt.lr 2e-4"""
-}
-EPISODES = 40  # of each of BASELINES
+# At the size of quickstart, so that a run takes minutes, with rates as much faster as there.
+SHARED = """--compile true --video_pred_log false --batch_size 16 --train_burst 1 --pretrain 0
+--model_opt.lr 1e-3 --actor_opt.lr 2e-4 --critic_opt.lr 5e-4 --cem.candidates 100 --cem.elites 10 --cem.iterations 5"""
+LEARN = f"""{SHARED} --task gym_Pendulum-v1 --action_repeat 4 --steps 12000 --train_ratio 256 --horizon 20
+--eval_every 1000 --log_every 1000"""
+IMAGES = f"""{SHARED} --task custom_benchmarks.goal:Goal --steps 2400 --train_ratio 128 --horizon 20
+--eval_every 400 --log_every 400 --eval_episode_num 20 --encoder.depth 4 --decoder.depth 4"""
+OWN = {}  # {version: flags}
+MISSING = "-"  # what is not finished
+EPISODES = 20  # of each of the baselines
 EXPLORERS = {"random": "--expl_behavior random --train_ratio 0", "Plan2Explore": "--expl_behavior plan2explore"}
 EXPLORE = """--task dummy_maze --steps 4000 --eval_every 0 --video_pred_log false --compile true --disag_target embed
 --disag_log true --disag_layers 2 --disag_units 64 --disag_models 5 --loss_scales.rec 10 --horizon 33
@@ -59,7 +58,26 @@ class Still(Random):
         return self.act_spec.zeros(len(obs["is_first"])), (), None
 
 
-BASELINES = {"random": Random, "no action": Still}
+class SwingUp(Random):
+    """A hand-made controller of Pendulum-v1: pumps energy until the pole is near upright, and balances it there."""
+
+    def act(self, obs, carry=(), mode="sample"):
+        cos, sin, speed = obs["state"].T
+        pump = np.where(speed < 0, -1, 1) * 3 * (5 - 5 * cos - speed**2 / 6)  # toward the energy of standing upright
+        torque = np.where(cos > 0.8, -10 * np.arctan2(sin, cos) - 2 * speed, pump)
+        return {"action": np.clip(torque / 2, -1, 1).astype(np.float32)[:, None]}, (), None
+
+
+class Seeing(Random):
+    """A hand-made player of benchmarks/goal.py, which reads the picture."""
+
+    def act(self, obs, carry=(), mode="sample"):
+        mark, place = goal.places(obs["image"])
+        return {"action": np.clip((mark - place) * 5, -1, 1).astype(np.float32)[:, None]}, (), None
+
+
+LEARN_LEVELS = {"random": Random, "no action": Still, "hand-made": SwingUp}
+IMAGE_LEVELS = {"random": Random, "no action": Still, "hand-made": Seeing}
 
 
 def main(argv=None):
@@ -69,6 +87,7 @@ def main(argv=None):
     parser.add_argument("--out", type=pathlib.Path, required=True, help="where the runs go; the plot is OUT.png")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each (default: 3)")
     parser.add_argument("--processes", type=int, default=1, help="runs at the same time (default: 1)")
+    parser.add_argument("--finished", action="store_true", help="run nothing; tell what is finished")
     parser.add_argument("--write", metavar="PAGE", help="put the table between its markers in this file")
     try:
         args = parser.parse_args(argv)
@@ -84,24 +103,28 @@ def main(argv=None):
     return 0
 
 
-def run_all(jobs, processes):
-    """Run dreamer.py for each {logdir: flags} that has not run yet."""
+def run_all(jobs, args):
+    """Run dreamer.py for each {logdir: flags} that is not finished, unless `args` say not to."""
 
     def run(job):
         logdir, flags = job
-        done = logdir / "done"
-        if done.exists():
+        if args.finished or is_done(logdir):
             return
         logdir.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, str(ROOT / "dreamer.py"), *flags, "--logdir", str(logdir)]
-        with open(logdir / "output.txt", "w") as output:
+        with open(logdir / "output.txt", "a") as output:
             code = subprocess.run(command, stdout=output, stderr=output, check=False).returncode
         if code:
             raise UserError(f"{logdir}/output.txt: exit status {code}")
-        done.touch()
+        (logdir / "done").touch()
 
-    with concurrent.futures.ThreadPoolExecutor(processes) as threads:
+    with concurrent.futures.ThreadPoolExecutor(args.processes) as threads:
         list(threads.map(run, jobs.items()))
+
+
+def is_done(logdir):
+    """True if a run is finished."""
+    return (logdir / "done").exists()
 
 
 def lines(path):
@@ -114,52 +137,91 @@ def lines(path):
 
 
 def learn(args):
-    """Compare the returns of every version with those of a random agent and of one that does nothing."""
+    """Compare the returns of every version with those of agents that do not learn."""
+    logdirs = run_versions(args, LEARN)
+    levels = {name: mean_and_error(play(agent, LEARN)) for name, agent in LEARN_LEVELS.items()}
+    rows, curves = [], {}
+    for version, name in VERSIONS.items():
+        evals = [eval_curve(logdir) if is_done(logdir) else None for logdir in logdirs[version]]
+        each = ", ".join(f"{found[1][-1]:.0f}" if found else MISSING for found in evals)
+        curves[name] = [found for found in evals if found]
+        finals = [returns[-1] for _, returns in curves[name]]
+        frames = f"{curves[name][0][0][-1]:,}" if finals else MISSING
+        rows.append([name, f"`{version}`" if version else "", frames, each, *compared(finals, levels["random"])])
+    head = ("version", "preset", "frames", "final return, by seed", "mean ± s.e.", "s.e. above random")
+    return tell(args, head, rows, curves, levels, "return of ten evaluation episodes")
+
+
+def learn_images(args):
+    """Compare one run of every version from images with agents that do not learn, by the last evaluation's episodes."""
+    args.seeds = 1
+    logdirs = run_versions(args, IMAGES)
+    levels = {name: mean_and_error(play(agent, IMAGES)) for name, agent in IMAGE_LEVELS.items()}
+    rows, curves = [], {}
+    for version, name in VERSIONS.items():
+        (logdir,) = logdirs[version]
+        scores = final_scores(logdir) if is_done(logdir) else []
+        curves[name] = [eval_curve(logdir)] if scores else []
+        frames = f"{curves[name][0][0][-1]:,}" if scores else MISSING
+        rows.append([name, f"`{version}`" if version else "", frames, *compared(scores, levels["random"], ".1f")])
+    head = ("version", "preset", "frames", f"final return, {EPISODES} episodes, ± s.e.", "s.e. above random")
+    return tell(args, head, rows, curves, levels, f"return of {EPISODES} evaluation episodes", ".1f")
+
+
+def run_versions(args, flags):
+    """Run every version and seed that is not finished; return {version: [logdir of each seed]}."""
     logdirs = {
         version: [args.out / f"{version or 'dreamerv3'}_{seed}" for seed in range(args.seeds)] for version in VERSIONS
     }
     jobs = {
-        logdir: ["--configs", *version.split(), "quickstart", *settings(version), "--seed", str(seed)]
-        for version, found in logdirs.items()
-        for seed, logdir in enumerate(found)
+        logdirs[version][seed]: ["--configs", *version.split(), "quickstart", *settings(version, flags, seed)]
+        for seed in range(args.seeds)  # one of each version comes first
+        for version in VERSIONS
     }
-    run_all(jobs, args.processes)
-    levels = {name: mean_and_error(play(agent)) for name, agent in BASELINES.items()}
-    chance, chance_error = levels["random"]
-    rows, curves = [], {}
-    for version, name in VERSIONS.items():
-        evals = curves[name] = [eval_curve(logdir) for logdir in logdirs[version]]
-        final, error = mean_and_error([returns[-1] for _, returns in evals])
-        above = (final - chance) / (error**2 + chance_error**2) ** 0.5
-        each = ", ".join(f"{returns[-1]:.0f}" for _, returns in evals)
-        frames = f"{evals[0][0][-1]:,}"
-        cells = [each, f"{final:.0f} ± {error:.0f}", f"{above:+.1f}"]
-        rows.append([name, f"`{version}`" if version else "", frames, *cells])
-    heights = {name: mean for name, (mean, _) in levels.items()}
-    draw(args.out, curves, heights, "environment frames", "return of ten evaluation episodes")
-    head = ("version", "preset", "frames", "final return, by seed", "mean ± s.e.", "s.e. above random")
-    note = ", ".join(f"{name} {mean:.0f} ± {error:.0f}" for name, (mean, error) in levels.items())
-    return f"{markdown(head, rows)}\n\nWithout learning, over {EPISODES} episodes: {note}."
+    run_all(jobs, args)
+    return logdirs
 
 
-def settings(version):
-    """Return the flags of a version's runs, to append to its presets."""
-    return [*LEARN.split(), *OWN.get(version, "").split()]
+def settings(version, flags, seed=0):
+    """Return the flags of a version's run, to append to its presets: `flags` is LEARN or IMAGES."""
+    return [*flags.split(), *OWN.get(version, "").split(), "--seed", str(seed)]
 
 
-def play(agent):
-    """Return the returns of EPISODES episodes of the task, with one of BASELINES as the agent."""
-    config = load_config(["--configs", "quickstart", *LEARN.split()], CONFIGS)
+def play(agent, flags):
+    """Return the returns of EPISODES episodes of a task, with one of the levels as the agent."""
+    config = load_config(["--configs", "quickstart", *flags.split()], CONFIGS)
     with contextlib.closing(make_envs(config, "eval", 1)) as envs:
         spec = act_spec(envs.act_space)
         evaluation = Evaluation(envs, spec, step_layout(envs.obs_space, spec), EPISODES, "sample")
         return [episode.score for episode in evaluation.play(agent(spec, derive_seed(config.seed, 3)))]
 
 
+def compared(returns, chance, form=".0f"):
+    """Return the cells of a mean with its standard error, and of how many such it is above `chance`, such a pair."""
+    if len(returns) < 2:
+        return [f"{returns[0]:{form}}" if returns else MISSING, MISSING]
+    mean, error = mean_and_error(returns)
+    above = (mean - chance[0]) / math.hypot(error, chance[1])
+    return [f"{mean:{form}} ± {error:{form}}", f"{above:+.1f}"]
+
+
+def tell(args, head, rows, curves, levels, ylabel, form=".0f"):
+    """Draw the curves; return the table and a note of the levels {name: (mean, error)}."""
+    draw(args.out, curves, {name: mean for name, (mean, _) in levels.items()}, "environment frames", ylabel)
+    note = ", ".join(f"{name} {mean:{form}} ± {error:{form}}" for name, (mean, error) in levels.items())
+    return f"{markdown(head, rows)}\n\nWithout learning, over {EPISODES} episodes: {note}."
+
+
 def eval_curve(logdir):
     """Return the frames of the evaluations and their mean returns."""
-    rows = [row for row in lines(logdir / "metrics.jsonl") if "eval_return" in row]
-    return [row["step"] for row in rows], [row["eval_return"] for row in rows]
+    curve = {row["step"]: row["eval_return"] for row in lines(logdir / "metrics.jsonl") if "eval_return" in row}
+    return list(curve), list(curve.values())  # what a resumed run repeated counts once
+
+
+def final_scores(logdir):
+    """Return the returns of the last evaluation's episodes."""
+    rows = [row for row in lines(logdir / "scores.jsonl") if row["mode"] == "eval"]
+    return [row["score"] for row in rows if row["step"] == rows[-1]["step"]][-EPISODES:]
 
 
 # ---------------------------------------------------------------------------
@@ -174,7 +236,7 @@ def explore(args):
         for name, found in logdirs.items()
         for seed, logdir in enumerate(found)
     }
-    run_all(jobs, args.processes)
+    run_all(jobs, args)
     rows, curves = [], {}
     for name, found in logdirs.items():
         curves[name] = [cell_curve(logdir) for logdir in found]
@@ -206,6 +268,8 @@ def draw(out, curves, levels, xlabel, ylabel):
 
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for name, seeds in curves.items():
+        if not seeds:
+            continue
         grid = np.linspace(max(steps[0] for steps, _ in seeds), min(steps[-1] for steps, _ in seeds), 100)
         values = np.stack([np.interp(grid, steps, found) for steps, found in seeds])
         (line,) = axes.plot(grid, values.mean(0), label=name)
@@ -221,7 +285,7 @@ def draw(out, curves, levels, xlabel, ylabel):
     figure.savefig(f"{out}.png", dpi=130)
 
 
-COMMANDS = {"learn": learn, "explore": explore}
+COMMANDS = {"learn": learn, "learn_images": learn_images, "explore": explore}
 
 if __name__ == "__main__":
     sys.exit(main())
