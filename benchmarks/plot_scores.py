@@ -2,10 +2,11 @@
 
 python3 benchmarks/plot_scores.py 'logdir/walker_*' 'mine=logdir/cheetah_*' --out scores
 
-Reads config.yaml and scores.jsonl of each logdir and writes scores.png and scores.csv. Runs whose configurations
-differ in nothing but seed and logdir are the seeds of one curve; with the same name (or the same settings) on several
-tasks they also go into their group's aggregate. Scores are those of training episodes, as in the published curves:
-averaged in equal bins of environment steps (action repeat counted), a bin ends where its point is drawn.
+Reads config.yaml and scores.jsonl of each logdir, or a file of recorded runs (benchmarks/data/authors_cartpole.json),
+and writes scores.png and scores.csv. Runs whose configurations differ in nothing but seed and logdir are the seeds of
+one curve; with the same name (or the same settings) on several tasks they also go into their group's aggregate. Scores
+are those of training episodes, as in the published curves: averaged in equal bins of environment steps (action repeat
+counted), a bin ends where its point is drawn.
 """
 
 import csv

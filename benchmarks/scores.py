@@ -74,7 +74,7 @@ def warn(text):
 def read_runs(patterns):
     """Return the runs that match any of `patterns`, each "glob" or "name=glob", with at least one training episode.
 
-    Raises UserError if there is none.
+    A match is a logdir, or a .json file of recorded runs (see `read_recorded`). Raises UserError if there is none.
     """
     runs = {}
     for text in patterns:
@@ -84,10 +84,10 @@ def read_runs(patterns):
         found = sorted(glob.glob(os.path.expanduser(pattern)))
         if not found:
             raise UserError(f"{pattern}: no such logdir")
-        for logdir in map(os.path.normpath, found):
-            run = read_run(logdir, label)
-            if run and logdir not in runs:
-                runs[logdir] = run
+        for path in map(os.path.normpath, found):
+            own = read_recorded(path, label) if path.endswith(".json") else [read_run(path, label)]
+            for run in filter(None, own):
+                runs.setdefault(run.logdir, run)
     if not runs:
         raise UserError("no logdir has a finished training episode")
     return list(runs.values())
@@ -114,6 +114,19 @@ def read_run(logdir, label=""):
     unlocked = {key: np.array([row.get(key, 0) > 0 for row in rows]) for key in sorted(keys)}
     steps, scores = (np.array([row[key] for row in rows], float) for key in ("step", "score"))
     return Run(logdir, label, config, steps, scores, unlocked)
+
+
+def read_recorded(path, label=""):
+    """Return the Runs in a file {"task", "runs": [{"seed", "train": [[environment steps, return]]}]}."""
+    try:
+        data = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        config = {"task": data["task"]}
+        return [
+            Run(f"{path}/{run['seed']}", label or pathlib.Path(path).stem, config, *np.array(run["train"], float).T, {})
+            for run in data["runs"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is no file of recorded runs") from None
 
 
 def read_scores(text):

@@ -12,6 +12,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from benchmarks import plot_scores, scores
+from tools import UserError
 from training.config import CONFIGS, load_config
 
 BALANCE = "--configs dmc_proprio --task dmc_cartpole_balance"
@@ -108,6 +109,21 @@ def test_seeds_are_one_curve_and_other_settings_another(tmp_path):
     assert found["slow"] == ([10], [pytest.approx(10 - np.sqrt(200 / 3))], [3])
     labelled = panels_of(f"mine={tmp_path}/slow_*", tmp_path / "fast_0")["gym_CartPole-v1", "return"]
     assert [curve.name for curve in labelled] == ["mine", "fast_0"]
+
+
+def test_recorded_runs_are_the_seeds_of_a_curve(tmp_path):
+    make_run(tmp_path / "ours_0", [(10, 1.0), (20, 2.0)])
+    authors = scores.DATA / "authors_cartpole.json"
+    (curves,) = panels_of(tmp_path / "ours_0", f"authors={authors}", width=4500).values()
+    ours, theirs = curves
+    assert (ours.value, ours.runs, theirs.name, theirs.runs) == (1.5, 1, "authors", 7)
+    # an episode of CartPole is as long as its return, so that steps are sums of returns
+    for run in json.loads(authors.read_text())["runs"]:
+        steps, returns = np.array(run["train"]).T
+        np.testing.assert_array_equal(steps, returns.cumsum())
+    (tmp_path / "other.json").write_text("[]")
+    with pytest.raises(UserError, match="is no file of recorded runs"):
+        panels_of(tmp_path / "other.json")
 
 
 def test_runs_under_one_name_with_other_settings_are_warned_of(tmp_path, capsys):
