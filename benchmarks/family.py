@@ -35,14 +35,19 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 VERSIONS = {"planet": "PlaNet", "dreamerv1": "Dreamer", "dreamerv2": "DreamerV2"}
 VERSIONS |= {"dreamerv3_2023": "DreamerV3, 2023", "": "DreamerV3"}
-# At the size of quickstart, so that a run takes minutes, with rates as much faster as there.
-SHARED = """--compile true --video_pred_log false --batch_size 16 --train_burst 1 --pretrain 0
---model_opt.lr 1e-3 --actor_opt.lr 2e-4 --critic_opt.lr 5e-4 --cem.candidates 100 --cem.elites 10 --cem.iterations 5"""
-LEARN = f"""{SHARED} --task gym_Pendulum-v1 --action_repeat 4 --steps 12000 --train_ratio 256 --horizon 20
---eval_every 1000 --log_every 1000"""
-IMAGES = f"""{SHARED} --task custom_benchmarks.goal:Goal --steps 2400 --train_ratio 128 --horizon 20
---eval_every 400 --log_every 400 --eval_episode_num 20 --encoder.depth 4 --decoder.depth 4"""
-OWN = {}  # {version: flags}
+# At the size of quickstart, so that a run takes minutes, with rates as much faster as there. docs/family.md says why.
+SHARED = """--video_pred_log false --batch_size 16 --batch_length 8 --horizon 20 --opt.lr 1e-3 --model_opt.lr 1e-3
+--actor_opt.lr 2e-4 --critic_opt.lr 5e-4 --cem.candidates 50 --cem.elites 8 --cem.iterations 4"""
+LEARN = {  # flags of all versions, and of some
+    "all": f"""{SHARED} --task gym_Pendulum-v1 --action_repeat 4 --steps 16000 --train_ratio 64 --eval_every 2000
+    --log_every 1000""",
+    "planet": "--steps 12000 --eval_every 1000 --train_ratio 128 --loss_scales.rec 10 --loss_scales.reward 1",
+    "dreamerv1": "--train_ratio 128 --free_nats 1 --loss_scales.rec 10 --actor_opt.lr 8e-5",
+}
+IMAGES = {
+    "all": f"""{SHARED} --task custom_benchmarks.goal:Goal --steps 2400 --train_ratio 64 --eval_every 400
+    --eval_episode_num 20 --encoder.depth 4 --decoder.depth 4""",
+}
 MISSING = "-"  # what is not finished
 EPISODES = 20  # of each of the baselines
 EXPLORERS = {"random": "--expl_behavior random --train_ratio 0", "Plan2Explore": "--expl_behavior plan2explore"}
@@ -142,13 +147,11 @@ def learn(args):
     levels = {name: mean_and_error(play(agent, LEARN)) for name, agent in LEARN_LEVELS.items()}
     rows, curves = [], {}
     for version, name in VERSIONS.items():
-        evals = [eval_curve(logdir) if is_done(logdir) else None for logdir in logdirs[version]]
-        each = ", ".join(f"{found[1][-1]:.0f}" if found else MISSING for found in evals)
-        curves[name] = [found for found in evals if found]
-        finals = [returns[-1] for _, returns in curves[name]]
-        frames = f"{curves[name][0][0][-1]:,}" if finals else MISSING
-        rows.append([name, f"`{version}`" if version else "", frames, each, *compared(finals, levels["random"])])
-    head = ("version", "preset", "frames", "final return, by seed", "mean ± s.e.", "s.e. above random")
+        curves[name] = [eval_curve(logdir) for logdir in filter(is_done, logdirs[version])]
+        finals = {logdir: eval_curve(logdir)[1][-1] for logdir in filter(is_done, logdirs[version])}
+        each = ", ".join(f"{finals[logdir]:.0f}" if logdir in finals else MISSING for logdir in logdirs[version])
+        rows.append([*described(version, finals), each, *compared(list(finals.values()), levels["random"])])
+    head = ("version", "preset", "frames", "updates", "final return, by seed", "mean ± s.e.", "s.e. above random")
     return tell(args, head, rows, curves, levels, "return of ten evaluation episodes")
 
 
@@ -159,12 +162,11 @@ def learn_images(args):
     levels = {name: mean_and_error(play(agent, IMAGES)) for name, agent in IMAGE_LEVELS.items()}
     rows, curves = [], {}
     for version, name in VERSIONS.items():
-        (logdir,) = logdirs[version]
-        scores = final_scores(logdir) if is_done(logdir) else []
-        curves[name] = [eval_curve(logdir)] if scores else []
-        frames = f"{curves[name][0][0][-1]:,}" if scores else MISSING
-        rows.append([name, f"`{version}`" if version else "", frames, *compared(scores, levels["random"], ".1f")])
-    head = ("version", "preset", "frames", f"final return, {EPISODES} episodes, ± s.e.", "s.e. above random")
+        done = list(filter(is_done, logdirs[version]))
+        curves[name] = [eval_curve(logdir) for logdir in done]
+        scores = [score for logdir in done for score in final_scores(logdir)]
+        rows.append([*described(version, done), *compared(scores, levels["random"], ".1f")])
+    head = ("version", "preset", "frames", "updates", "final return ± s.e.", "s.e. above random")
     return tell(args, head, rows, curves, levels, f"return of {EPISODES} evaluation episodes", ".1f")
 
 
@@ -184,16 +186,23 @@ def run_versions(args, flags):
 
 def settings(version, flags, seed=0):
     """Return the flags of a version's run, to append to its presets: `flags` is LEARN or IMAGES."""
-    return [*flags.split(), *OWN.get(version, "").split(), "--seed", str(seed)]
+    return [*flags["all"].split(), *flags.get(version, "").split(), "--seed", str(seed)]
 
 
 def play(agent, flags):
     """Return the returns of EPISODES episodes of a task, with one of the levels as the agent."""
-    config = load_config(["--configs", "quickstart", *flags.split()], CONFIGS)
+    config = load_config(["--configs", "quickstart", *flags["all"].split()], CONFIGS)
     with contextlib.closing(make_envs(config, "eval", 1)) as envs:
         spec = act_spec(envs.act_space)
         evaluation = Evaluation(envs, spec, step_layout(envs.obs_space, spec), EPISODES, "sample")
         return [episode.score for episode in evaluation.play(agent(spec, derive_seed(config.seed, 3)))]
+
+
+def described(version, done):
+    """Return the first cells of a row: a version, its preset, and the frames and updates of its finished runs."""
+    ends = [next(row for row in reversed(lines(logdir / "metrics.jsonl")) if "updates" in row) for logdir in done]
+    frames, updates = (f"{ends[0][key]:,.0f}" if ends else MISSING for key in ("step", "updates"))
+    return [VERSIONS[version], f"`{version}`" if version else "", frames, updates]
 
 
 def compared(returns, chance, form=".0f"):
