@@ -41,8 +41,9 @@ SHARED = """--video_pred_log false --batch_size 16 --batch_length 8 --horizon 20
 LEARN = {  # flags of all versions, and of some
     "all": f"""{SHARED} --task gym_Pendulum-v1 --action_repeat 4 --steps 16000 --train_ratio 64 --eval_every 2000
     --log_every 1000""",
-    "planet": "--steps 12000 --eval_every 1000 --train_ratio 128 --loss_scales.rec 10 --loss_scales.reward 1",
-    "dreamerv1": "--train_ratio 128 --free_nats 1 --loss_scales.rec 10 --actor_opt.lr 8e-5",
+    "planet": "--steps 12000 --train_ratio 128 --free_nats 0.3 --loss_scales.rec 10 --loss_scales.reward 1",
+    "dreamerv1": "--train_ratio 128 --free_nats 1 --loss_scales.rec 10",
+    "dreamerv2": "--train_ratio 128 --loss_scales.rec 10",
 }
 IMAGES = {
     "all": f"""{SHARED} --task custom_benchmarks.goal:Goal --steps 2400 --train_ratio 64 --eval_every 400
@@ -283,14 +284,23 @@ def draw(out, curves, levels, xlabel, ylabel):
         values = np.stack([np.interp(grid, steps, found) for steps, found in seeds])
         (line,) = axes.plot(grid, values.mean(0), label=name)
         axes.fill_between(grid, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
-    for name, height in levels.items():
+    for place, (name, height) in enumerate(levels.items()):  # side by side, as some are level with each other
         axes.axhline(height, color="gray", linestyle=":")
-        axes.annotate(name, (0.99, height), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="gray")
-    most = max(map(len, curves.values()))
+        axes.annotate(
+            name,
+            (0.99 - 0.12 * place, height),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="bottom",
+            color="gray",
+        )
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.set_title(f"lines: means of {most} seeds; bands: from the lowest to the highest", fontsize=10)
+    most = max(map(len, curves.values()))
+    if most > 1:
+        axes.set_title(f"lines: means of {most} seeds; bands: from the lowest to the highest", fontsize=10)
     axes.grid(alpha=0.25, linewidth=0.5)
-    axes.legend(loc="upper left", edgecolor="none", framealpha=1)
+    if most:
+        axes.legend(loc="upper left", edgecolor="none", framealpha=1)
     figure.savefig(f"{out}.png", dpi=130)
 
 
