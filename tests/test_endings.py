@@ -191,7 +191,11 @@ def test_an_environment_that_exits_when_it_is_made_is_one_line(tmp_path, capfd):
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_that_ends_runs_saves_this_one(name, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(Signals, "plan", {60: getattr(signal, name)})
-    assert run(tmp_path, Signals) == 128 + getattr(signal, name)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which is ignored where the tests were started by nohup
+    try:
+        assert run(tmp_path, Signals) == 128 + getattr(signal, name)
+    finally:
+        signal.signal(signal.SIGHUP, before)
     assert saved(tmp_path)["agent_steps"] == 60
     assert f"{name}: stopping" in capfd.readouterr().err
 

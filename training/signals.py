@@ -49,8 +49,10 @@ def signals_noted(run: Any, acknowledge: Callable[..., Any] = lambda name, again
 
     handlers = dict.fromkeys(ENDING, end) | {SAVING: save}
     known = {getattr(signal, name): handler for name, handler in handlers.items() if hasattr(signal, name)}
-    ignored = {number for number in known if signal.getsignal(number) == signal.SIG_IGN}  # as nohup has it
-    before = {number: signal.signal(number, known[number]) for number in known.keys() - ignored}
+    hup = getattr(signal, "SIGHUP", None)
+    if hup and signal.getsignal(hup) == signal.SIG_IGN:  # as nohup has it
+        del known[hup]
+    before = {number: signal.signal(number, handler) for number, handler in known.items()}
     try:
         yield
     finally:
