@@ -24,7 +24,7 @@ class Unfit(UserError, ValueError):
 
 
 class Memory(NamedTuple):
-    """What a Policy remembers of N environments: the agent's carry, and {key: the last images of a stack (N, ...)}."""
+    """Memory of a Policy in N environments: the agent's carry, and {key: the last images of a stack (N, ...)}."""
 
     carry: Any
     frames: Mapping[str, np.ndarray]

@@ -24,7 +24,7 @@ class Memory(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """What M expects next: the mixture of each latent number (..., Z, K), the reward and the logit of the end (...)."""
+    """The next step as M sees it: the mixture of each latent number (..., Z, K), reward and logit of the end (...)."""
 
     logits: torch.Tensor
     mean: torch.Tensor

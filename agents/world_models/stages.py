@@ -13,7 +13,7 @@ COLLECT, PLAY, SCORE, DONE = "collect", "play", "score", "done"
 
 
 class Stages:
-    """Where the agent stands, which is also the clock of its learn calls.
+    """Progress through the stages, which is also the clock of the learn calls.
 
     In each round: collect data; learn V; learn M; then evolve C for a number of generations. A generation is one learn
     call, for which the candidates dream, or have played in the real environment before. Every `score_every` generations
@@ -32,7 +32,7 @@ class Stages:
 
     @property
     def goal(self) -> int:
-        """How many agent steps, updates or generations the stage takes."""
+        """The number of agent steps, updates or generations that the stage takes."""
         config = self.config
         goals = {COLLECT: config.collect, VISION: config.v_updates, MEMORY: config.m_updates}
         return goals.get(self.name, config.generations)

@@ -35,7 +35,7 @@ class Plain(spaces.Box):
 
 
 class Layout(NamedTuple):
-    """Where the axes of an image are.
+    """Places of the axes of an image.
 
     axes: those of height, width, and then of what becomes channels, the slowest first; words: how to say it.
     """
