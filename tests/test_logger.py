@@ -5,6 +5,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 
 import imageio.v3 as imageio
 import numpy as np
@@ -24,6 +25,16 @@ HPARAMS = "experiment", "session_start_info"
 
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def resumed(logdir, step):
+    """Return a Logger that goes on at `step`, in a later second than the last.
+
+    TensorBoard reads event files by their names, which begin with the second and end with a count that is not padded.
+    """
+    if step:
+        time.sleep(1 - time.time() % 1)
+    return Logger(logdir, step=step)
 
 
 def events(logdir):
@@ -233,7 +244,7 @@ def test_whole_files_are_left_as_they_are(tmp_path):
 
 def test_tensorboard_forgets_what_a_resumed_run_does_again(tmp_path):
     for start, steps in [(0, (0, 100, 200)), (150, (160, 250))]:
-        logger = Logger(tmp_path, step=start)
+        logger = resumed(tmp_path, start)
         for step in steps:
             logger.scalars({"kl": step + start}, step)
         logger.close()
@@ -244,7 +255,7 @@ def test_tensorboard_forgets_what_a_resumed_run_does_again(tmp_path):
 
 def test_tensorboard_keeps_the_step_at_which_a_run_is_resumed(tmp_path):
     for start, steps in [(0, (100, 200, 300)), (200, (250,))]:
-        logger = Logger(tmp_path, step=start)
+        logger = resumed(tmp_path, start)
         for step in steps:
             logger.scalars({"kl": step}, step)
         logger.video("clip", np.zeros((2, 8, 8, 3), np.uint8), steps[-1] - 100)
@@ -259,7 +270,7 @@ def test_a_resumed_run_from_before_there_were_groups_has_whole_curves_in_them(tm
     rows = [(100, 1.0), (200, 2.0), (300, 3.0), (200, 4.0), (250, "nan"), (400, 5.0)]  # once resumed at 150
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": s, "kl": v}) + "\n" for s, v in rows) + '{"st')
     for start in (250, 260):
-        logger = Logger(tmp_path, step=start)
+        logger = resumed(tmp_path, start)
         logger.scalars({"kl": float(start)}, start + 10)
         logger.close()
     curve = [(event.step, event.value) for event in events(tmp_path).Scalars("world/kl")]
