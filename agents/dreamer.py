@@ -13,12 +13,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 import modalities
 from agents.older import modernize
 from behaviors import make_behavior
+from behaviors.meta import LEARNED, MetaGradients
 from exploration import EXPLORERS, perturb
 from models import WorldModel, frozen
 from networks import State
 from ops.graphs import Captured
 from ops.optim import Adams, LaProp, TFAdams
 from ops.random import drawing_from, make_generator
+from ops.rates import LearnedRates
 from tools import Ratio, UserError, derive_seed
 from training.machine import check_compiler
 
@@ -68,6 +70,7 @@ class Dreamer:
         nets |= {"explorer": self.explorer, "expl_behavior": self.expl_behavior} if self.explorer else {}
         self.nets = nn.ModuleDict(nets).to(self.device)
         self.opt = make_optimizer(self.nets, config)
+        self.meta = make_meta(self.behavior, config, self.device)
         self.scales = dict.fromkeys(obs_spec, config.loss_scales.rec) | config.loss_scales.to_dict()
         self.stored = self.world.rssm.layout() if config.replay_context else {}
         self.context = 1 if self.stored else 0
@@ -97,7 +100,8 @@ class Dreamer:
         losses, states, outs = self.loss(batch, state)
         total = self.total(losses)
         total.backward()
-        metrics = self.opt.step()
+        metrics = self.meta.step(self.world, outs["rollout"], batch, self.world.rewards, self.opt) if self.meta else {}
+        metrics |= self.opt.step()
         self.behavior.improve(outs["rollout"])
         if self.explorer:
             self.expl_behavior.improve(outs["expl_rollout"])
@@ -268,6 +272,7 @@ class Dreamer:
             "opt": self.opt.state_dict(),
             "signature": {name: str(shape) for name, shape in shapes.items()},
             "specs": {"observation": self.obs_spec.plain(), "action": self.act_spec._asdict()},
+            **({"meta": self.meta.state_dict()} if self.meta else {}),
         }
 
     def load_state_dict(self, saved):
@@ -285,6 +290,8 @@ class Dreamer:
         except ValueError as error:
             raise UserError(f"the checkpoint is of another agent: {error}") from None
         self.nets.load_state_dict(saved["model"])
+        if self.meta and "meta" in saved:
+            self.meta.load_state_dict(saved["meta"])
 
 
 def make(obs_spec, act_spec, config, device, dtype):
@@ -300,7 +307,8 @@ def make_optimizer(nets, config):
     """Return one LaProp for all parameters, or an Adam for each group: model, actor, critic, and the explorer's."""
     names = {param: name for name, param in nets.named_parameters() if param.requires_grad}
     if config.optimizer == "laprop":
-        return LaProp({name: param for param, name in names.items()}, **config.opt.to_dict())
+        opt = LaProp({name: param for param, name in names.items()}, **config.opt.to_dict())
+        return with_learned_rates(opt, nets, names, config.meta)
     modules = {"model": nets["world"], **nets["behavior"].optimized()}
     if "explorer" in nets:
         own = nets["expl_behavior"].optimized().items()
@@ -309,7 +317,28 @@ def make_optimizer(nets, config):
     groups = {group: params for group, params in groups.items() if params}  # an explorer may only count
     sections = {"model": config.model_opt, "critic": config.critic_opt, "expl_model": config.expl_opt}
     settings = {g: sections.get(g, sections.get(g.removeprefix("expl_"), config.actor_opt)) for g in groups}
-    return ADAMS[config.optimizer](groups, settings)
+    return with_learned_rates(ADAMS[config.optimizer](groups, settings), nets, names, config.meta)
+
+
+def with_learned_rates(opt, nets, names, config):
+    """Return an optimizer as it is, or one whose rates of actors or critics learn; names: {parameter: its name}."""
+    groups = {}
+    for kind in ("actor", "critic"):
+        modules = [nets[net].optimized().get(kind) for net in ("behavior", "expl_behavior") if net in nets]
+        if f"{kind}_lr" in config.learn:
+            groups[kind] = {names[p]: p for module in modules if module for p in module.parameters() if p in names}
+            if not groups[kind]:
+                raise UserError(f"--meta.learn {kind}_lr: the behavior has no {kind} with a rate")
+    return LearnedRates(opt, groups, config.rate, config.limit, config.start) if groups else opt
+
+
+def make_meta(behavior, config, device):
+    """Return the MetaGradients of a behavior's constants, which read them from then on; None if none is to learn."""
+    names = [name for name in config.meta.learn if name in LEARNED]
+    if not names:
+        return None
+    meta = MetaGradients(behavior, names, config).to(device)
+    return meta.attach(behavior)
 
 
 ADAMS = {"adam": Adams, "tf_adam": TFAdams}

@@ -84,6 +84,7 @@ def modernize(saved, nets):
         "opt": modern_optimizer(saved["opt"], saved["model"]),
         "signature": signature,
         "specs": specs,
+        **{name: saved[name] for name in ("meta",) if name in saved},
     }
 
 

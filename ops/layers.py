@@ -191,6 +191,9 @@ class NormSiLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, scale, inverse = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient is to have one, too
+            out = F.silu(F.rms_norm(x.float(), scale.shape, scale, EPS)).to(x.dtype)
+            return *torch.autograd.grad(out, (x, scale), grad, create_graph=True), None
         unit = x.float() * inverse
         grad = torch.ops.aten.silu_backward(grad.float(), unit * scale)
         pull = grad * unit  # on the scale, and through the mean square on x

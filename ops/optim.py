@@ -62,6 +62,12 @@ class LaProp:
         self.flat.addcmul_(self.mu, -rate / (1 - self.beta1**self.count))
         return {"grad_norm": norms.square().sum().sqrt(), "lr": rate}
 
+    def scales(self, names):
+        """Return {name: what a gradient is multiplied by before momentum, in the parameter's shape}; 0 at first."""
+        moments = dict(zip(self.names, self.views(self.nu), strict=True))
+        rate, unbias = self.learning_rate() * (self.count > 0), (1 - self.beta2**self.count).clamp(min=self.eps)
+        return {name: rate / ((moments[name] / unbias).sqrt() + self.eps) for name in names}
+
     def state_dict(self):
         """Return the counter and {name: {nu, mu}}."""
         pairs = zip(self.names, self.views(self.nu), self.views(self.mu), strict=True)
@@ -115,6 +121,17 @@ class Adams:
             metrics[f"{group}_grad_norm"] = norm
             adam.step()
         return metrics
+
+    def scales(self, names):
+        """Return {name: what a gradient is multiplied by before momentum, in the parameter's shape}; 0 at first."""
+        found, beta2 = {}, 0.999  # of PyTorch and TensorFlow
+        for group, params in self.groups.items():
+            for name in params.keys() & {*names}:
+                state, settings = self.adams[group].state.get(params[name]), self.settings[group]
+                if state:
+                    root = (state["exp_avg_sq"] / (1 - beta2 ** state["step"])).sqrt()
+                found[name] = settings.lr / (root + settings.eps) if state else torch.zeros_like(params[name])
+        return found
 
     def state_dict(self):
         """Return {name: Adam's moments of the parameter}, among others."""

@@ -1,0 +1,178 @@
+"""Constants of the behavior that learn by the gradient through its own update (arXiv:1805.09801, 2002.12928)."""
+
+import contextlib
+import math
+
+import torch
+import torch.nn as nn
+from torch.utils._pytree import tree_map
+
+from models import frozen
+from tools import UserError
+
+# name -> (the constant as a function of the number x that is learned, x as a function of the constant)
+LEARNED = {
+    "entropy": (torch.exp, math.log),
+    "lam": (torch.sigmoid, lambda share: math.log(share / (1 - share))),
+    "intr_scale": (torch.exp, math.log),
+}
+BETA, EPS = 0.999, 1e-12  # of the second moment; the floor of its root
+
+
+class MetaGradients(nn.Module):
+    """Learn constants eta of the actor's loss by how the actor does after an update that uses them.
+
+    The imagined trajectories are parted by the sequences that they start from. On one half the actor is updated; on the
+    other its new parameters are judged, by a loss whose own constants do not learn:
+
+        theta'(eta) = theta - lr P grad L(theta, eta; first half)
+        d eta       = d L0(theta'; second half) / d eta = -(lr P grad L0(theta')) . d/d eta grad L(theta, eta)
+
+    P comes from the optimizer's second moment and is held constant, as are critic, normalizer and world model. Of eta
+    there are the entropy's weight, lambda, and the weight of intrinsic rewards; L0 has the weight `meta.entropy`, the
+    configured lambda, and the task's rewards alone. The numbers that eta is made of (a logarithm or a logit) are moved
+    by Adam without momentum.
+
+    Args:
+      behavior: whose constants learn; names: of `LEARNED`.
+      config: the whole configuration, with the section `meta` and the constants to start from.
+    Raises UserError if the behavior's actor does not learn by REINFORCE, or a constant starts where it cannot learn.
+    """
+
+    def __init__(self, behavior, names, config):
+        super().__init__()
+        if not hasattr(behavior, "return_norm") or getattr(behavior, "share", 0):
+            raise UserError(f"--meta.learn {' '.join(names)}: the actor has to learn by REINFORCE (--actor.grad)")
+        if config.batch_size % 2:
+            raise UserError(f"--meta.learn {' '.join(names)}: halves the batch, so --batch_size has to be even")
+        self.names, self.lr, self.limit = list(names), config.meta.lr, math.log(config.meta.limit)
+        self.judge = {"entropy": config.meta.entropy, "lam": config.lam, "intr_scale": 0.0}
+        start = {"entropy": config.actor.entropy, "lam": config.lam, "intr_scale": config.expl_intr_scale}
+        for name in names:
+            if not (start[name] > 0 and (name != "lam" or start[name] < 1)):
+                raise UserError(f"--meta.learn {name}: {start[name]} is nothing to start from")
+        self.register_buffer("first", torch.tensor([LEARNED[name][1](start[name]) for name in names]))
+        self.register_buffer("numbers", self.first.clone())
+        self.register_buffer("square", torch.zeros_like(self.numbers))
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("constants", torch.tensor([float(start[name]) for name in names]), persistent=False)
+
+    def attach(self, behavior, *others):
+        """Let behavior and other objects read the constants that they have attributes for: views that change in place.
+
+        To be called on the device where it stays. Returns self.
+        """
+        self.holders = behavior, *others
+        set_constants(self.holders, dict(zip(self.names, self.constants.unbind(), strict=True)))
+        return self
+
+    def step(self, world, rollout, batch, rewards, opt):
+        """Move the constants; return metrics as 0-d tensors.
+
+        Args:
+          rollout: Rollout (H + 1, N, ...) without gradient, from the states of `batch` {key: (B, T, ...)}, B even.
+          rewards: function of a Rollout -> (H + 1, N), whose weight is among the constants.
+          opt: the optimizer of the actor, whose names begin with behavior.actor.
+        """
+        names = {name: f"behavior.actor.{name}" for name, _ in self.holders[0].actor.named_parameters()}
+        scales = opt.scales(names.values())
+        with frozen(world):
+            scales = {name: scales[full] for name, full in names.items()}
+            gradient = self.gradient(world, rollout, batch, rewards, scales)
+        with torch.no_grad():
+            self.count += 1
+            self.square.lerp_(gradient.square(), 1 - BETA)
+            root = (self.square / (1 - BETA**self.count)).sqrt() + EPS
+            self.numbers.sub_(self.lr * gradient / root)
+            self.numbers.copy_(self.numbers.clamp(self.first - self.limit, self.first + self.limit))
+            self.read()
+            constants = zip(self.names, self.constants.clone().unbind(), strict=True)
+        return {f"meta/{name}": value for name, value in constants}
+
+    def read(self):
+        """Fill the constants that others read from the numbers."""
+        for place, name in enumerate(self.names):
+            self.constants[place] = LEARNED[name][0](self.numbers[place])
+
+    def gradient(self, world, rollout, batch, rewards, scales):
+        """Return d L0(theta') / d numbers, see above; scales: {name of a parameter of the actor: lr P}."""
+        theta = {name: param.detach().requires_grad_() for name, param in self.holders[0].actor.named_parameters()}
+        numbers = self.numbers.detach().requires_grad_()
+        eta = {name: LEARNED[name][0](number) for name, number in zip(self.names, numbers.unbind(), strict=True)}
+        first, second = halves(rollout, batch)
+        loss = ActorLoss(self.holders)
+        inner = torch.autograd.grad(loss(theta, eta, world, *first, rewards), theta.values(), create_graph=True)
+        with torch.no_grad():
+            pairs = zip(theta.items(), inner, strict=True)
+            moved = {name: param - scales[name] * grad for (name, param), grad in pairs}
+        moved = {name: param.requires_grad_() for name, param in moved.items()}
+        outer = torch.autograd.grad(loss(moved, self.judge, world, *second, rewards), moved.values())
+        pull = sum((scales[name] * o * i).sum() for name, o, i in zip(theta, outer, inner, strict=True))
+        return -torch.autograd.grad(pull, numbers)[0]
+
+    def load_state_dict(self, state):
+        """Restore the numbers and what moves them."""
+        super().load_state_dict(state)
+        self.read()
+
+
+class ActorLoss:
+    """The mean policy loss of a behavior with other parameters of its actor and other constants.
+
+    holders: the behavior, of which nothing changes, the normalizer included; and other objects that hold constants.
+    """
+
+    def __init__(self, holders):
+        self.behavior, self.holders = Holder(holders[0]), holders
+
+    def __call__(self, theta, eta, world, rollout, batch, rewards):
+        """Return the loss (0-d) with parameters {name: tensor} and constants {name: tensor or number}."""
+        state = {f"behavior.actor.{name}": param for name, param in theta.items()}
+        norm = self.behavior.behavior.return_norm.named_buffers()
+        state |= {f"behavior.return_norm.{name}": value.clone() for name, value in norm}
+        with replaced(self.holders, eta):
+            losses, _ = torch.func.functional_call(self.behavior, state, (world, rollout, batch, rewards))
+        return losses["policy"].mean()
+
+
+class Holder(nn.Module):
+    """A module around a behavior, whose `forward` is its losses as they are written, not compiled."""
+
+    def __init__(self, behavior):
+        super().__init__()
+        self.behavior = behavior
+
+    def forward(self, *args):
+        return type(self.behavior).losses(self.behavior, *args)
+
+
+def halves(rollout, batch):
+    """Part trajectories (H + 1, N, ...) and the batch {key: (B, T, ...)} that they start from: two such pairs."""
+    count, sequences = len(batch["reward"]) // 2, rollout.actions.shape[1] // 2
+    return [
+        (
+            tree_map(lambda x, part=part: x[:, part * sequences :][:, :sequences], rollout),
+            {key: value[part * count :][:count] for key, value in batch.items()},
+        )
+        for part in (0, 1)
+    ]
+
+
+def set_constants(holders, constants):
+    """Give objects the constants {name: value} that they have an attribute for."""
+    for holder in holders:
+        for name, value in constants.items():
+            if hasattr(holder, name):
+                setattr(holder, name, value)
+
+
+@contextlib.contextmanager
+def replaced(holders, constants):
+    """Let objects have other constants in the body."""
+    before = [{name: getattr(holder, name) for name in constants if hasattr(holder, name)} for holder in holders]
+    set_constants(holders, constants)
+    try:
+        yield
+    finally:
+        for holder, values in zip(holders, before, strict=True):
+            set_constants([holder], values)

@@ -1,0 +1,296 @@
+"""Learning rates and constants that learn: against differences, by hand, and what does not change without them."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+
+from behaviors.meta import LEARNED, ActorLoss, MetaGradients, halves
+from models import Rollout, frozen
+from networks import State
+from ops.layers import Norm, RMSNorm
+from ops.optim import Adams, LaProp
+from ops.rates import LearnedRates
+from tests.factories import initial, make_agent, make_batch, make_config, shake
+from tools import UserError
+
+
+def learned(*names, kind="proprio", updates=3, flags=()):
+    """Return an agent whose constants of these names learn, after some updates, and a batch."""
+    agent = make_agent(kind, "--meta.learn", *names, "--batch_size", "4", "--actor.grad", "reinforce", *flags)
+    batch = make_batch(kind, (4, 6))
+    for _ in range(updates):
+        agent.update(dict(batch), initial(agent, 4))
+    return agent, batch
+
+
+def equal(one, other):
+    """True if two dicts of tensors hold the same."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# The gradient of a gradient
+
+
+def test_the_gradient_of_the_fused_norm_has_the_gradient_of_the_plain_one():
+    torch.manual_seed(0)
+    inputs, results = torch.randn(5, 8), []
+    for module in (Norm(8), nn.Sequential(RMSNorm(8), nn.SiLU())):
+        x = inputs.clone().requires_grad_()
+        (grad,) = torch.autograd.grad((module(x) ** 3).sum(), x, create_graph=True)
+        results.append(torch.autograd.grad((grad**2).sum(), [x, *module.parameters()]))
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+# Learning rates
+
+
+class Double:
+    """Adam of PyTorch in double precision, as `LearnedRates` takes it."""
+
+    def __init__(self, params):
+        self.opt = torch.optim.Adam(params.values(), 0.05)
+        self.zero_grad = self.opt.zero_grad
+
+    def step(self):
+        self.opt.step()
+        return {}
+
+
+def loss_of(params, seed):
+    """The loss of a policy over three actions and of its critic, on random states, actions and returns."""
+    rng = torch.Generator().manual_seed(seed)
+    states, returns = (torch.randn(shape, generator=rng, dtype=torch.float64) for shape in ((64, 4), (64,)))
+    actions = torch.randint(3, (64,), generator=rng)
+    value = (states @ params["critic"]).squeeze(-1)
+    logpi = (states @ params["actor"]).log_softmax(-1)[torch.arange(64), actions]
+    return -(logpi * (returns - value).detach()).mean() + (value - returns).square().mean()
+
+
+def toy_after(factor, steps=3):
+    """Return parameters and their LearnedRates after steps of which the last was taken with a factor of the actor."""
+    torch.manual_seed(0)
+    params = {name: torch.randn(4, size).double().requires_grad_() for name, size in (("actor", 3), ("critic", 1))}
+    rates = LearnedRates(Double(params), {"actor": {"actor": params["actor"]}}, 0.0, 100.0)
+    for seed in range(steps):
+        if seed == steps - 1:
+            rates.factors["actor"].fill_(factor)
+        rates.zero_grad()
+        loss_of(params, seed).backward()
+        rates.step()
+    return params, rates
+
+
+def test_the_derivative_in_a_rate_is_that_of_differences_in_double():
+    params, rates = toy_after(1.0)
+    rates.zero_grad()
+    loss_of(params, 9).backward()
+    high, low = (loss_of(toy_after(1.0 + h)[0], 9).item() for h in (1e-4, -1e-4))
+    assert float(rates.derivative("actor")) == pytest.approx((high - low) / 2e-4, rel=1e-3)
+
+
+def test_the_derivative_in_a_rate_is_that_of_differences_on_the_agent():
+    def loss_after(factor):
+        agent, batch = learned("actor_lr", flags=("--opt.lr", "1e-3"))
+        agent.opt.factors["actor"].fill_(factor)
+        agent.opt.rate = 0.0
+        agent.update(dict(batch), initial(agent, 4))
+        world, behavior = agent.world, copy.deepcopy(agent.behavior)
+        with torch.no_grad():
+            rollout = behavior.rollout(world, batch_states(agent, batch))
+        return agent, behavior, rollout
+
+    agent, _, rollout = loss_after(1.0)
+    _, batch = learned("actor_lr", updates=0)
+
+    def loss(behavior):
+        behavior.return_norm.rate = 0.0
+        with frozen(agent.world):
+            losses, _ = behavior.losses(agent.world, rollout, batch, agent.world.rewards)
+        return losses["policy"].double().mean()
+
+    agent.opt.zero_grad()
+    copied = copy.deepcopy(agent.behavior)
+    grads = torch.autograd.grad(loss(copied), list(copied.actor.parameters()))
+    for param, grad in zip(agent.behavior.actor.parameters(), grads, strict=True):
+        param.grad.copy_(grad)
+    high, low = (loss(loss_after(1.0 + h)[1]).item() for h in (0.5, -0.5))
+    assert float(agent.opt.derivative("actor")) == pytest.approx(high - low, rel=5e-2)
+
+
+def batch_states(agent, batch):
+    """Return posterior states of a batch, drawn the same at every call."""
+    torch.manual_seed(3)
+    prepared = agent.world.prepare({**batch, "action": agent.act_spec.join(batch)})
+    embed = agent.world.encode(prepared)
+    return agent.world.rssm.observe(embed, prepared["action"], batch["is_first"], initial(agent, 4))[0]
+
+
+@pytest.mark.parametrize("kind", ["laprop", "adam"])
+def test_a_factor_of_one_changes_nothing_and_another_scales_the_step(kind):
+    def run(factor):
+        torch.manual_seed(0)
+        params = {"a": nn.Parameter(torch.randn(4, 3)), "b": nn.Parameter(torch.randn(3))}
+        settings = make_config("--meta.learn", "actor_lr").model_opt
+        opt = LaProp(params, lr=0.01, warmup=0) if kind == "laprop" else Adams({"model": params}, {"model": settings})
+        rates = LearnedRates(opt, {"actor": {"a": params["a"]}}, 0.0, 10.0) if factor else opt
+        if factor:
+            rates.factors["actor"].fill_(factor)
+        rates.zero_grad()
+        (params["a"].square().sum() + params["b"].square().sum()).backward()
+        before = {name: param.detach().clone() for name, param in params.items()}
+        rates.step()
+        return {name: param.detach() - before[name] for name, param in params.items()}
+
+    plain, one, three = run(0), run(1.0), run(3.0)
+    torch.testing.assert_close(one["a"], plain["a"], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(three["a"], 3 * plain["a"], rtol=1e-4, atol=1e-7)
+    assert torch.equal(three["b"], plain["b"])
+
+
+def test_a_rate_grows_on_a_slope_and_shrinks_where_steps_overshoot():
+    for curvature, rises in ((1e-6, True), (1e6, False)):
+        param = nn.Parameter(torch.tensor([1.0, -1.0]))
+        rates = LearnedRates(LaProp({"x": param}, lr=0.3, warmup=0, agc=0), {"actor": {"x": param}}, 0.1, 5.0)
+        for _ in range(100):
+            rates.zero_grad()
+            (curvature * param.square() + (param if rises else 0)).sum().backward()
+            rates.step()
+        assert (float(rates.factors["actor"]) == 5.0) if rises else (float(rates.factors["actor"]) < 0.9)
+
+
+# Constants of the loss
+
+
+class Toy(nn.Module):
+    """A policy over three actions in double precision, with the rule of the default behavior and rewards of its own."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.actor = nn.Linear(4, 3).double()
+        self.return_norm = nn.Identity()
+        self.entropy, self.lam = 0.3, 0.8
+
+    def losses(self, world, rollout, batch, rewards):
+        logits = self.actor(rollout.feat[:-1]).log_softmax(-1)
+        logpi, entropy = (logits * rollout.actions).sum(-1), -(logits.exp() * logits).sum(-1)
+        reward, value = rewards(rollout), rollout.feat[..., 0]
+        ret, rets = value[-1], []
+        for t in reversed(range(len(reward) - 1)):
+            ret = reward[t + 1] + 0.9 * ((1 - self.lam) * value[t + 1] + self.lam * ret)
+            rets.append(ret)
+        adv = torch.stack(rets[::-1]) - value[:-1]
+        return {"policy": -(logpi * adv + self.entropy * entropy)}, {}
+
+
+def judged(meta, numbers, world, rollout, batch, rewards, scales):
+    """Return L0(theta'(eta)) of numbers: what `MetaGradients.gradient` is the gradient of."""
+    eta = {name: LEARNED[name][0](x) for name, x in zip(meta.names, numbers, strict=True)}
+    theta = {name: param.detach().requires_grad_() for name, param in meta.holders[0].actor.named_parameters()}
+    loss, (first, second) = ActorLoss(meta.holders), halves(rollout, batch)
+    grads = torch.autograd.grad(loss(theta, eta, world, *first, rewards), theta.values())
+    moved = {name: p.detach() - scales[name] * g for (name, p), g in zip(theta.items(), grads, strict=True)}
+    return float(loss(moved, meta.judge, world, *second, rewards).detach().double())
+
+
+def differences(meta, step, *args):
+    """Return the central differences of `judged` around the numbers of meta."""
+    found = []
+    for place in range(len(meta.numbers)):
+        shift = torch.zeros_like(meta.numbers)
+        shift[place] = step
+        high, low = (judged(meta, meta.numbers + sign * shift, *args) for sign in (1, -1))
+        found.append((high - low) / (2 * step))
+    return found
+
+
+def test_constants_have_the_derivative_of_differences_in_double():
+    behavior = Toy()
+    meta = MetaGradients(behavior, ["entropy", "lam"], make_config("--batch_size", "4")).double()
+    meta.attach(behavior)
+    feat, action = torch.randn(6, 8, 4).double(), torch.eye(3).double()[torch.randint(3, (5, 8))]
+    rollout = Rollout(State(feat, feat), action, feat)
+    reward = torch.randn(6, 8).double()
+    rewards = lambda rollout: reward[:, : rollout.feat.shape[1]]  # noqa: E731
+    scales = {name: torch.full_like(param, 0.1) for name, param in behavior.actor.named_parameters()}
+    args = None, rollout, {"reward": torch.zeros(4, 2)}, rewards, scales
+    assert meta.gradient(*args).tolist() == pytest.approx(differences(meta, 1e-4, *args), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["proprio", "pixels"])
+def test_constants_have_the_derivative_of_differences_on_the_agent(kind):
+    agent, batch = learned("entropy", "lam", kind=kind, flags=("--actor.entropy", "0.1"))
+    shake(agent, 0.1)  # so that values differ from state to state
+    behavior, world = agent.behavior, agent.world
+    rollout = behavior.rollout(world, batch_states(agent, batch).map(torch.Tensor.detach))
+    scales = {name: torch.full_like(param, 1.0) for name, param in behavior.actor.named_parameters()}
+    behavior.return_norm.rate = 0.0  # what it does to the normalizer is left out of the gradient
+    args = world, rollout, batch, world.rewards, scales
+    assert agent.meta.gradient(*args).tolist() == pytest.approx(differences(agent.meta, 0.1, *args), rel=5e-2)
+
+
+def test_a_step_of_the_constants_leaves_behavior_and_normalizer_as_they_are():
+    agent, batch = learned("entropy", "lam", updates=1)
+    before = copy.deepcopy(agent.behavior.state_dict())
+    rollout = agent.behavior.rollout(agent.world, batch_states(agent, batch).map(torch.Tensor.detach))
+    agent.meta.step(agent.world, rollout, batch, agent.world.rewards, agent.opt)
+    assert equal(before, agent.behavior.state_dict())
+    assert agent.behavior.entropy.data_ptr() == agent.meta.constants.data_ptr()
+
+
+def test_the_losses_read_the_constants_that_were_learned():
+    agent, _ = learned("entropy", "lam")
+    assert agent.behavior.entropy.data_ptr() == agent.meta.constants.data_ptr()
+    assert float(agent.behavior.entropy) != pytest.approx(3e-4, rel=1e-4)
+    assert 0 < float(agent.behavior.lam) < 1
+
+
+def test_constants_and_rates_stay_within_their_limit():
+    flags = ("--meta.limit", "1.001", "--meta.lr", "1", "--meta.rate", "1")
+    agent, _ = learned("actor_lr", "entropy", updates=6, flags=flags)
+    assert 3e-4 / 1.002 < float(agent.behavior.entropy) < 3e-4 * 1.002
+    assert 0.998 < float(agent.opt.factors["actor"]) < 1.002
+
+
+# Saving, errors
+
+
+@pytest.mark.parametrize("flags", [(), ("--optimizer", "adam")])
+def test_a_loaded_agent_goes_on_with_the_same_rates_and_constants(flags):
+    names = "actor_lr", "critic_lr", "entropy", "lam"
+    agent, batch = learned(*names, flags=flags)
+    other, _ = learned(*names, updates=0, flags=flags)
+    other.load_state_dict(copy.deepcopy(agent.state_dict()))
+    for each in (agent, other):
+        torch.manual_seed(5)
+        each.update(dict(batch), initial(each, 4))
+    assert equal(agent.nets.state_dict(), other.nets.state_dict())
+    assert equal(agent.state_dict()["meta"], other.state_dict()["meta"])
+    assert agent.opt.factors == other.opt.factors
+
+
+def test_an_agent_that_begins_to_learn_constants_starts_them_where_they_were():
+    plain = make_agent("proprio", "--actor.grad", "reinforce")
+    agent, _ = learned("actor_lr", "entropy", updates=0)
+    agent.load_state_dict(copy.deepcopy(plain.state_dict()))
+    assert float(agent.behavior.entropy) == pytest.approx(3e-4) and float(agent.opt.factors["actor"]) == 1
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--actor.grad", "dynamics", "--meta.learn", "entropy"), "REINFORCE"),
+        (("--behavior", "cem", "--optimizer", "adam", "--meta.learn", "lam"), "REINFORCE"),
+        (("--behavior", "cem", "--optimizer", "adam", "--meta.learn", "actor_lr"), "no actor"),
+        (("--batch_size", "3", "--meta.learn", "lam"), "even"),
+        (("--lam", "1", "--meta.learn", "lam"), "nothing to start from"),
+        (("--actor.entropy", "0", "--meta.learn", "entropy"), "nothing to start from"),
+    ],
+)
+def test_what_cannot_learn_is_said_in_a_line(flags, message):
+    with pytest.raises(UserError, match=message) as error:
+        make_agent("proprio", *flags)
+    assert "\n" not in str(error.value)
