@@ -39,7 +39,7 @@ NOT_RUN = {  # a pattern -> why a command is not run
     r"(plot_scores|--checkpoint|--from_checkpoint|train_offline)(?!.*logdir/quickstart)": "needs runs that are there",
 }
 AFTER = re.compile(r"checkpoint \./logdir/quickstart")  # which make demo has left
-TRAINS = re.compile(r"dreamer\.py(?!.*--help)|^make demo")
+TRAINS = re.compile(r"dreamer\.py(?!.*--(help|completion))|^make demo")
 STOPPED = 128 + signal.SIGTERM
 PATIENCE = {"cheap": 300, "after": 900, "long": 1800}  # seconds
 

@@ -774,7 +774,7 @@ def test_help_lists_presets_and_keys_aligned(path):
         assert line.endswith("  " + text)
         columns.add(len(line) - len(text))
     assert len(columns) == 1
-    assert sum(line.startswith("  --") for line in lines) == 25 + 4 + 5  # keys and sections, and what stands above
+    assert sum(line.startswith("  --") for line in lines) == 25 + 4 + 6  # keys and sections, and what stands above
 
 
 @pytest.mark.parametrize("words", ["--help", "-h", "--configs debug --help", "--nonsense -h"])

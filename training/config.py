@@ -19,6 +19,7 @@ from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import YAMLError
 
 from tools import UserError, atomic_write
+from training.completion import completion
 from training.helptext import describe
 from training.hints import of_stray, unknown
 from training.settings import Leaves, Setting, Settings, checked, declare, find, flatten, merged, related, yaml12
@@ -115,7 +116,8 @@ def load_config(
     """Merge the defaults of the YAML file `path`, presets, --config files and flags into a Config; the last wins.
 
     Args:
-      argv: the words of the command line after the program's name; --help prints and raises SystemExit(0).
+      argv: the words of the command line after the program's name; --help and --completion print and raise
+        SystemExit(0).
       saved: the config.yaml of a run, which goes before other --config files. Another version may have written it:
         keys that this one does not know are left out, after `warn(line)`.
     """
@@ -124,6 +126,9 @@ def load_config(
         at = [word in asked for word in argv].index(True)
         words = [word for word in argv[at + 1 :] if not word.startswith("-")]
         print(describe(schema, words))
+        raise SystemExit(0)
+    if "--completion" in argv:
+        print(completion(schema))
         raise SystemExit(0)
     own, flags = _parse(argv, schema)
     new = set(own["configs"]) - schema.presets.keys()

@@ -18,7 +18,8 @@ example: python3 dreamer.py --configs dmc_proprio size12m --task dmc_cheetah_run
   --presets FILE ...     YAML files with presets of your own, for --configs
   --config FILE ...      YAML or JSON files of keys, over the presets
   --KEY VALUE            a key, over all of these; --KEY alone is true where a key is true or false
-  --help [WORD ...]      this text, or what is named like the words"""
+  --help [WORD ...]      this text, or what is named like the words
+  --completion           a script by which bash and zsh complete all of these: source <(...)"""
 
 
 def describe(schema: Any, words: Sequence[str] = ()) -> str:

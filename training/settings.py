@@ -20,7 +20,7 @@ from training.hints import of_value, unknown
 yaml12 = functools.partial(YAML, typ="safe", pure=True)  # JSON is a part of it
 Leaves = list[tuple[str, Any]]  # (dotted name, value) of the leaves of a tree, or of several: the last wins
 TAKEN = ("explicit", "replace", "save", "to_dict")  # names that a Config needs for itself
-RESERVED = (*TAKEN, "configs", "config", "presets", "include", "last")  # and those that flags and presets need
+RESERVED = (*TAKEN, "configs", "config", "presets", "include", "last", "completion")  # those of flags and presets
 TIME = re.compile(r"\d+(\.\d+)?[smh]")
 NULLS = ("null", "Null", "NULL", "~")
 EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list"}
