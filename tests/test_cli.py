@@ -25,7 +25,7 @@ def run(*words, cwd=ROOT, **env):
 # Packages
 
 
-@pytest.mark.parametrize("program", ["dreamer.py", "inference_video.py"])
+@pytest.mark.parametrize("program", ["dreamer.py", "inference_video.py", "sweep.py"])
 def test_without_packages_one_line_says_what_to_run(program, tmp_path):
     done = run(sys.executable, "-S", ROOT / program, "--help", cwd=tmp_path)  # -S: without site-packages
     assert done.returncode == 2 and done.stdout == ""

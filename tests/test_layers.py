@@ -19,8 +19,8 @@ LAYERS = [
     {"training", "envs", "models"},
     {"exploration"},
     {"behaviors"},
-    {"agents"},
-    {"dreamer"},
+    {"agents", "sweeps"},
+    {"dreamer", "sweep"},
 ]
 PACKAGES = [path.name for path in ROOT.iterdir() if (path / "__init__.py").exists() and path.name not in OUTSIDE]
 
@@ -71,7 +71,7 @@ def test_training_is_handed_the_agent_and_the_environments():
 def test_the_root_holds_few_files():
     names = {path.name for path in ROOT.glob("*.py")}
     parts = {"models.py", "networks.py", "exploration.py", "specs.py", "tools.py"}
-    assert names == {"dreamer.py", "inference_video.py", "export.py"} | parts
+    assert names == {"dreamer.py", "sweep.py", "inference_video.py", "export.py"} | parts
     assert not (ROOT / "dreamer").exists()  # it would shadow dreamer.py
 
 

@@ -172,6 +172,16 @@ def beside(config: Config, file: Path, warn: Callable[[str], None] = lambda line
     )
 
 
+def settings_of(config: Config) -> Settings:
+    """Return {dotted name: Setting} of a configuration: what each of its keys allows."""
+    return config._settings
+
+
+def read_tree(file: Path) -> Any:
+    """Return what a YAML or JSON file holds. Raises UserError, with the line, where it is neither."""
+    return _parsed(file, _read(file), yaml12())
+
+
 # ---------------------------------------------------------------------------
 # The file of the defaults and presets
 

@@ -30,14 +30,15 @@ NAMED = 8  # changed keys that a line names
 # The name
 
 
-def placed(config: Config) -> Config:
+def placed(config: Config, more: Mapping[str, str] = {}) -> Config:
     """Return a configuration whose logdir is an absolute path with its placeholders filled in.
 
     What is not a letter, a digit, or one of _ . + - in a value becomes a dash there; {{ and }} are braces. Raises
-    UserError for an unknown placeholder.
+    UserError for an unknown placeholder. more: {placeholder: text} besides its own.
     """
     now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S")
     values = {"task": config.task, "version": config.version, "seed": str(config.seed), "timestamp": now}
+    values |= more
     names = " ".join(f"{{{name}}}" for name in values)
 
     def fill(match: re.Match) -> str:

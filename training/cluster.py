@@ -1,0 +1,37 @@
+"""A Ray cluster: joining one that is there, or starting one on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import Any
+
+from tools import UserError
+
+
+def connect(address: str, stack: contextlib.ExitStack) -> Any:
+    """Join the Ray cluster at an address, and return the module ray; `stack` leaves it again.
+
+    address: `auto` for the cluster that this machine is a node of, `local` for one that is started here and ends with
+      this process, else what `ray.init` takes, such as 10.0.0.1:6379 or ray://10.0.0.1:10001.
+    Raises UserError where Ray is not installed, or no cluster answers.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise UserError("this needs Ray: pip install -r requirements/ray.txt") from None
+    if ray.is_initialized():
+        return ray
+    try:
+        ray.init(
+            address,
+            include_dashboard=False if address == "local" else None,
+            configure_logging=True,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
+    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        way = "start one with: ray start --head; or take local for one on this machine alone"
+        raise UserError(f"no Ray cluster at {address} ({' '.join(str(error).split())[:200]}): {way}") from None
+    stack.callback(ray.shutdown)
+    return ray
