@@ -4,7 +4,7 @@ import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
 
-from models import MultiDecoder, MultiEncoder
+from modalities.joint import MultiDecoder, MultiEncoder
 from networks import RSSM, Actor, BlockGRU, OneHotLatent, State, feature, scalar_head
 from ops.layers import BlockLinear, Conv2d, Linear, Norm
 from specs import ActionSpec, Observed, ObsSpec

@@ -6,7 +6,7 @@ Letters: B batch, T time, Z latent numbers.
 import torch
 import torch.nn as nn
 
-from models import MultiDecoder, MultiEncoder
+from modalities.joint import MultiDecoder, MultiEncoder
 from networks import State
 from ops.layers import Linear
 from ops.random import randn
