@@ -84,7 +84,8 @@ def with_absolute_paths(config):
     """Return the configuration with paths that stay the same where an environment changes the directory."""
     if not config.logdir:
         raise UserError("--logdir: expected a path, got nothing")
-    paths = {key: config[key] for key in ("offline_traindir", "from_checkpoint")}
+    keys = "offline_traindir", "from_checkpoint", "text.tokenizer", "text.embeddings"
+    paths = {key: config[key] for key in keys}
     paths = {key: str(pathlib.Path(path).expanduser().absolute()) for key, path in paths.items() if path}
     return placed(config).replace(**paths)
 

@@ -26,7 +26,7 @@ import numpy as np
 from agents import make_agent
 from agents.random import Random
 from envs import make_envs
-from modalities import nets, obs_spec
+from modalities import drawers, obs_spec
 from specs import act_spec, step_layout
 from tools import IMAGINED, SEEN, Parser, UserError, atomic_write, derive_seed, guard_output
 from training import machine
@@ -34,11 +34,13 @@ from training.checkpoint import checkpoint_file, load_agent_state, load_checkpoi
 from training.config import CONFIGS, load_config
 from training.console import print_line, shown
 from training.driver import Driver
+from training.evaluation import heard, hearing, said
 from training.foreign import check_foreign
 from training.outputs import endless
 from training.progress import Line, number
 from training.rng import seed_everything
-from training.videos import BORDER, as_rgb, bordered, caption, check_mp4
+from training.sounds import add_sound, together
+from training.videos import BORDER, as_rgb, bordered, caption, check_mp4, with_below
 
 FORMATS = {"mp4": ["mp4"], "gif": ["gif"], "both": ["mp4", "gif"]}
 PANEL = 192  # least height of an open-loop panel in pixels
@@ -159,7 +161,7 @@ class Player:
 
     def predicts(self):
         """True if the agent has a world model whose predictions can be drawn."""
-        return not isinstance(self.agent, Random) and any(nets(seen.kind).draw for seen in self.specs[0].values())
+        return not isinstance(self.agent, Random) and bool(drawers(self.specs[0], self.config))
 
     def frame(self):
         """Return the environment as people see it, uint8 (H, W, 3)."""
@@ -257,6 +259,7 @@ def play(player, films, line, name):
     """Play an episode on film; return the sum of its rewards and the number of agent steps."""
     finished = []
     layout = step_layout(player.envs.obs_space, player.specs[1])
+    ears = hearing(player.agent)
     driver = Driver(player.envs, player.specs[1], layout, on_episode=[finished.append])
 
     def show(obs):
@@ -264,7 +267,7 @@ def play(player, films, line, name):
         if player.options.caption:
             step, score = (driver.lengths[0] + 1) * on, (driver.returns[0] + obs["reward"][0]) * on
             frame = caption(frame, step, score)
-        films.add("", frame)
+        films.add("", frame, obs[ears[0]][0] if ears else None)
 
     driver.on_obs = [show]
     open_loop = OpenLoop(player.agent, player.config.batch_length, films)
@@ -292,10 +295,11 @@ class Films:
 
     def __init__(self, scratch, options, stack):
         self.scratch, self.options, self.stack = scratch, options, stack
-        self.files = {}
+        self.files, self.sounds = {}, {}
 
-    def add(self, name, frame):
-        """Append a frame, uint8 (H, W, 3), to the video `name`: "" or "openloop/<key>"."""
+    def add(self, name, frame, sound=None):
+        """Append a frame, uint8 (H, W, 3), to the video `name`: "" or "openloop/<key>"; and what is heard in it."""
+        self.sounds.setdefault(name, []).append(sound)
         if name not in self.files:
             paths = [self.scratch / f"{len(self.files)}.{kind}" for kind in FORMATS[self.options.format]]
             self.files[name] = [(path, self.stack.enter_context(open_video(path, self.options.fps))) for path in paths]
@@ -312,6 +316,9 @@ class Films:
             for path, _ in files:
                 if path.suffix == ".mp4":
                     check_mp4(path)
+                    sound, samples = together(self.sounds[name], len(self.sounds[name]))
+                    if sound is not None:
+                        add_sound(path, sound, samples * self.options.fps)
                 names.append("_".join([stems[kind], *key]) + path.suffix)
                 path.replace(folder / names[-1])
         return names
@@ -353,10 +360,16 @@ class OpenLoop:
             return
         arrays = {key: np.stack([step[key] for step in steps])[None] for key in steps[0]}  # (1, T, ...)
         seen = len(steps) // 2
-        for key, panels in self.agent.report(arrays, seen, self.carry).items():
+        shown = self.agent.report(arrays, seen, self.carry)
+        told = [(key, panels[0]) for key, panels in shown.items() if said(panels) or heard(panels)]
+        for key, panels in shown.items():
+            sounds = np.split(heard(panels)[1][0], len(steps)) if heard(panels) else [None] * len(steps)
+            under = told if len(panels) > 1 else ()
             for time, images in enumerate(zip(*(sequences[0] for sequences in panels), strict=True)):
                 color = SEEN if time < seen else IMAGINED
-                self.films.add(f"openloop/{key}", np.concatenate([panel(image, color) for image in images], 1))
+                frame = np.concatenate([panel(image, color) for image in images], 1)
+                below = [(name, drawing[:1, time]) for name, drawing in under]
+                self.films.add(f"openloop/{key}", with_below(frame, below, color), sounds[time])
 
 
 def panel(image, color):

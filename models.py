@@ -52,9 +52,9 @@ class WorldModel(nn.Module):
         """{key: (B, T, ...)} as the replay gives it -> as the model predicts it."""
         return {**self.encoder.prepare(batch), "reward": self.squash_reward(batch["reward"])}
 
-    def encode(self, batch):
-        """{key: (B, T, ...)} -> embedding (B, T, E)"""
-        return self.encoder(batch, self.dtype)
+    def encode(self, batch, learning=False):
+        """{key: (B, T, ...)} -> embedding (B, T, E); in learning, some observations may be left out on purpose."""
+        return self.encoder(batch, self.dtype, learning)
 
     def losses(self, states, post, batch):
         """Return the losses {name: (B, T)} of all predictions from the states of a batch, and {name: (B, T)} metrics.
@@ -65,7 +65,7 @@ class WorldModel(nn.Module):
         """
         feat = feature(states)  # (B, T, F)
         prior = self.rssm.predict(states.deter)
-        losses = {key: -dist.log_prob(batch[key]) for key, dist in self.decoder(states).items()}
+        losses = self.decoder.losses(states, batch)
         losses["reward"] = -self.reward(feat).log_prob(batch["reward"])
         if self.cont is not None:
             losses["cont"] = -self.cont(feat).log_prob((1 - batch["is_terminal"].float()) * self.cont_target)

@@ -6,6 +6,7 @@ where tensors are at hand.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -24,7 +25,7 @@ class Observed(NamedTuple):
 
     kind: a name in `modalities.MODALITIES`.
     shape: of one observation, such as (H, W, C) of an image or (n,) of a vector.
-    classes: [k...] of integers, the i-th below classes[i]; empty for anything else.
+    classes: [k...] of integers, the i-th below classes[i], such as the tokens of a text; empty for anything else.
     """
 
     kind: str
@@ -130,6 +131,28 @@ def named(space: AnySpace, about: str) -> AnySpace:
     return space
 
 
+def tagged(space: AnySpace, modality: str = "", optional: bool = False) -> AnySpace:
+    """Return a copy of an environment's space that tells what its shape does not.
+
+    Args:
+      modality: the kind of observation, such as "audio"; "" leaves it to the space. optional: there may be none in some
+        steps, for which None stands.
+    """
+    space = copy.copy(space)
+    vars(space).update({"modality": modality} if modality else {}, **({"optional": True} if optional else {}))
+    return space
+
+
+def is_optional(space: spaces.Space) -> bool:
+    """True if an observation may be missing in some steps."""
+    return bool(vars(space).get("optional"))
+
+
+def presence(key: str) -> str:
+    """Return the key of the integer that says, of an observation that may be missing, whether it is there (1)."""
+    return f"{key}/present"
+
+
 def classes_of(space: spaces.Space) -> tuple[int, ...]:
     """Return the classes of each integer that a discrete or multi-discrete space holds; () for any other space."""
     if isinstance(space, spaces.Discrete):
@@ -149,12 +172,15 @@ def act_spec(act_space: Mapping[str, spaces.Space]) -> ActionSpec:
     return ActionSpec(widths, classes)
 
 
+def step_dtype(space: spaces.Space) -> np.dtype:
+    """Return the dtype in which an observation of a plain space is stored: integers that name classes are int32."""
+    dtype = np.dtype(space.dtype)
+    return np.dtype(np.int32) if dtype.kind == "i" else dtype
+
+
 def step_layout(obs_space: Mapping[str, spaces.Space], actions: ActionSpec) -> StepLayout:
     """Return {key: (shape, dtype)} of a stored step: observation, action, reward and flags."""
-    layout = {key: (tuple(space.shape or ()), np.dtype(space.dtype)) for key, space in obs_space.items()}
-    layout = {
-        key: (shape, np.dtype(np.int32) if dtype.kind == "i" else dtype) for key, (shape, dtype) in layout.items()
-    }
+    layout = {key: (tuple(space.shape or ()), step_dtype(space)) for key, space in obs_space.items()}
     layout |= {key: ((width,), np.dtype(np.float32)) for key, width in actions.widths.items()}
     layout |= {"reward": ((), np.dtype(np.float32))} | {flag: ((), np.dtype(bool)) for flag in FLAGS}
     steps = StepLayout(layout)

@@ -76,6 +76,7 @@ class Dreamer:
         self.context = 1 if self.stored else 0
         self.begin_window = WINDOW_STARTS[config.window_start]
         self.batch_size, self.expl_noise = config.batch_size, config.expl_noise
+        self.drawers = modalities.drawers(obs_spec, config)
         seeds = {name: derive_seed(config.seed, 5, index) for index, name in enumerate(("act", "learn"))}
         self.generators = {name: make_generator(seed, self.device) for name, seed in seeds.items()}
         self.capture, self.choosers = lambda function, generator: function, {}
@@ -121,7 +122,7 @@ class Dreamer:
         world, behavior = self.world, self.behavior
         # --- World model: infer the states of the sequence, and predict from them what was observed.
         batch = world.prepare({**batch, "action": self.act_spec.join(batch)})  # action: (B, T, A)
-        batch["embed"] = world.encode(batch)  # (B, T, E)
+        batch["embed"] = world.encode(batch, learning=True)  # (B, T, E)
         states, post = world.rssm.observe(batch["embed"], batch["action"], batch["is_first"], state)  # (B, T, ...)
         losses, outs = world.losses(states, post, batch)
         outs["model"] = list(losses)
@@ -248,16 +249,14 @@ class Dreamer:
           arrays: {key: (B, T, ...)} as the replay gives them; the first `seen` steps are seen, and the rest imagined
             from the actions alone. carry: of the agent before the first step, if it is known.
         """
-        kinds = {key: modalities.nets(seen.kind) for key, seen in self.obs_spec.items()}
-        kinds = {key: kind for key, kind in kinds.items() if kind.draw}
-        if not kinds:
+        if not self.drawers:
             return {}
         batch, state = self.batch(arrays)
         with torch.no_grad(), drawing_from(self.generators["act"]):
             prepared = self.world.prepare({**batch, "action": self.act_spec.join(batch)})
             model = self.world.open_loop(prepared, carry.state if carry else state, seen)
-        pairs = {key: (batch[key].cpu().numpy(), model[key].float().cpu().numpy()) for key in kinds}
-        return {key: kind.draw(*pairs[key], seen) for key, kind in kinds.items()}
+        pairs = {key: (batch[key].cpu().numpy(), model[key].float().cpu().numpy()) for key in self.drawers}
+        return {key: draw(*pairs[key], seen) for key, draw in self.drawers.items()}
 
     # -- saving
 

@@ -18,6 +18,7 @@ from gymnasium import spaces
 import modalities
 from envs.env import Env
 from envs.wrappers import Wrapper
+from specs import is_optional
 from tools import UserError
 
 LARGEST = float(np.finfo(np.float32).max)  # what is larger is infinite to networks
@@ -41,6 +42,9 @@ class Checked(Wrapper):
         self.name = name
         self._images = {key: modalities.kind_of(space, config) == "image" for key, space in env.obs_space.items()}
         self._tests = [(key, test_of(space, self._images[key])) for key, space in env.obs_space.items()]
+        self._tests = [
+            (key, or_missing(test) if is_optional(env.obs_space[key]) else test) for key, test in self._tests
+        ]
         self._steps = 0
 
     def reset(self):
@@ -85,6 +89,8 @@ def test_of(space: spaces.Space, image: bool) -> Callable[[Any], bool]:
         return lambda value: is_array(value, shape, "iu") and bool((value >= low).all()) and bool((value < high).all())
     if isinstance(space, spaces.MultiBinary):
         return lambda value: is_array(value, shape, "biu") and bool(((value == 0) | (value == 1)).all())
+    if isinstance(space, spaces.Text):
+        return lambda value: isinstance(value, str)
     if not isinstance(space, spaces.Box):  # which the kind refuses
         return lambda value: True
     if space.dtype == UINT8 and (space.low == 0).all() and (space.high == 255).all():
@@ -95,6 +101,11 @@ def test_of(space: spaces.Space, image: bool) -> Callable[[Any], bool]:
     if space.dtype.kind != "f":
         return lambda value: is_array(value, shape, "biu")
     return numbers_test(shape)
+
+
+def or_missing(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Return a test that also takes None, for what may be missing."""
+    return lambda value: value is None or test(value)
 
 
 def is_array(value: Any, shape: tuple[int, ...], kinds: str) -> bool:
@@ -143,6 +154,8 @@ def limits(space: spaces.Box, image: bool) -> tuple[float, float]:
 def problem(space: spaces.Space, value: Any, image: bool = False) -> str | None:
     """Say what is wrong with an observation in a plain space, to follow its name; None if nothing is."""
     shape = space.shape or ()
+    if isinstance(space, spaces.Text):
+        return None if isinstance(value, str) else f"is {article(value)} where its space has text"
     if not isinstance(space, PLAIN):
         return None
     if value is None or isinstance(value, (Mapping, str, bytes)):

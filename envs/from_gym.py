@@ -14,7 +14,7 @@ import numpy as np
 from gymnasium.envs.registration import load_env_creator
 
 from envs import making
-from envs.checks import PLAIN, article, flag_of, info_of, refusal, reward_of
+from envs.checks import article, flag_of, info_of, refusal, reward_of
 from envs.env import Env, Place
 from envs.errors import described, one_line, unknown
 from envs.opengl import choose_renderer, close_before_exit
@@ -22,8 +22,9 @@ from envs.tasks import suggestions
 from envs.trees import flatten, flatten_space, modern, nest
 from envs.user_modules import import_user_module
 from envs.wrappers import ActionRepeat, flags, is_kept
-from modalities import kind_of
+from modalities import kind_of, told
 from modalities.image.space import too_small
+from specs import tagged
 from tools import UserError
 
 # Pictures are drawn into memory: without this, pygame looks for a display and complains.
@@ -98,13 +99,10 @@ def unknown_id(name: str) -> UserError:
 
 
 def refuse_symbols(task: str, env: Env, config: Any) -> None:
-    """Raise UserError if the encoder shall read the sentence of a MiniGrid task, or takes its grid for an image."""
-    own = f"minigrid_{task.removeprefix('MiniGrid-')} is this task with pictures, and without the sentence"
+    """Raise UserError if the encoder takes the grid of a MiniGrid task, which are symbols, for an image."""
+    own = f"minigrid_{task.removeprefix('MiniGrid-')} is this task with pictures"
     for key, space in env.obs_space.items():
         is_read = is_kept(config.encoder, key, "vector")
-        if not isinstance(space, PLAIN) and is_read:
-            cure = "leave it out by --encoder.mlp_keys 'image|direction'"
-            raise UserError(f"gym_{task} has a sentence, '{key}', which no model here reads: {own}; or {cure}")
         if too_small(space, config) and not is_read and is_kept(config.encoder, key, "image"):
             cure = f"--encoder.mlp_keys '{key}|direction' takes it as numbers"
             raise UserError(f"gym_{task} has symbols in '{key}' {space.shape}, which are no image: {own}; or {cure}")
@@ -114,7 +112,9 @@ class FromGym:
     """A Gymnasium environment (or what quacks like one) with dicts for observations and actions.
 
     Nested dict and tuple spaces are flattened, their keys and places joined by "/". A bare observation is
-    called `image` or `state`, the places of a bare tuple `state/0`, `state/1`, and a bare action `action`.
+    called `image`, `text` or `state`, the places of a bare tuple `state/0`, `state/1`, and a bare action `action`.
+    `metadata["modalities"]` may say of which kind an observation is that its space does not tell, {"sound": "audio"},
+    and `metadata["optional"]` list those of a dict that may be missing, or None, in some steps.
     Numbers of a dict of observations whose names begin with `log_`, and those of info that `config.log_info`
     names, are for the logger alone.
     Raises UserError where the environment does not follow the Gymnasium API.
@@ -129,11 +129,13 @@ class FromGym:
         self._missing = set(self._infos)  # those that no info has had yet
         self._space = modern(env.observation_space, f"{self._name}.observation_space")
         self._actions = modern(env.action_space, f"{self._name}.action_space")
-        self._bare = "image" if kind_of(self._space, config) == "image" else "state"
+        kind = kind_of(self._space, config)
+        self._bare = kind if kind in ("image", "text") else "state"
         obs_space = flatten_space(self._space, self._bare)
         self.act_space = flatten_space(self._actions, "action")
         self._logs = [key for key in obs_space if key.startswith("log_")]
-        self.obs_space = {key: space for key, space in obs_space.items() if key not in self._logs}
+        obs_space = {key: space for key, space in obs_space.items() if key not in self._logs}
+        self.obs_space, self._optional = self._told(obs_space)
         clash = {key for key in self.obs_space if is_taken(key) or key in (*self.act_space, "action")}
         clash |= {key for key in self.act_space if is_taken(key)}
         if clash:
@@ -195,8 +197,24 @@ class FromGym:
     def _name(self):
         return type(getattr(self._env, "unwrapped", self._env)).__name__
 
+    def _told(self, obs_space):
+        """Return the spaces as the environment's metadata tag them, and the keys that may be missing."""
+        metadata = getattr(self._env, "metadata", None)
+        metadata = metadata if isinstance(metadata, Mapping) else {}
+        kinds, optional = metadata.get("modalities", {}), metadata.get("optional", ())
+        where = f"{self._name}.metadata"
+        if not isinstance(kinds, Mapping) or not isinstance(optional, (list, tuple)):
+            raise UserError(f"{where} must have a dict for modalities, and a list for optional")
+        obs_space = told(obs_space, kinds, f"{where}['modalities'] ")
+        for key in optional:
+            if key not in obs_space or not isinstance(self._space, gymnasium.spaces.Dict):
+                raise UserError(f"{where}['optional'] {key}: there is no such observation in a dict of them")
+        return {key: tagged(space, optional=key in optional) for key, space in obs_space.items()}, tuple(optional)
+
     def _entries(self, obs, info, ends):
         """Return the dict of a step: observations, what is logged, reward and flags."""
+        if self._optional and isinstance(obs, Mapping):
+            obs = {**dict.fromkeys(self._optional), **obs}
         try:
             leaves = flatten(self._space, obs, self._bare)
             if self._logs:

@@ -13,11 +13,17 @@ import numpy as np
 from gymnasium import spaces
 
 from envs.wrappers import PlainActions, PlainObs, flags
+from specs import is_optional, tagged
+
+TAGS = "modality", "optional"  # what `specs.tagged` puts on a space
 
 
 def describe(space: spaces.Space) -> dict[str, Any]:
     """Return a space as numbers, strings and lists; bounds that are the same everywhere are one number."""
     plain = {"kind": type(space).__name__, "shape": list(space.shape or ()), "dtype": np.dtype(space.dtype).name}
+    plain |= {name: vars(space)[name] for name in TAGS if vars(space).get(name)}
+    if isinstance(space, spaces.Text):
+        return {**plain, "kind": "Text", "length": [space.min_length, space.max_length]}
     if isinstance(space, spaces.Box):
         return {**plain, "kind": "Box", "low": _bound(space.low), "high": _bound(space.high)}
     if isinstance(space, spaces.Discrete):
@@ -29,6 +35,13 @@ def describe(space: spaces.Space) -> dict[str, Any]:
 
 def rebuild(plain: Mapping[str, Any]) -> spaces.Space:
     """Undo `describe`. Raises ValueError for a kind that environments here do not have."""
+    return tagged(_rebuild(plain), **{name: plain[name] for name in TAGS if name in plain})
+
+
+def _rebuild(plain):
+    if plain["kind"] == "Text":
+        low, high = plain["length"]
+        return spaces.Text(high, min_length=low)
     shape, dtype = tuple(plain["shape"]), np.dtype(plain["dtype"])
     if plain["kind"] == "Box":
         low, high = (np.broadcast_to(np.asarray(plain[name], dtype), shape) for name in ("low", "high"))
@@ -79,6 +92,7 @@ class Converter:
     Attributes:
       obs_space, act_space: {key: the environment's own space}.
       plain_space: {key: space of the observation as the agent sees it, a single frame of it}.
+      optional: keys of those that may be missing, for which None stands.
     """
 
     def __init__(self, own: Mapping[str, Mapping[str, Any]], config: Any):
@@ -89,10 +103,12 @@ class Converter:
         self._obs = {key: PlainObs(Echo({key: space}), alone) for key, space in self.obs_space.items()}
         self._actions = PlainActions(Echo(act_space=self.act_space))
         self.plain_space = {key: wrapper.obs_space[key] for key, wrapper in self._obs.items()}
+        self.optional = {key for key, space in self.obs_space.items() if is_optional(space)}
 
     def plain(self, obs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Convert observations {key: value} of one environment. Raises UserError where a wrapper refuses them."""
-        return {key: self._obs[key].step({key: value, **flags(is_first=True)})[key] for key, value in obs.items()}
+        steps = {key: self._obs[key].step({key: value, **flags(is_first=True)}) for key, value in obs.items()}
+        return {name: step[name] for key, step in steps.items() for name in self._obs[key].obs_space}
 
     def native(self, actions: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Convert the action {key: (width,) float32} of one environment: an int of a Discrete, else an array."""

@@ -49,7 +49,7 @@ VERSION = re.compile(r"(-?ram)?(NoFrameskip|Deterministic|FrameSkip\d*)?-v\d+$")
 SNAKE = ("dmc", "procgen", "crafter", "memorymaze")  # suites with names in lower case
 NAMED = {  # what names a task without its suite
     "crafter": ("reward", "noreward"),
-    "dummy": ("vector", "discrete", "pixels", "multi", "maze"),
+    "dummy": ("vector", "discrete", "pixels", "multi", "maze", "instruction", "instruction_new", "tone", "all"),
     "memorymaze": ("9x9", "11x11", "13x13", "15x15"),
     "minecraft": ("diamond",),
     "procgen": (

@@ -9,11 +9,14 @@ from gymnasium import spaces
 
 from tools import UserError
 
+LONGEST = 1024  # characters of a text whose space does not tell
+
 # Name of a class in another package, such as the old gym -> what makes Gymnasium's of it.
 FOREIGN = {
     "Box": lambda s: spaces.Box(s.low, s.high, s.shape, np.dtype(s.dtype).type),
     "Discrete": lambda s: spaces.Discrete(int(s.n), start=int(getattr(s, "start", 0))),
     "MultiDiscrete": lambda s: spaces.MultiDiscrete(s.nvec, start=getattr(s, "start", None)),
+    "MissionSpace": lambda s: spaces.Text(LONGEST),  # MiniGrid's sentences
     "MultiBinary": lambda s: spaces.MultiBinary(s.n if hasattr(s, "n") else s.shape),
     "Dict": lambda s: spaces.Dict({key: modern(child) for key, child in s.spaces.items()}),
     "Tuple": lambda s: spaces.Tuple([modern(child) for child in s.spaces]),
@@ -25,7 +28,7 @@ def modern(space: Any, where: str = "a space") -> spaces.Space:
 
     where: whose space it is, for the message.
     """
-    if isinstance(space, spaces.Space):
+    if isinstance(space, spaces.Space) and all(kind.__name__ != "MissionSpace" for kind in type(space).__mro__):
         return space
     for kind in type(space).__mro__:
         if kind.__name__ in FOREIGN:
@@ -42,7 +45,7 @@ def modern(space: Any, where: str = "a space") -> spaces.Space:
 def flatten_space(space: spaces.Space, bare: str, path: str = "") -> dict[str, spaces.Space]:
     """Return the leaves of a nested space. Raises UserError if two would have the same name, as a/b and a: {b}."""
     if not isinstance(space, (spaces.Dict, spaces.Tuple)):
-        return {path or bare: space}
+        return {path or bare: modern(space)}
     leaves: dict[str, spaces.Space] = {}
     for _, below, child in _children(space, bare, path):
         more = flatten_space(child, bare, below)

@@ -18,6 +18,7 @@ from gymnasium import spaces
 import modalities
 from envs.env import Env
 from modalities.image.space import too_small
+from specs import is_optional, named, presence, step_dtype
 from tools import UserError
 
 MOST_INTEGERS = 256  # values of a whole number in a box of actions
@@ -35,7 +36,7 @@ def flags(reward: float = 0.0, is_first: bool = False, is_last: bool = False, is
 
 
 def is_kept(encoder: Any, key: str, kind: str) -> bool:
-    """True if the model reads an observation of a kind: images by `encoder.cnn_keys`, vectors by `mlp_keys`.
+    """True if the model reads an observation of a kind: images by `encoder.cnn_keys`, vectors by `mlp_keys`, and so on.
 
     An empty expression stands for none of them.
     """
@@ -132,8 +133,9 @@ class SelectKeys(Wrapper):
     def __init__(self, env: Env, config: Any):
         super().__init__(env)
         encoder = config.encoder
-        kinds = {key: modalities.kind_of(space, config) for key, space in env.obs_space.items()}
-        self.obs_space = {key: space for key, space in env.obs_space.items() if is_kept(encoder, key, kinds[key])}
+        offered = modalities.told(env.obs_space, dict(flat(config.modalities.to_dict())), "--modalities.")
+        kinds = {key: modalities.kind_of(space, config) for key, space in offered.items()}
+        self.obs_space = {key: space for key, space in offered.items() if is_kept(encoder, key, kinds[key])}
         dropped = {key: kind for key, kind in kinds.items() if key not in self.obs_space}
         self.left_out = {key: f"--encoder.{modalities.space(kind).KEYS}" for key, kind in dropped.items()}
         if not self.obs_space:
@@ -158,16 +160,26 @@ class SelectKeys(Wrapper):
         return obs
 
 
+def flat(tree, prefix=""):
+    """Yield (key, value) of a section whose keys may have dots, which nest them."""
+    for key, value in tree.items():
+        yield from flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+
+
 def _choices(encoder, kinds):
     """Say of each kind which observations its regular expression may match; kinds: {key: kind}."""
-    for kind in reversed(modalities.MODALITIES):  # as they are asked whether a space is theirs
+    usual = {"image", "vector", *kinds.values()}
+    for kind in filter(usual.__contains__, reversed(modalities.MODALITIES)):  # as they are asked whose a space is
         name = modalities.space(kind).KEYS
         offered = sorted(key for key in kinds if kinds[key] == kind)
         yield f"encoder.{name} '{getattr(encoder, name)}' must match one of {offered}"
 
 
 class PlainObs(Wrapper):
-    """Makes observations what `Env` promises, each as its kind in `modalities` has it."""
+    """Makes observations what `Env` promises, each as its kind in `modalities` has it.
+
+    Beside one that may be missing, for which None stands, an integer says whether it is there; if not, it is zeros.
+    """
 
     def __init__(self, env: Env, config: Any):
         super().__init__(env)
@@ -175,7 +187,15 @@ class PlainObs(Wrapper):
             key: modalities.space(modalities.kind_of(space, config)).converter(key, space, config)
             for key, space in env.obs_space.items()
         }
-        self.obs_space = {key: converter.space for key, converter in self._converters.items()}
+        self.obs_space: dict[str, spaces.Space] = {}
+        self._missing = {}  # {key: zeros} of those that may be
+        for key, converter in self._converters.items():
+            self.obs_space[key] = plain = converter.space
+            if is_optional(env.obs_space[key]):
+                if presence(key) in self._converters:
+                    raise UserError(f"observation '{key}' may be missing, and '{presence(key)}' is an observation, too")
+                self.obs_space[presence(key)] = named(spaces.Discrete(2), f"whether there is {key}")
+                self._missing[key] = np.zeros(plain.shape or (), step_dtype(plain))
 
     def reset(self):
         return self._plain(self.env.reset())
@@ -185,8 +205,13 @@ class PlainObs(Wrapper):
 
     def _plain(self, obs):
         is_first = obs["is_first"]
+        for key, zeros in self._missing.items():
+            there = obs[key] is not None
+            obs[presence(key)] = np.int32(there)
+            obs[key] = self._converters[key](obs[key], is_first) if there else zeros.copy()
         for key, converter in self._converters.items():
-            obs[key] = converter(obs[key], is_first)
+            if key not in self._missing:
+                obs[key] = converter(obs[key], is_first)
         return obs
 
 

@@ -2,23 +2,25 @@
 
 A kind is a folder here and its line in `MODALITIES`. It has two files: `space.py`, without PyTorch, says which
 Gymnasium spaces are of the kind and how their observations become plain arrays (environments and their worker
-processes import it); `nets.py` has encoder, decoder and loss, and how a prediction is shown on film.
+processes import it); `nets.py` has encoder, decoder and loss, and how a prediction is shown on film. docs/modalities.md
+adds one. `joint.py` is what joins the kinds that there are.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
 from gymnasium import spaces
 
-from specs import Observed, ObsSpec
+from specs import Observed, ObsSpec, tagged
+from tools import UserError
 
 # In the order in which embeddings are joined. A space is of the last kind that accepts it; a vector is the rest.
-MODALITIES = ("vector", "image")
+MODALITIES = ("vector", "image", "text", "audio")
 
 
 class Converter(Protocol):
@@ -52,22 +54,33 @@ class Space(Protocol):
 
 
 class Nets(Protocol):
-    """The interface of `modalities/<kind>/nets.py`. N = B T; config is the whole configuration.
-
-    draw: function of arrays (truth, model), each (B, T, ...), and of how many steps the model was shown, that shows
-      them as three films (truth, model, error), each uint8 (B, T, H, W, C with C 1, 3 or a stack of these), or as one
-      that says what is what, (B or fewer, T, H, W, 3); or None, for what is not filmed.
-    """
-
-    draw: Any
+    """The interface of `modalities/<kind>/nets.py`. N = B T; config is the whole configuration."""
 
     def make_encoder(self, observed: Mapping[str, Observed], config: Any) -> Any:
         """Return a module with `size`, the width of what it gives; `prepare({key: (B, T, ...)})`, observations as the
-        model predicts them; and `forward({key: (N, ...)}, dtype)` -> (N, size)."""
+        model predicts them; and `forward({key: (N, ...)}, dtype)` -> (N, size). It may have `tokens`, the number of
+        equal parts of the embedding that attention tells apart, such as the places of an image; else it is one."""
 
     def make_decoder(self, observed: Mapping[str, Observed], deter: int, stoch: int, config: Any) -> Any:
         """Return a module with `forward(deter (N, D), stoch (N, S K))` -> {key: output (N, ...)} and `dist(key, output
         (B, T, ...))` -> a distribution over (B, T) observations, with `log_prob` and `mode`. The loss is -log_prob."""
+
+    def drawer(self, config: Any) -> Callable[..., Sequence[np.ndarray]] | None:
+        """Return a function of arrays (truth, model), each (B, T, ...), and of how many steps the model was shown, that
+        shows them as three films (truth, model, error), each uint8 (B, T, H, W, C with C 1, 3 or a stack of these), or
+        as one that says what is what, (B or fewer, T, H, W, 3); or None, for what is not filmed. A `Drawing` of films
+        also has what can be read or heard."""
+
+
+class Drawing(tuple[np.ndarray, ...]):
+    """The films of a prediction, with what of it can be read or heard.
+
+    lines: of texts, [[(truth, model) of each step] of each sequence].
+    sound: of audio, (rate in samples a second, float32 (B, T n, 2) in [-1, 1]: the truth left, the model right).
+    """
+
+    lines: Sequence[Sequence[tuple[str, str]]] | None = None
+    sound: tuple[int, np.ndarray] | None = None
 
 
 def space(kind: str) -> ModuleType:
@@ -81,8 +94,32 @@ def nets(kind: str) -> ModuleType:
 
 
 def kind_of(observation_space: spaces.Space, config: Any = None) -> str:
-    """Return the kind of a space: the last in `MODALITIES` that accepts it. config: None only for plain ones."""
-    return next(kind for kind in reversed(MODALITIES) if space(kind).accepts(observation_space, config))
+    """Return the kind of a space: what it was told to be, or the last in `MODALITIES` that accepts it.
+
+    config: None only for plain ones.
+    """
+    told = vars(observation_space).get("modality")
+    return told or next(kind for kind in reversed(MODALITIES) if space(kind).accepts(observation_space, config))
+
+
+def told(obs_space: Mapping[str, spaces.Space], named: Mapping[str, Any], asked: str) -> dict[str, spaces.Space]:
+    """Return an environment's spaces, those that were told to be of a kind tagged so.
+
+    Args:
+      named: {key: its kind}; asked: where that stands, for messages. Raises UserError for a key or kind that is none.
+    """
+    for key, kind in named.items():
+        if key not in obs_space:
+            raise UserError(f"{asked}{key}: there is no such observation, there are {', '.join(obs_space)}")
+        if kind not in MODALITIES:
+            raise UserError(f"{asked}{key} {kind}: expected one of {', '.join(MODALITIES)}")
+    return {key: tagged(child, named[key]) if key in named else child for key, child in obs_space.items()}
+
+
+def drawers(obs_spec: ObsSpec, config: Any) -> dict[str, Callable[..., Sequence[np.ndarray]]]:
+    """Return {key: function (truth, model, seen) -> films} of the observations whose predictions are shown."""
+    made = {kind: nets(kind).drawer(config) for kind in {seen.kind for seen in obs_spec.values()}}
+    return {key: made[seen.kind] for key, seen in obs_spec.items() if made[seen.kind]}
 
 
 def describe(obs_space: Mapping[str, spaces.Space]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Layers: linear, block-linear, convolution, norm, MLP.
+"""Layers: linear, block-linear, convolutions, norm, MLP.
 
 Parameters are float32. Activations carry the compute dtype: every layer casts its weights to its input's dtype, and
 norms compute their statistics in float32.
@@ -154,6 +154,43 @@ class ConvTranspose2d(nn.Module):
             padding=self.padding // 2,
         )
         return x[:, :, :height, :width].permute(0, 2, 3, 1)
+
+
+class Conv1d(nn.Module):
+    """A convolution of sequences (N, L, C) with 'same' padding: (N, ceil(L / stride), outputs)."""
+
+    def __init__(self, inputs, outputs, kernel, stride=1, init="fan_in", bias=True):
+        super().__init__()
+        shape = (outputs, inputs, kernel)
+        self.weight = nn.Parameter(init_(torch.empty(shape), inputs * kernel, outputs * kernel, init))
+        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
+        self.stride = stride
+
+    def forward(self, x):
+        padding = max(0, (self.size(x.shape[1]) - 1) * self.stride + self.weight.shape[-1] - x.shape[1])
+        x = F.pad(x.transpose(1, 2), (padding // 2, padding - padding // 2))
+        return F.conv1d(x, self.weight.to(x.dtype), cast(self.bias, x.dtype), self.stride).transpose(1, 2)
+
+    def size(self, length):
+        """Return the output's length for an input's."""
+        return -(-length // self.stride)
+
+
+class ConvTranspose1d(nn.Module):
+    """The transpose of `Conv1d`: (N, L, C) -> (N, stride L, outputs); the kernel is no shorter than the stride."""
+
+    def __init__(self, inputs, outputs, kernel, stride, init="fan_in", bias=True):
+        super().__init__()
+        shape = (inputs, outputs, kernel)
+        self.weight = nn.Parameter(init_(torch.empty(shape), inputs * kernel, outputs * kernel, init))
+        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
+        self.stride = stride
+
+    def forward(self, x):
+        length, padding = self.stride * x.shape[1], (self.weight.shape[-1] - self.stride) // 2
+        weight, bias = self.weight.to(x.dtype), cast(self.bias, x.dtype)
+        out = F.conv_transpose1d(x.transpose(1, 2), weight, bias, self.stride, padding)
+        return out[..., :length].transpose(1, 2)
 
 
 class RMSNorm(nn.Module):

@@ -216,8 +216,10 @@ def env_config(task, cnn_keys=".*", mlp_keys=".*", **changes):
         "camera": -1,
         "parallel": False,
         "env_timeout": 600,
+        "text": SimpleNamespace(length=64, tokenizer="", embeddings=""),
+        "modalities": Section(),
     }
-    encoder = SimpleNamespace(cnn_keys=cnn_keys, mlp_keys=mlp_keys)
+    encoder = SimpleNamespace(cnn_keys=cnn_keys, mlp_keys=mlp_keys, text_keys=".*", audio_keys=".*")
     env = Section(**changes.get("env", {}))
     return SimpleNamespace(**{"task": task, "encoder": encoder, **defaults, **changes, "env": env})
 

@@ -405,8 +405,9 @@ SCRIPT = """
     from types import SimpleNamespace as Config
     from envs import make_envs
 
-    encoder = Config(cnn_keys=".*", mlp_keys=".*")
+    encoder = Config(cnn_keys=".*", mlp_keys=".*", text_keys=".*", audio_keys=".*")
     config = Config(task="dummy_vector", encoder=encoder, seed=0, parallel=True, env_timeout=600)
+    config.modalities = Config(to_dict=dict)
     config.size, config.action_repeat, config.time_limit, config.frame_stack = (64, 64), 1, 0, 1
 
     if __name__ == "__main__":

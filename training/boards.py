@@ -1,6 +1,7 @@
 """Where metrics and videos are looked at: TensorBoard and Weights & Biases, with metrics in the same groups."""
 
 import contextlib
+import html
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import shlex
 import shutil
 import sys
 import threading
+import wave
 from typing import Any
 
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -100,6 +102,18 @@ class TensorBoard:
         image = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=gif)
         self._write(Summary.Value(tag=name, image=image), step)
 
+    def text(self, name, text, step):
+        """Write a text in Markdown."""
+        self._events.add_text(name, text, step)
+
+    def audio(self, name, path, step):
+        """Write the sound of a WAV file."""
+        with wave.open(str(path)) as file:
+            rate, channels, length = file.getframerate(), file.getnchannels(), file.getnframes()
+        sound = Summary.Audio(sample_rate=rate, num_channels=channels, length_frames=length, content_type="audio/wav")
+        sound.encoded_audio_string = path.read_bytes()
+        self._write(Summary.Value(tag=name, audio=sound), step)
+
     def _write(self, value, step=None):
         self._events._get_file_writer().add_summary(Summary(value=[value]), step)
 
@@ -183,7 +197,7 @@ class WeightsAndBiases:
             import wandb
         except ImportError:
             raise UserError("--logger wandb needs a package: pip install -r requirements/wandb.txt") from None
-        self._video = wandb.Video
+        self._video, self._audio, self._html = wandb.Video, wandb.Audio, wandb.Html
         known = logdir / "wandb_id.txt"
         try:
             with made(logdir):
@@ -210,6 +224,14 @@ class WeightsAndBiases:
     def video(self, name, gif, shape, step):
         """Log a GIF."""
         self._run.log({"step": step, name: self._video(io.BytesIO(gif), format="gif")})
+
+    def text(self, name, text, step):
+        """Log a text in Markdown, as it is written."""
+        self._run.log({"step": step, name: self._html(f"<pre>{html.escape(text)}</pre>")})
+
+    def audio(self, name, path, step):
+        """Log the sound of a WAV file."""
+        self._run.log({"step": step, name: self._audio(str(path))})
 
     def flush(self):
         """Do nothing: wandb's own process writes immediately."""

@@ -15,11 +15,13 @@ from tools import UserError
 from training.driver import Driver, Episode
 from training.outputs import Outputs, endless
 from training.protocol import Agent
+from training.sounds import add_sound, together, wav
 from training.videos import as_rgb, board_film, captioned, open_loop, visible, write_mp4
 
 OPEN_LOOPS = 6  # sequences whose predictions are shown
 LONGEST = 500  # frames of an evaluation's first episode that are kept for its video
 FILM = 2000  # steps of an episode that are filmed
+FPS = 30  # of them, in a second
 
 
 class Evaluation:
@@ -175,29 +177,66 @@ class Beginnings:
 
 
 def show_open_loop(agent: Agent, config: Any, out: Outputs, step: int, arrays: Mapping[str, Any] | None) -> bool:
-    """Log open-loop predictions, truth | model | error, also as GIFs under openloop/<key>/; True if there are any."""
+    """Log open-loop predictions, truth | model | error, also as GIFs under openloop/<key>/; True if there are any.
+
+    What is said and heard stands under pictures; it is logged as text and sound, too, which is a WAV beside the GIF.
+    """
     seen = config.batch_length // 2
     shown = agent.report(arrays, seen) if arrays else {}
+    told = [(key, panels[0]) for key, panels in shown.items() if said(panels) or heard(panels)]
     for key, panels in shown.items():
         path = out.logdir / "openloop" / key / f"{step:09d}.gif"
         path.parent.mkdir(parents=True, exist_ok=True)
-        frames = list(open_loop(panels, seen, config.frame_stack))
+        frames = list(open_loop(panels, seen, config.frame_stack, told if len(panels) > 1 else ()))
+        if lines := said(panels):
+            out.logger.text(f"openloop/{key}", read_aloud(lines, seen), step)
+        if sound := heard(panels):
+            rate, waves = sound
+            path.with_suffix(".wav").write_bytes(wav(waves[0], rate))
+            out.logger.audio(f"openloop/{key}", path.with_suffix(".wav"), step)
         frames += frames[-1:] * 10  # on which a film that starts over rests a second
         path.write_bytes(out.logger.video(f"openloop/{key}", np.stack(frames), step, fps=10))
     return bool(shown)
+
+
+def said(panels: Any) -> Any:
+    """Return what can be read of a prediction, [[(truth, model) of each step] of each sequence], or None."""
+    return getattr(panels, "lines", None)
+
+
+def heard(panels: Any) -> Any:
+    """Return what can be heard of a prediction, (rate, (B, n, 2)): the truth left and the model right; or None."""
+    return getattr(panels, "sound", None)
+
+
+def read_aloud(lines: Sequence[Sequence[tuple[str, str]]], seen: int) -> str:
+    """Return what was said and predicted as a table in Markdown, a row where either changes."""
+    rows = ["| sequence | step | the model | truth | prediction |", "|---|---|---|---|---|"]
+    for index, sequence in enumerate(lines):
+        before = None
+        for time_, pair in enumerate(sequence):
+            if (pair, time_ < seen) != before:
+                words = (f"`{text.replace('|', ' ').replace('`', ' ')}`" for text in pair)
+                rows.append(f"| {index} | {time_} | {'sees' if time_ < seen else 'imagines'} | {' | '.join(words)} |")
+            before = pair, time_ < seen
+    return "\n".join(rows)
 
 
 def record_film(agent: Agent, envs: Any, act_spec: Any, mode: str, out: Outputs, step: int) -> None:
     """Play an episode on film, logdir/videos/<step>_score_<score>.mp4, and log it, if the environment can be filmed."""
     start = time.monotonic()
     try:
-        frames, scores = film(envs, act_spec, agent, mode)
+        sounds: list[Any] = []
+        frames, scores = film(envs, act_spec, agent, mode, sounds=sounds)
     except UserError as error:
         out.say("info", f"no video: {error}")
         return
     path = out.logdir / "videos" / f"{step:09d}_score_{scores[-1]:.1f}.mp4"
     try:
-        write_mp4(path, captioned(frames, scores), fps=30)
+        write_mp4(path, captioned(frames, scores), fps=FPS)
+        sound, samples = together(sounds, len(frames))
+        if sound is not None:
+            add_sound(path, sound, samples * FPS)
     except OSError as error:  # a run that was saved does not end in error for its film
         path.unlink(missing_ok=True)
         out.say("warning", f"no video in {path.parent}: {error.strerror or error}")
@@ -208,22 +247,30 @@ def record_film(agent: Agent, envs: Any, act_spec: Any, mode: str, out: Outputs,
     out.say("info", f"video: {path}")
 
 
+def hearing(agent: Agent) -> list[str]:
+    """Return the keys of the sounds that an agent hears."""
+    return list(agent.obs_spec.of("audio")) if isinstance(getattr(agent, "obs_spec", None), ObsSpec) else []
+
+
 def film(
-    envs: Any, act_spec: Any, agent: Agent, mode: str, longest: int = FILM
+    envs: Any, act_spec: Any, agent: Agent, mode: str, longest: int = FILM, sounds: list[Any] | None = None
 ) -> tuple[list[np.ndarray], list[float]]:
     """Return pictures of an episode of the first of `envs`, or of its first `longest` steps, and the scores so far.
 
-    The last score is that of the end, which has no picture. Raises UserError if the environment cannot be filmed, or
-    only in pictures of several sizes.
+    The last score is that of the end, which has no picture. `sounds` gets what the agent hears in each step, if it can.
+    Raises UserError if the environment cannot be filmed, or only in pictures of several sizes.
     """
     frames: list[np.ndarray] = []
     scores: list[float] = []
-    over = []
+    over: list[bool] = []
+    ears = hearing(agent)
 
     def watch(obs):
         over.append(bool(obs["is_last"][0]))
         score = float(obs["reward"][0]) + (scores[-1] if scores else 0.0)
         if not over[-1]:
+            if ears and sounds is not None:
+                sounds.append(obs[ears[0]][0])
             frames.append(as_rgb(envs.render(0)))
             scores.append(score)
         elif scores:

@@ -54,6 +54,16 @@ class Logger:
             output.video(name, encoded, frames.shape[1:], int(step))
         return encoded
 
+    def text(self, name, text, step):
+        """Write a text in Markdown to the outputs."""
+        for output in self._outputs:
+            output.text(name, text, int(step))
+
+    def audio(self, name, path, step):
+        """Write the sound of a WAV file to the outputs."""
+        for output in self._outputs:
+            output.audio(name, path, int(step))
+
     def score(self, step, mode, score, length, **extra):
         """Write a finished episode to scores.jsonl immediately. mode: "train" or "eval"; extra: numbers or text."""
         self._scores.write({"step": step, "mode": mode, "score": score, "length": length, **extra})

@@ -92,12 +92,13 @@ def board_film(frames, scores):
     return np.stack(drawn)
 
 
-def open_loop(panels, seen, stack=1):
+def open_loop(panels, seen, stack=1, under=()):
     """Arrange a prediction in rows and its sequences in columns: blue borders where the model sees, orange where not.
 
     Args:
       panels: (truth, model, error), each uint8 (B, T, H, W, C), C of `stack` images; or one drawing (B, T, H, W, 3).
       seen: steps that the model was shown; it imagines the rest.
+      under: [(name, drawing (B, T, H, W, 3))] of other predictions for the same sequences, to stand below.
     Yields: T frames (height, width, 3).
     """
     named = len(panels) > 1
@@ -111,7 +112,21 @@ def open_loop(panels, seen, stack=1):
         write(page, f"step {time}: the model {'sees' if time < seen else 'imagines'}", (4, STRIP - 5))
         for row, name in enumerate(NAMES if named else ()):
             write(page, name, (4, STRIP + (2 * row + 1) * picture.shape[0] // 6 + 4))
-        yield page
+        yield with_below(page, [(name, drawing[:, time]) for name, drawing in under], color)
+
+
+def with_below(page, drawings, color):
+    """Return a page (H, W, 3) with drawings [(name, (B, H, W, 3))] below it, a row for each."""
+    for name, images in drawings:
+        row = np.concatenate([bordered(image, color, BORDER // 2) for image in images], 1)
+        height, width = row.shape[:2]
+        wide = max(page.shape[1], MARGIN + width)
+        joined = np.full((page.shape[0] + STRIP + height, wide, 3), PAPER, np.uint8)
+        joined[: page.shape[0], : page.shape[1]] = page
+        joined[-height:, MARGIN : MARGIN + width] = row
+        write(joined, name, (MARGIN, joined.shape[0] - height - 5))
+        page = joined
+    return page
 
 
 def gif(frames, fps):

@@ -55,6 +55,7 @@ class WorldModels:
         self.obs_spec, self.act_spec, self.config = obs_spec, act_spec, stages
         self.device, self.batch_size = torch.device(device), config.batch_size
         self.vision = Vision(obs_spec, config)
+        self.drawers = modalities.drawers(obs_spec, config)
         self.memory = MDNRNN(stages.z, act_spec.size, stages.hidden, stages.mixtures, stages.predict == "change")
         self.nets = nn.ModuleDict({"vision": self.vision, "memory": self.memory}).to(self.device)
         rates = {self.vision: stages.v_lr, self.memory: stages.m_lr}
@@ -193,9 +194,7 @@ class WorldModels:
     @torch.no_grad()
     def report(self, arrays, seen, carry=None):
         """Show V's reconstructions of `seen` steps, then M's dream on the recorded actions."""
-        kinds = {key: modalities.nets(spec.kind) for key, spec in self.obs_spec.items()}
-        kinds = {key: kind for key, kind in kinds.items() if kind.draw}
-        if not kinds:
+        if not self.drawers:
             return {}
         batch = tensors(arrays, self.device)
         action, first = self.act_spec.join(batch), batch["is_first"]
@@ -208,8 +207,8 @@ class WorldModels:
                 if t + 1 >= seen:
                     latents[t + 1] = sample(self.memory.predict(latents[t], memory.h), self.config.temperature)
             model = self.vision.decode(torch.stack(latents, 1))
-        pairs = {key: (batch[key].cpu().numpy(), model[key].mode().float().cpu().numpy()) for key in kinds}
-        return {key: kind.draw(*pairs[key], seen) for key, kind in kinds.items()}
+        pairs = {key: (batch[key].cpu().numpy(), model[key].mode().float().cpu().numpy()) for key in self.drawers}
+        return {key: draw(*pairs[key], seen) for key, draw in self.drawers.items()}
 
     def state_dict(self):
         """Return networks and their optimizers, the evolution and its scores, the best C, and the specs."""

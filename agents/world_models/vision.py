@@ -44,8 +44,8 @@ class Vision(nn.Module):
         """
         batch = self.encoder.prepare(batch)
         mean, logvar = self.encode(batch)
-        dists = self.decode(draw(mean, logvar))
-        reconstruction = sum(-dist.log_prob(batch[key]) for key, dist in dists.items())  # (B, T)
+        z = draw(mean, logvar)
+        reconstruction = sum(self.decoder.losses(State(z, z[..., None, :0]), batch).values())  # (B, T)
         divergence = kl(mean, logvar)
         loss = self.rec * reconstruction.mean() + divergence.clamp(min=self.tolerance * self.size).mean()
         metrics = {"vae_loss": loss, "reconstruction_loss": reconstruction.mean(), "kl_loss": divergence.mean()}

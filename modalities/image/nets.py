@@ -34,6 +34,11 @@ def make_decoder(observed, deter, stoch, config):
     return kind(shapes, deter, stoch, config.decoder, style)
 
 
+def drawer(config):
+    """Return the function that shows a prediction."""
+    return draw
+
+
 def draw(truth, model, seen):
     """Show a prediction: true and predicted images, and their difference around gray.
 
@@ -66,7 +71,7 @@ class ImageEncoder(nn.Module):
         height, width = shapes[self.keys[0]][:2]
         for conv in self.convs:
             height, width = (conv.size(size) // (2 if pooled else 1) for size in (height, width))
-        self.size = height * width * depths[-1]
+        self.tokens, self.size = height * width, height * width * depths[-1]
 
     def prepare(self, obs):
         """Return {key: (..., H, W, C)} as the model predicts them: quantized where fewer than 8 bits are kept."""

@@ -19,9 +19,9 @@ def make_decoder(observed, deter, stoch, config):
     return VectorDecoder(observed, deter + stoch, config.decoder, Style(config.norm, config.act, config.init))
 
 
-def draw(truth, model, seen):
-    """Show a prediction as curves: see `curves.draw`, the one panel."""
-    return (curves.draw(truth, model, seen),)
+def drawer(config):
+    """Return the function that shows a prediction as curves: see `curves.draw`, the one panel."""
+    return lambda truth, model, seen: (curves.draw(truth, model, seen),)
 
 
 def width(seen):
