@@ -3,32 +3,140 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 import torch.nn as nn
 
+from explorers.empowerment import Empowerment
+from explorers.icm import ICM
+from explorers.rnd import RND
 from models import Rollout, WorldModel
 from networks import State, feature
 from ops.distributions import VectorNormal
 from ops.layers import MLP, Linear, Style
 from ops.random import rand, randn
+from tools import UserError
 
 
 class Explorer(Protocol):
     """A source of intrinsic reward: a torch module that learns beside the world model. Letters as in models.py.
 
     So that an update can be recorded as a CUDA graph, state changes in place and nothing waits for the host.
+    weight: of its reward beside those of others, times `expl_intr_scale`.
     """
 
-    def losses(self, world: WorldModel, states: State, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the explorer's losses {name: (B, ...)}; no gradient reaches the world model.
+    weight: float
 
+    def losses(
+        self, world: WorldModel, states: State, batch: Mapping[str, torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Return the explorer's losses {name: (B, ...)}, and {name: tensor} of which the means are logged.
+
+        No gradient reaches the world model. Names of losses begin with intrinsic/, which is put before the others.
         states: posterior State (B, T, ...); batch: {key: (B, T, ...)} with action, is_first, embed (B, T, E).
         """
 
     def rewards(self) -> dict[str, Callable[[Rollout], torch.Tensor]]:
         """Return {name: function of a Rollout -> (H + 1, N)}, the reward on arriving in each state."""
+
+
+NONE: Mapping[str, Any] = MappingProxyType({})
+
+
+class Rewards:
+    """What a behavior is rewarded by: called with a Rollout, the weighted sum (H + 1, N) of all its rewards.
+
+    parts: {name: function of a Rollout -> (H + 1, N)}, on arriving; `extr` is the task's, all others are intrinsic.
+    scales: {name: weight}, those that are not 1.
+    A behavior of several levels takes those that each of them seeks, `rewards.only("extr", "icm")`, or all by name.
+    """
+
+    def __init__(self, parts: Mapping[str, Callable[[Rollout], torch.Tensor]], scales: Mapping[str, Any] = NONE):
+        self.parts, self.scales = dict(parts), dict(scales)
+
+    def __call__(self, rollout: Rollout) -> torch.Tensor:
+        return self.weighed({name: part(rollout) for name, part in self.parts.items()})
+
+    def only(self, *names: str) -> Rewards:
+        """Return the rewards of these names, one at least, weighed as they are here."""
+        return Rewards({name: self.parts[name] for name in names}, self.scales)
+
+    def unweighed(self, name: str) -> Rewards:
+        """Return one of the rewards, with a weight of 1."""
+        return Rewards({name: self.parts[name]})
+
+    def weighed(self, found: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """{name: tensor} of all parts -> their weighted sum."""
+        first, *rest = [self.scales[name] * reward if name in self.scales else reward for name, reward in found.items()]
+        return sum(rest, first)
+
+    @torch.no_grad()
+    def replayed(self, states: State, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return {name: (B, T)}, not weighed, of replayed steps. Where an episode begins nothing intrinsic is paid.
+
+        states: State (B, T, ...); batch: {key: (B, T, ...)} with action, is_first and the task's reward.
+        """
+        states = states.map(lambda x: x.detach().transpose(0, 1))  # (T, B, ...)
+        sequence, led = Rollout(states, batch["action"].transpose(0, 1)[1:], feature(states)), ~batch["is_first"]
+        parts = self.parts.items()
+        return {name: batch["reward"] if name == "extr" else part(sequence).T * led for name, part in parts}
+
+
+def make_explorers(world, act_spec, config):
+    """Return the explorers of a configuration, {name: Explorer}: that of expl_behavior, and those of intrinsic."""
+    names = dict.fromkeys([config.expl_behavior, *config.intrinsic])
+    return nn.ModuleDict({name: EXPLORERS[name](world, act_spec, config) for name in names if name in EXPLORERS})
+
+
+def task_rewards(world, explorers, config):
+    """Return the Rewards of the task's behavior: the task's own, and those of the explorers that `intrinsic` names.
+
+    Raises UserError if the task's is to weigh nothing: what only explores is a behavior of its own.
+    """
+    if config.intrinsic and not config.expl_extr_scale and "expl_extr_scale" in config.explicit:
+        instead = f"without that one take --expl_behavior {config.intrinsic[0]}"
+        raise UserError(f"--expl_extr_scale 0: --intrinsic adds to the task's reward; {instead}")
+    if not config.intrinsic:
+        return Rewards({"extr": world.rewards})
+    parts, scales = weighed_parts([explorers[name] for name in config.intrinsic], config)
+    return Rewards({"extr": world.rewards, **parts}, {"extr": config.expl_extr_scale or 1.0, **scales})
+
+
+def explorer_rewards(world, explorer, config):
+    """Return the Rewards of an explorer's own behavior: its own, and the task's if that has a weight there."""
+    parts, scales = weighed_parts([explorer], config)
+    task = {"extr": world.rewards} if config.expl_extr_scale else {}
+    return Rewards({**parts, **task}, {**scales, "extr": config.expl_extr_scale})
+
+
+def weighed_parts(explorers, config):
+    """Return {name: reward} and {name: weight} of explorers, of which each may have a weight of its own."""
+    parts = [(name, part, explorer) for explorer in explorers for name, part in explorer.rewards().items()]
+    scales = {name: config.expl_intr_scale * explorer.weight for name, _, explorer in parts}
+    return {name: part for name, part, _ in parts}, scales
+
+
+def received(rewards, states, batch, outs):
+    """Return a batch whose rewards are those that a behavior learns from, if these are several.
+
+    `reward` (B, T) is then their weighted sum, and `rewards` {name: (B, T)} has each of them. Adds to `outs["shares"]`
+    the mean of each intrinsic one, and its share of what all of them pay by their weights.
+    """
+    shares = outs.setdefault("shares", {})
+    if len(rewards.parts) == 1:
+        (name,) = rewards.parts
+        if f"{name}_reward" in outs.get("explorers", {}):
+            shares.setdefault(f"intrinsic/{name}_share", torch.ones_like(batch["reward"][0, 0]))
+        return batch
+    found = rewards.replayed(states, batch)
+    sizes = {name: (rewards.scales[name] * reward).abs().mean() for name, reward in found.items()}
+    total = sum(sizes.values()).clamp(min=1e-20)
+    for name in found.keys() - {"extr"}:
+        shares.setdefault(f"intrinsic/{name}_reward", found[name].mean())
+        shares.setdefault(f"intrinsic/{name}_share", sizes[name] / total)
+    return {**batch, "reward": rewards.weighed(found), "rewards": found}
 
 
 def perturb(action, spec, amount):
@@ -58,6 +166,8 @@ class Plan2Explore(nn.Module):
       config: the whole configuration, with the keys disag_*.
     """
 
+    weight = 1.0
+
     def __init__(self, world, act_spec, config):
         super().__init__()
         self.target = config.disag_target
@@ -79,11 +189,11 @@ class Plan2Explore(nn.Module):
         return torch.stack([model(inputs).float() for model in self.ensemble])
 
     def losses(self, world, states, batch):
-        """Return {"disag": (B, T - 1)}: minus the log-likelihood of the next step under unit normals, summed over the
-        models; 0 where the next step is of another episode. No gradient reaches the world model."""
+        """Return {"disag": (B, T - 1)}, {}: minus the log-likelihood of the next step under unit normals, summed over
+        the models; 0 where the next step is of another episode. No gradient reaches the world model."""
         feat = feature(states)
         targets = {"stoch": states.stoch.flatten(2), "deter": states.deter, "feat": feat, "embed": batch["embed"]}
-        return {"disag": self.ensemble_loss(feat, batch["action"], targets[self.target], batch["is_first"])}
+        return {"disag": self.ensemble_loss(feat, batch["action"], targets[self.target], batch["is_first"])}, {}
 
     def ensemble_loss(self, feat, action, target, is_first):
         """(B, T, F), (B, T, A) with action[t] led to feat[t], (B, T, n), (B, T) -> loss (B, T - 1)"""
@@ -105,5 +215,10 @@ class Plan2Explore(nn.Module):
 # `disag_form` -> spread (..., n) of the models' predictions (M, ..., n): of the paper, and of DreamerV2's code.
 SPREADS = {"variance": lambda x: x.var(0), "std": lambda x: x.std(0, correction=0)}
 
-# `expl_behavior` -> class made from the WorldModel, the ActionSpec and the whole configuration
-EXPLORERS: dict[str, Callable[[Any, Any, Any], Explorer]] = {"plan2explore": Plan2Explore}
+# Name -> class made from the WorldModel, the ActionSpec and the whole configuration
+EXPLORERS: dict[str, Callable[[Any, Any, Any], Explorer]] = {
+    "plan2explore": Plan2Explore,
+    "icm": ICM,
+    "rnd": RND,
+    "empowerment": Empowerment,
+}

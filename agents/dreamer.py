@@ -14,7 +14,7 @@ import modalities
 from agents.older import modernize
 from behaviors import make_behavior
 from behaviors.meta import LEARNED, MetaGradients
-from exploration import EXPLORERS, perturb
+from exploration import EXPLORERS, explorer_rewards, make_explorers, perturb, received, task_rewards
 from models import WorldModel, frozen
 from networks import State
 from ops.graphs import Captured
@@ -58,16 +58,19 @@ class Dreamer:
         self.obs_spec, self.act_spec = obs_spec, act_spec
         self.device, self.dtype = torch.device(device), dtype
         self.world = WorldModel(obs_spec, act_spec, config, dtype)
-        self.behavior = make_behavior(config.behavior, self.world.feat_size, act_spec, config)
+        make = functools.partial(make_behavior, feat_size=self.world.feat_size, act_spec=act_spec, config=config)
+        self.explorers = make_explorers(self.world, act_spec, config)
+        self.rewards = task_rewards(self.world, self.explorers, config)
+        self.behavior = make(config.behavior, rewards=self.rewards)
         self.explorer = self.expl_behavior = None
+        nets = {"world": self.world, "behavior": self.behavior}
         if config.expl_behavior in EXPLORERS:
             learned = config.behavior if self.behavior.optimized() else "actor_critic"
-            self.explorer = EXPLORERS[config.expl_behavior](self.world, act_spec, config)
-            self.expl_behavior = make_behavior(learned, self.world.feat_size, act_spec, config)
-            scales = config.expl_intr_scale, config.expl_extr_scale
-            self.expl_rewards = functools.partial(mixed_rewards, self.explorer.rewards(), self.world.rewards, scales)
-        nets = {"world": self.world, "behavior": self.behavior}
-        nets |= {"explorer": self.explorer, "expl_behavior": self.expl_behavior} if self.explorer else {}
+            self.explorer = nets["explorer"] = self.explorers[config.expl_behavior]
+            self.expl_rewards = explorer_rewards(self.world, self.explorer, config)
+            self.expl_behavior = nets["expl_behavior"] = make(learned, rewards=self.expl_rewards)
+        added = {name: source for name, source in self.explorers.items() if source is not self.explorer}
+        nets |= {"intrinsic": nn.ModuleDict(added)} if added else {}
         self.nets = nn.ModuleDict(nets).to(self.device)
         self.opt = make_optimizer(self.nets, config)
         self.meta = make_meta(self.behavior, config, self.device)
@@ -101,10 +104,10 @@ class Dreamer:
         losses, states, outs = self.loss(batch, state)
         total = self.total(losses)
         total.backward()
-        metrics = self.meta.step(self.world, outs["rollout"], batch, self.world.rewards, self.opt) if self.meta else {}
+        metrics = self.meta.step(self.world, outs["rollout"], batch, self.rewards, self.opt) if self.meta else {}
         metrics |= self.opt.step()
         self.behavior.improve(outs["rollout"])
-        if self.explorer:
+        if self.expl_behavior:
             self.expl_behavior.improve(outs["expl_rollout"])
         metrics |= summarize(outs, self.behavior, self.expl_behavior)
         metrics |= {f"{name}_loss": loss.detach().mean() for name, loss in losses.items()}
@@ -128,22 +131,29 @@ class Dreamer:
         outs["model"] = list(losses)
 
         # --- Imagination: act in the model from every state on, and learn from the rewards predicted there.
-        with frozen(world):
+        with frozen(world), frozen(self.explorers):
             rollout = outs["rollout"] = behavior.rollout(world, states)  # (H + 1, B T, ...)
-            imagined, outs["imagined"] = behavior.losses(world, rollout, batch, world.rewards)  # (H, B T)
+            imagined, outs["imagined"] = behavior.losses(world, rollout, batch, self.rewards)  # (H, B T)
         lead = len(batch["reward"]), -1  # B, starts in a sequence: T, or fewer
         losses = joined(losses, {name: loss.mean(0).unflatten(0, lead) for name, loss in imagined.items()})
 
         # --- Replay: learn from the rewards that were received, too.
-        losses = joined(losses, behavior.replay_losses(world, states, batch, outs["imagined"]))  # (B, T - 1)
-        if self.explorer:
+        paid = received(self.rewards, states, batch, outs)  # with intrinsic rewards, if they are mixed in
+        losses = joined(losses, behavior.replay_losses(world, states, paid, outs["imagined"]))  # (B, T - 1)
+        if self.explorers:
             losses = joined(losses, self.expl_losses(states, batch, outs))
         return losses, states, outs
 
     def expl_losses(self, states, batch, outs):
-        """Losses of the explorer, and those of its behavior by names that begin with expl_; extends `outs`."""
-        losses = self.explorer.losses(self.world, states, batch)
-        with frozen(self.world), frozen(self.explorer):
+        """Losses of explorers, and of a behavior of their own by names that begin with expl_; extends `outs`."""
+        losses, outs["explorers"] = {}, {}
+        for explorer in self.explorers.values():
+            own, found = explorer.losses(self.world, states, batch)
+            losses, outs["explorers"] = joined(losses, own), outs["explorers"] | found
+        if not self.expl_behavior:
+            return losses
+        received(self.expl_rewards, states, batch, outs)
+        with frozen(self.world), frozen(self.explorers):
             rollout = outs["expl_rollout"] = self.expl_behavior.rollout(self.world, states)
             imagined, outs["expl_imagined"] = self.expl_behavior.losses(self.world, rollout, batch, self.expl_rewards)
         lead = len(batch["reward"]), -1
@@ -233,7 +243,7 @@ class Dreamer:
         fresh = self.initial(first.shape[0]) if tree_leaves(carry[2:]) else carry
         task = tree_map(functools.partial(restart, first), fresh.task, carry.task)
         explorer = tree_map(functools.partial(restart, first), fresh.explorer, carry.explorer)
-        if mode == "explore" and self.explorer:
+        if mode == "explore" and self.expl_behavior:
             action, explorer = self.expl_behavior.act(world, state, explorer, mode)
         else:
             action, task = self.behavior.act(world, state, task, mode)
@@ -309,9 +319,9 @@ def make_optimizer(nets, config):
         opt = LaProp({name: param for param, name in names.items()}, **config.opt.to_dict())
         return with_learned_rates(opt, nets, names, config.meta)
     modules = {"model": nets["world"], **nets["behavior"].optimized()}
-    if "explorer" in nets:
-        own = nets["expl_behavior"].optimized().items()
-        modules |= {"expl_model": nets["explorer"], **{f"expl_{group}": module for group, module in own}}
+    explorers = nn.ModuleDict({name: nets[name] for name in ("explorer", "intrinsic") if name in nets})
+    own = nets["expl_behavior"].optimized().items() if "expl_behavior" in nets else ()
+    modules |= {"expl_model": explorers, **{f"expl_{group}": module for group, module in own}}
     groups = {g: {names[p]: p for p in module.parameters() if p in names} for g, module in modules.items()}
     groups = {group: params for group, params in groups.items() if params}  # an explorer may only count
     sections = {"model": config.model_opt, "critic": config.critic_opt, "expl_model": config.expl_opt}
@@ -343,12 +353,6 @@ def make_meta(behavior, config, device):
 ADAMS = {"adam": Adams, "tf_adam": TFAdams}
 
 
-def mixed_rewards(intrinsic, task, scales, rollout):
-    """Weighted sum (H + 1, N) of intrinsic rewards {name: function of a Rollout} and of the task's, by two scales."""
-    first, *rest = [scales[0] * reward(rollout) for reward in intrinsic.values()]
-    return sum([*rest, scales[1] * task(rollout)] if scales[1] else rest, first)
-
-
 def restart(first, fresh, leaf):
     """A leaf (N, ...) of a carry, fresh where an episode starts."""
     return torch.where(first.view(-1, *[1] * (leaf.ndim - 1)), fresh, leaf)
@@ -361,7 +365,7 @@ def summarize(outs, behavior, expl_behavior):
     metrics |= behavior.metrics(outs["imagined"])
     if expl_behavior:
         metrics |= {f"expl_{name}": value for name, value in expl_behavior.metrics(outs["expl_imagined"]).items()}
-    return metrics
+    return metrics | outs["shares"] | {f"intrinsic/{name}": x.mean() for name, x in outs.get("explorers", {}).items()}
 
 
 def joined(losses, more):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 
+from behaviors.separate import SeparateCritics
+from exploration import Rewards
 from models import Rollout, WorldModel
 from networks import State
 
@@ -56,11 +59,12 @@ class Behavior(Protocol):
         world: WorldModel,
         rollout: Rollout | None,
         batch: Mapping[str, torch.Tensor],
-        rewards: Callable[[Rollout], torch.Tensor],
+        rewards: Rewards,
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Return losses {name: (H or fewer, N)} of the imagined trajectories, and {name: tensor} for metrics.
 
-        They are joined with the world model's in one backward pass. `rewards` gives (H + 1, N), on arriving.
+        They are joined with the world model's in one backward pass. `rewards(rollout)` is (H + 1, N), on arriving;
+        it has its parts by name, the task's `extr` among them.
         """
 
     def replay_losses(
@@ -68,7 +72,8 @@ class Behavior(Protocol):
     ) -> dict[str, torch.Tensor]:
         """Return losses {name: (B, ...)} of the replayed states (B, T, ...), which carry gradient.
 
-        outs: the second of what `losses` returned.
+        batch: its `reward` is the weighted sum of all rewards; where these are several, `rewards` {name: (B, T)} has
+        each of them. outs: the second of what `losses` returned.
         """
 
     def metrics(self, outs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -78,13 +83,24 @@ class Behavior(Protocol):
         """Do what follows the gradient step: slow critics, or epochs of an optimizer of the behavior's own."""
 
 
-def make_behavior(name: str, feat_size: int, act_spec: Any, config: Any) -> Behavior:
+def make_behavior(name: str, feat_size: int, act_spec: Any, config: Any, rewards: Rewards | None = None) -> Behavior:
     """Return the `Behavior` of a name; an actor_critic whose `actor.grad` asks for the dynamics is DynamicsBehavior.
 
     Args:
       feat_size: width of the features; act_spec: ActionSpec; config: the whole configuration.
+      rewards: what it will seek; if these are several, each may have a critic of its own (`expl_critics`), and what
+        plans is told of them here.
     """
     if name == "actor_critic" and config.actor.grad != "reinforce":
         name = "dynamics"
     module, kind = BEHAVIORS[name]
-    return getattr(importlib.import_module(module), kind)(feat_size, act_spec, config)
+    make = functools.partial(getattr(importlib.import_module(module), kind), feat_size, act_spec, config)
+    behavior = make()
+    if rewards is None or len(rewards.parts) == 1:
+        return behavior
+    if not behavior.optimized():
+        behavior.rewards = rewards
+    elif config.expl_critics == "separate":
+        names = [part for part in rewards.parts if rewards.scales[part]]
+        return SeparateCritics(dict(zip(names, [behavior, *(make() for _ in names[1:])], strict=True)), rewards.scales)
+    return behavior

@@ -3,6 +3,7 @@
 import torch
 import torch.nn as nn
 
+from models import Rollout
 from networks import feature
 from ops.distributions import one_hot
 from ops.random import randn
@@ -27,6 +28,7 @@ class CEM(nn.Module):
         if c.elites > c.candidates:
             raise UserError(f"--cem.elites {c.elites} are more than --cem.candidates {c.candidates}")
         self.horizon, self.iterations, self.candidates, self.elites = c.horizon, c.iterations, c.candidates, c.elites
+        self.rewards = None  # those that plans are made for when data is collected, if there are more than the task's
 
     def optimized(self):
         """There is nothing to optimize."""
@@ -40,14 +42,22 @@ class CEM(nn.Module):
         return ()
 
     def act(self, world, state, carry, mode):
-        """Choose the first actions (N, A) of the plans from posterior states (N, ...), whatever the mode."""
+        """Choose the first actions (N, A) of the plans from posterior states (N, ...).
+
+        Plans are for the task's reward, and for intrinsic ones only where data is collected.
+        """
         start = state.map(lambda x: x.repeat_interleave(self.candidates, 0))
         shape = (self.horizon, len(state.deter), self.candidates, self.spec.size)
 
         def score(plans):
             """Plans (H, N, J, A) -> the sum of the rewards along each of them (N, J)."""
-            states, _ = world.rssm.imagine(start, self.native(plans).flatten(1, 2), self.horizon)
-            return world.reward(feature(states.map(lambda x: x[1:]))).mode().sum(0).view(shape[1:3])
+            actions = self.native(plans).flatten(1, 2)
+            states, _ = world.rssm.imagine(start, actions, self.horizon)
+            if self.rewards and mode in ("noisy", "explore"):
+                reward = self.rewards(Rollout(states, actions, feature(states)))[1:]
+            else:
+                reward = world.reward(feature(states.map(lambda x: x[1:]))).mode()
+            return reward.sum(0).view(shape[1:3])
 
         plan = search(score, shape, self.iterations, self.elites, state.deter.device)
         return self.native(plan[0]), carry

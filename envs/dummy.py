@@ -13,10 +13,14 @@ from envs.wrappers import ActionRepeat, flags
 
 
 def make(task: str, config: Any, place: Place) -> Env:
-    """Make `vector`, `discrete`, `pixels`, `multi`, `maze`, or one of envs/dummy_told.py. UserError for any other."""
-    from envs.dummy_told import of_mode  # which builds on this file
+    """Make `vector`, `discrete`, `pixels`, `multi`, a `maze`, a `pinpad`, or one of envs/dummy_told.py.
 
-    tasks = {"vector": Vector, "discrete": Corridor, "pixels": Pixels, "multi": Multi, "maze": Maze}
+    Raises UserError for any other.
+    """
+    from envs.dummy_told import of_mode  # these two build on this file
+    from envs.pinpad import PINPADS
+
+    tasks = {"vector": Vector, "discrete": Corridor, "pixels": Pixels, "multi": Multi, **MAZES, **PINPADS}
     tasks |= of_mode(place.mode)
     if task not in tasks:
         raise unknown("dummy task", task, tasks)
@@ -178,21 +182,28 @@ class Multi(Dummy):
         return self._square(size, *(self._point + 1) / 2)
 
 
+MOVES = ((-1, 0), (0, 1), (1, 0), (0, -1), (0, 0))  # (down, right): up, right, down, left, stay
+
+
 class Maze(Dummy):
     """Four rooms behind doors: go up, right, down or left, from one corner to the only reward, in the opposite one.
 
     `position` (2,) in [-1, 1] is where one stands. `log_cells` counts the distinct cells that this environment has
     ever seen visited, of `cells`: it tells how well somebody explores.
+
+    Attributes:
+      actions: the first so many of MOVES.
     """
 
     length = 60
     size = 19
     cells = 9 * 9 * 4 + 4
+    actions = 4
 
     def __init__(self, rng: np.random.Generator, size: tuple[int, int]):
         super().__init__(rng, size)
         self.obs_space = {"position": spaces.Box(-1, 1, (2,))}
-        self.act_space = {"action": spaces.Discrete(4)}
+        self.act_space = {"action": spaces.Discrete(self.actions)}
         middle, quarter = self.size // 2, self.size // 4
         self._free = np.ones((self.size, self.size), bool)
         self._free[middle] = self._free[:, middle] = False
@@ -200,15 +211,26 @@ class Maze(Dummy):
             self._free[middle, door] = self._free[door, middle] = True
         self._seen = np.zeros_like(self._free)
 
+    def move(self, place: tuple[int, int], action: int) -> tuple[int, int]:
+        """Return the cell (row, column) where an action leads."""
+        down, right = MOVES[action]
+        row, column = place[0] + down, place[1] + right
+        inside = min(row, column) >= 0 and max(row, column) < self.size
+        return (row, column) if inside and self._free[row, column] else place
+
+    def reachable(self, place: tuple[int, int], steps: int) -> int:
+        """Return how many cells sequences of so many actions lead to; its logarithm is the empowerment of a cell."""
+        ends = {place}
+        for _ in range(steps):
+            ends = {self.move(end, action) for end in ends for action in range(self.actions)}
+        return len(ends)
+
     def _start(self):
         self._place = (0, 0)
         self._seen[self._place] = True
 
     def _act(self, action):
-        down, right = ((-1, 0), (0, 1), (1, 0), (0, -1))[action["action"]]
-        place = self._place[0] + down, self._place[1] + right
-        if min(place) >= 0 and max(place) < self.size and self._free[place]:
-            self._place = place
+        self._place = self.move(self._place, int(action["action"]))
         self._seen[self._place] = True
         arrived = self._place == (self.size - 1, self.size - 1)
         return float(arrived), arrived
@@ -223,3 +245,50 @@ class Maze(Dummy):
         top, left = (8 * x for x in self._place)
         image[top : top + 8, left : left + 8] = 255
         return image
+
+
+class FiveMaze(Maze):
+    """The maze with a fifth action, to stay: a cell's empowerment is log 5, 4 or 3 by its open neighbors."""
+
+    actions = 5
+
+
+class NoisyTV(FiveMaze):
+    """The maze with a television in a corner of the first room: `screen` (8,) shows noise there, and else zeros.
+
+    What it shows cannot be predicted and tells nothing. `log_tv` is the share of all steps that were spent there.
+    """
+
+    television = (0, 8)
+
+    def __init__(self, rng: np.random.Generator, size: tuple[int, int]):
+        super().__init__(rng, size)
+        self.obs_space["screen"] = spaces.Box(-1, 1, (8,))
+        self._screen, self._watched, self._all = self._noise(), 0, 0
+
+    def _noise(self):
+        return self._rng.uniform(-1, 1, 8).astype(np.float32)
+
+    def _act(self, action):
+        self._change(action["action"])
+        result = super()._act(action)
+        self._watched, self._all = self._watched + (self._place == self.television), self._all + 1
+        return result
+
+    def _change(self, action):
+        self._screen = self._noise()
+
+    def _observe(self):
+        shown = self._screen if self._place == self.television else np.zeros_like(self._screen)
+        return {**super()._observe(), "screen": shown, "log_tv": np.float32(self._watched / max(self._all, 1))}
+
+
+class RemoteTV(NoisyTV):
+    """The same with a remote control: in front of the television staying there changes what it shows, at random."""
+
+    def _change(self, action):
+        if action == 4 and self._place == self.television:
+            self._screen = self._noise()
+
+
+MAZES = {"maze": Maze, "maze_stay": FiveMaze, "maze_tv": NoisyTV, "maze_remote": RemoteTV}

@@ -308,6 +308,6 @@ def test_an_observation_may_not_take_the_name_of_a_loss(name):
 
 def test_an_explorers_loss_may_not_replace_an_observations():
     agent = make_agent("proprio", "--expl_behavior", "plan2explore")
-    agent.explorer.losses = lambda world, states, batch: {"height": batch["reward"]}
+    agent.explorer.losses = lambda world, states, batch: ({"height": batch["reward"]}, {})
     with pytest.raises(UserError, match="observation height"):
         agent.loss(make_batch("proprio"), initial(agent))

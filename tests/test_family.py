@@ -12,8 +12,7 @@ import torch.nn as nn
 from gymnasium.spaces import Box
 
 import dreamer
-from agents.dreamer import mixed_rewards
-from exploration import SPREADS
+from exploration import SPREADS, explorer_rewards
 from models import Rollout
 from ops.distributions import HALF_LOG_2PI
 from ops.optim import Adams, TFAdams
@@ -398,9 +397,9 @@ def test_disagreement_is_the_variance_on_arriving_and_the_scales_weigh_the_rewar
     torch.testing.assert_close(agent.explorer.disagreement(rollout)[1:], stddev[1:].log())
     agent.explorer.spread, agent.explorer.log = SPREADS["variance"], False
     agent.world.rewards = lambda rollout: torch.full((4, 2), 2.0)
-    total = mixed_rewards(agent.explorer.rewards(), agent.world.rewards, (2.0, 3.0), rollout)
-    torch.testing.assert_close(total, 2 * novelty + 6)
-    assert agent.expl_rewards.args[2] == (2.0, 3.0)
+    assert agent.expl_rewards.scales == {"disag": 2.0, "extr": 3.0}
+    rewards = explorer_rewards(agent.world, agent.explorer, make_config("dreamerv1", EXPLORE | scales))
+    torch.testing.assert_close(rewards(rollout), 2 * novelty + 6)
 
 
 def test_the_2023_form_rewards_the_standard_deviation_of_its_models():
@@ -409,7 +408,7 @@ def test_the_2023_form_rewards_the_standard_deviation_of_its_models():
     predicted = agent.explorer.predict(feat[:-1], actions)
     expected = predicted.std(0, unbiased=False).mean(-1)
     torch.testing.assert_close(agent.explorer.disagreement(Rollout(None, actions, feat))[1:], expected)
-    assert agent.expl_rewards.args[2] == (0.1, 1.0)
+    assert agent.expl_rewards.scales == {"disag": 0.1, "extr": 1.0}
     assert [group["eps"] for group in agent.opt.adams["expl_model"].param_groups] == [5e-6]
 
 

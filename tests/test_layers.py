@@ -17,6 +17,7 @@ LAYERS = [
     {"specs", "ops"},
     {"replay", "modalities", "networks"},
     {"training", "envs", "models"},
+    {"explorers"},
     {"exploration"},
     {"behaviors"},
     {"agents", "sweeps"},

@@ -18,9 +18,11 @@ SIZES = re.compile(  # keys that the shapes of networks depend on
     r"agent|size|frame_stack|encoder\.(layers|units|cnn|depth|mults|kernel)|rssm\.(deter|hidden|stoch|classes|blocks)"
     r"|rssm\.\w+_layers|decoder\.(layers|units|cnn|depth|mults|kernel|blocks)|(reward|cont)_head\.(layers|units|bins)"
     r"|(actor|critic)\.(layers|units|bins)|disag_(models|layers|units)"
+    r"|(icm|rnd|empowerment)\.(layers|width|features|steps)"
 )
 PARTS = re.compile(  # and those that their parts depend on
-    r"norm|behavior|expl_behavior|optimizer|encoder\.\w+_keys|rssm\.(cell|latent|initial)|cont_head\.use|\w+\.dist"
+    r"norm|behavior|expl_behavior|intrinsic|expl_critics|optimizer|encoder\.\w+_keys|rssm\.(cell|latent|initial)"
+    r"|cont_head\.use|\w+\.dist"
 )
 PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 NAMED = 8  # changed keys that a line names

@@ -1,0 +1,61 @@
+"""Running statistics by which rewards and inputs of explorers are scaled. They are tensors and change in place."""
+
+import torch
+import torch.nn as nn
+
+
+class Moments(nn.Module):
+    """Mean and variance of all that was seen, every number as important as any other (Chan et al., 1979).
+
+    Args:
+      shape: of one sample.
+    """
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("var", torch.ones(shape))  # until something was seen
+
+    @torch.no_grad()
+    def add(self, samples):
+        """Fold in samples (n, *shape)."""
+        size, mean, var = len(samples), samples.mean(0), samples.var(0, correction=0)
+        known, total = self.count / (self.count + size), self.count + size
+        delta = mean - self.mean
+        self.var.copy_(known * self.var + (1 - known) * var + known * (1 - known) * delta.square())
+        self.mean.add_(delta * (1 - known))
+        self.count.copy_(total)
+
+    def std(self):
+        """Return the standard deviation (*shape), a tensor of its own."""
+        return self.var.sqrt()
+
+
+class ReturnScale(nn.Module):
+    """The standard deviation of a reward's discounted sum, by which the reward is divided.
+
+        sum[t] = discount sum[t-1] + reward[t]
+
+    Of large-scale-curiosity (arXiv:1808.04355: RewardForwardFilter and RunningMeanStd), where no mean is subtracted and
+    the sum goes on through the ends of episodes. There it runs along the environments' steps; here it begins anew with
+    each replayed sequence, so that it stays away from zero where the reward is constant.
+
+    Args:
+      discount: of a step.
+    """
+
+    def __init__(self, discount):
+        super().__init__()
+        self.discount = discount
+        self.moments = Moments()
+
+    @torch.no_grad()
+    def forward(self, reward):
+        """Fold in rewards (B, T); return them divided by the scale."""
+        total, totals = torch.zeros_like(reward[:, 0]), []
+        for step in reward.unbind(1):
+            total = self.discount * total + step
+            totals.append(total)
+        self.moments.add(torch.stack(totals, 1).flatten())
+        return reward / self.moments.std().clamp(min=1e-8)
