@@ -315,9 +315,20 @@ def observation(key, policy):
         layout += f"; the last {frames} frames along the channels, the oldest first" if frames > 1 else ""
         resized = own and list(seen.shape[:2]) not in (own["shape"][:2], own["shape"][1:])
         return about | {"layout": layout + ("; resized by averaging areas" if resized else "")}
+    if seen.kind == "text":
+        return about | text(seen, policy.config.text)
+    if seen.kind == "audio":
+        return about | {"low": -1, "high": 1, "layout": "samples, channels; bytes as (byte - 128) / 128"}
     if seen.classes:
         return about | {"low": 0, "high": [size - 1 for size in seen.classes], "layout": "integers from 0 on, flat"}
     return about | {"low": None, "high": None, "layout": "numbers as the environment gives them, flat"}
+
+
+def text(seen, config):
+    """Say what the token ids of a text are."""
+    words = "index in text.embeddings + 2, one for a text" if config.embeddings else "byte of UTF-8 + 2"
+    words = f"id of {config.tokenizer} + 2" if config.tokenizer else words
+    return {"low": 0, "high": seen.classes[0] - 1, "layout": f"token ids: {words}; 1 ends a text, 0 behind it"}
 
 
 def action(value, key, policy, count):

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from gymnasium.spaces import Text
 from torch.utils._pytree import tree_leaves
 
 from agents import make_agent
 from agents.acting import certain
 from agents.older import read_specs
 from envs.spaces import Converter
+from specs import presence
 from tools import UserError
 from training.checkpoint import checkpoint_file, load_agent_state, load_checkpoint
 from training.config import CONFIGS, load_config
@@ -45,21 +47,24 @@ class Policy:
       path: of the checkpoint; steps: agent steps that it had seen.
     Attributes:
       converter: `envs.spaces.Converter`, or None if the spaces are not known.
+      flags: {observation that says whether another is there: that one}.
     """
 
     def __init__(self, agent, config, own=None, path=None, steps=None):
         self.agent, self.obs_spec, self.act_spec = agent, agent.obs_spec, agent.act_spec
         self.config, self.own, self.path, self.steps = config, own, path, steps
         self.converter = Converter(own, config) if own else None
+        self.flags = {presence(key): key for key in self.obs_spec if presence(key) in self.obs_spec}
 
     def act(self, obs, state=None, mode="mode"):
         """Choose actions for a batch of environments, or for a single one.
 
         Args:
           obs: {key: (N, ...)} arrays, or {key: (...)} of a single environment, as the environment gives them, for each
-            key that the agent was trained on; nested dicts and tuples as well, and images also as the agent sees them.
-            Other keys are ignored. `is_first` (N,) or () says where an episode starts; left out, one starts everywhere
-            if `state` is None, and nowhere else.
+            key that the agent was trained on; nested dicts and tuples as well, texts as strings or lists of them, and
+            images also as the agent sees them. What may be missing may be left out, or None. Other keys are ignored.
+            `is_first` (N,) or () says where an episode starts; left out, one starts everywhere if `state` is None, and
+            nowhere else.
           state: what the last call returned, or None.
           mode: "mode" for the most likely latent and action, so that the same observations lead to the same actions; or
             "sample" to draw both.
@@ -91,10 +96,12 @@ class Policy:
     def batch(self, obs, is_first):
         """Return observations as the agent sees them, with a batch axis and is_first, and True if they had none."""
         leaves = flat(obs) if isinstance(obs, Mapping) or hasattr(obs, "keys") else {}
-        if not leaves.keys() >= self.obs_spec.keys():
+        wanted = self.obs_spec.keys() - self.flags.keys()  # flags are made here, if they are not given
+        there = {key for key in wanted if leaves.get(key) is not None}
+        if wanted - there - set(self.flags.values()) or not there:
             found = sorted(leaves) if leaves else type(obs).__name__
-            raise Unfit(f"expected an observation with the keys {sorted(self.obs_spec)}, got {found}")
-        arrays = {key: numbers(key, leaves[key]) for key in self.obs_spec}
+            raise Unfit(f"expected an observation with the keys {sorted(wanted)}, got {found}")
+        arrays = {key: numbers(key, leaves[key], self.obs_spec[key].kind) for key in self.obs_spec if key in there}
         singles = {key: self.is_single(key, value) for key, value in arrays.items()}
         single = all(singles.values())
         if any(singles.values()) != single:
@@ -108,6 +115,10 @@ class Policy:
             raise Unfit(f"expected as many of each observation and of is_first, got {leads}")
         count = 1 if single else lead[0]
         items = [{key: value if single else value[i] for key, value in arrays.items()} for i in range(count)]
+        for flag, key in self.flags.items():  # what is said to be missing, or not given, is None
+            said = np.broadcast_to(np.asarray(leaves.get(flag, key in there)).astype(bool), lead or (1,))
+            for item, known in zip(items, said, strict=True):
+                item[key] = item[key] if known and key in there else None
         plain = [self.plain(item) for item in items]
         return {
             **{key: np.stack([item[key] for item in plain]) for key in self.obs_spec},
@@ -120,7 +131,7 @@ class Policy:
         if not self.converter:
             return [() if len(seen.classes) == 1 else seen.shape]
         own, plain = self.converter.obs_space[key], self.converter.plain_space[key]
-        return [own.shape, *([plain.shape] if seen.kind == "image" else [])]
+        return [own.shape or (), *([plain.shape] if seen.kind == "image" else [])]
 
     def is_single(self, key, value):
         """True if an array is one observation of a key, False if it is a batch of them. Raises Unfit otherwise."""
@@ -134,19 +145,28 @@ class Policy:
 
     def plain(self, item):
         """Carry one observation of each key to what the agent sees, one frame of it. Raises Unfit where it cannot."""
-        for key, value in item.items():
+        given = {key: value for key, value in item.items() if value is not None}
+        for key, value in given.items():
             check_values(key, value, self.obs_spec[key], self.converter and self.converter.obs_space[key])
         if not self.converter:
-            return {key: np.asarray(value, np.float32) if self.is_float(key) else value for key, value in item.items()}
-        seen = {key: value for key, value in item.items() if value.shape != self.converter.obs_space[key].shape}
+            return self.bare(item)
+        spaces = self.converter.obs_space
+        seen = {key: value for key, value in given.items() if value.shape != (spaces[key].shape or ())}
         own = {key: value for key, value in item.items() if key not in seen}
         try:
             return {**self.converter.plain(own), **seen}
         except UserError as error:
             raise Unfit(str(error)) from None
 
-    def is_float(self, key):
-        return self.obs_spec[key].kind == "vector" and not self.obs_spec[key].classes
+    def bare(self, item):
+        """Do what `plain` does where the environment's own spaces are not known: arrays are taken as they are."""
+        plain = {flag: np.int32(item[key] is not None) for flag, key in self.flags.items()}
+        for key, value in item.items():
+            seen = self.obs_spec[key]
+            value = np.zeros(seen.shape, np.int32 if seen.classes else np.float32) if value is None else value
+            is_float = not seen.classes and (seen.kind == "vector" or value.dtype.kind == "f")
+            plain[key] = np.asarray(value, np.float32) if is_float else value
+        return plain
 
     def stacked(self, batch, frames):
         """Return a batch whose images are the last ones along the channels, and these alone {key: (N, ...)}.
@@ -178,19 +198,25 @@ def flat(tree, path=""):
     }
 
 
-def numbers(key, value):
-    """Return an array. Raises Unfit for what are no numbers."""
+def numbers(key, value, kind):
+    """Return an array. Raises Unfit for what are no numbers, and no text where the kind of observation is text."""
     try:
         array = np.asarray(value)
     except ValueError:  # of lists of several lengths
         array = np.array(None)
-    if array.dtype.kind not in "biuf":
-        raise Unfit(f"observation {key}: expected an array of numbers, got {type(value).__name__}")
+    if array.dtype.kind not in ("biufU" if kind == "text" else "biuf"):
+        wanted = "text" if kind == "text" else "an array of numbers"
+        raise Unfit(f"observation {key}: expected {wanted}, got {type(value).__name__}")
     return array
 
 
 def check_values(key, value, seen, own):
-    """Raise Unfit for numbers that are no such observation. own: the environment's space, or None."""
+    """Raise Unfit for what is no such observation. own: the environment's space, or None."""
+    if isinstance(own, Text) != (value.dtype.kind == "U"):
+        wanted = "text" if isinstance(own, Text) else "numbers"
+        raise Unfit(f"observation {key}: expected {wanted}, got {value.dtype}")
+    if value.dtype.kind == "U":
+        return
     whole = (seen.kind == "image" and (own is None or own.dtype.kind in "iu")) or bool(seen.classes)
     if whole and value.dtype.kind == "f":
         raise Unfit(f"observation {key}: expected integers, got {value.dtype}")
@@ -200,6 +226,8 @@ def check_values(key, value, seen, own):
         low, high = (0, 255) if seen.kind == "image" else (0, np.array(seen.classes) - 1)
         if seen.classes and own is not None and hasattr(own, "start"):
             low, high = own.start, own.start + (own.n if hasattr(own, "n") else own.nvec) - 1
+        if own is not None and seen.kind == "text":  # bytes
+            high = 255
         if (value < low).any() or (value > high).any():
             raise Unfit(
                 f"observation {key}: expected integers from {low} to {high}, got {value.min()} to {value.max()}"

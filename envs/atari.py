@@ -16,8 +16,10 @@ from gymnasium import spaces
 from envs.env import Env, Place
 from envs.errors import unknown
 from envs.wrappers import flags
+from specs import tagged
 
 NOOP = ale_py.Action.NOOP
+SAMPLES, SILENT = 512, 128  # of a frame's sound, bytes: 30,720 in a second
 
 
 def make(task: str, config: Any, place: Place) -> Env:
@@ -47,6 +49,8 @@ class Atari:
         lives: what losing one of several lives is: nothing ("unused"), a terminal state in the middle of the
           episode ("discount"), or a terminal end of the episode ("reset"), after which the game goes on.
         limit: frames of a game, not counting no-ops, after which time is out.
+        sound: whether there is a `sound`, too: that of the frames of a step, one behind the other, silence where it
+          has fewer; at the start of an episode that of one frame, the last.
     """
 
     def __init__(self, game: str, protocol: Any, repeat: int, seed: int):
@@ -60,6 +64,7 @@ class Atari:
         self._ale = ale = ale_py.ALEInterface()
         ale.setInt("random_seed", seed)
         ale.setFloat("repeat_action_probability", protocol.sticky)
+        ale.setBool("sound_obs", protocol.sound)
         ale.loadROM(roms.get_rom_path(game))  # settings count from here
         self._actions = ale.getLegalActionSet() if protocol.actions == "all" else ale.getMinimalActionSet()
         self._screen = ale.getScreenGrayscale if protocol.gray else ale.getScreenRGB
@@ -67,9 +72,13 @@ class Atari:
         self._before, self._now, self._image = np.zeros((3, *shape), np.uint8)
         self._goes_on = False  # whether the next episode is the next life of this game
         self.obs_space = {"image": spaces.Box(0, 255, shape, np.uint8)}
+        self._sound = np.full(repeat * SAMPLES, SILENT, np.uint8) if protocol.sound else None
+        if protocol.sound:
+            self.obs_space["sound"] = tagged(spaces.Box(0, 255, (repeat * SAMPLES,), np.uint8), "audio")
         self.act_space = {"action": spaces.Discrete(len(self._actions))}
 
     def reset(self):
+        self._hush()
         if self._goes_on:
             self._ale.act(NOOP)
             self._frames += 1
@@ -84,13 +93,16 @@ class Atari:
                 self._look()
         self._goes_on = False
         self._lives = self._ale.lives()
+        self._listen(self._repeat - 1)
         return self._observe(flags(is_first=True))
 
     def step(self, action):
         act = self._actions[action["action"]]
         reward = 0
+        self._hush()
         for left in reversed(range(self._repeat)):
             reward += self._ale.act(act)
+            self._listen(self._repeat - 1 - left)
             self._frames += 1
             over = self._ale.game_over()
             died = self._lives_count and self._lost_life()
@@ -122,5 +134,14 @@ class Atari:
         self._before, self._now = self._now, self._before
         self._screen(self._now)
 
+    def _hush(self):
+        if self._sound is not None:
+            self._sound.fill(SILENT)
+
+    def _listen(self, frame):
+        if self._sound is not None:
+            self._sound[frame * SAMPLES : (frame + 1) * SAMPLES] = self._ale.getAudio()
+
     def _observe(self, signals):
-        return {"image": np.maximum(self._before, self._now, out=self._image), **signals}
+        heard = {} if self._sound is None else {"sound": self._sound}
+        return {"image": np.maximum(self._before, self._now, out=self._image), **heard, **signals}

@@ -9,7 +9,7 @@ from gymnasium import spaces
 
 from envs.env import Env, Place
 from envs.errors import unknown
-from envs.wrappers import flags
+from envs.wrappers import flags, is_kept
 
 CORE = (
     "lt_chasm",
@@ -57,6 +57,9 @@ DMLAB30 = (
     "skymaze_irreversible_path_hard",
     "skymaze_irreversible_path_varied",
 )
+
+INSTRUCTION = "INSTR"  # the observation of the levels whose names begin with language_
+LONGEST = 1024  # characters of it
 
 # What IMPALA (arXiv:1802.01561) tests under: what levels hold out of training, in an order of their own.
 HELD_OUT = {"allowHoldOutLevels": "true", "mixerSeed": str(0x600D5EED)}
@@ -110,23 +113,27 @@ def make(task: str, config: Any, place: Place) -> Env:
     script, settings = tasks[task]
     height, width = config.size
     settings = {"height": str(height), "width": str(width), "logLevel": "WARN", **settings}
-    lab = deepmind_lab.Lab(script, ["RGB_INTERLEAVED"], config=settings)
-    return DMLab(lab, (height, width), config.action_repeat, np.random.default_rng(place.seed))
+    told = task.startswith("language_") and is_kept(config.encoder, "instruction", "text")
+    lab = deepmind_lab.Lab(script, ["RGB_INTERLEAVED", *[INSTRUCTION] * told], config=settings)
+    return DMLab(lab, (height, width), config.action_repeat, np.random.default_rng(place.seed), told)
 
 
 class DMLab:
-    """A level, seen by its `image` alone: the instructions of the language levels are text, which no model reads.
+    """A level, seen by its `image`, and by its `instruction` if one is told: in the language levels.
 
     Episodes end when the level's time is up: a time-out, never a terminal state. (The released code of DreamerV3
     calls it terminal, its option `episodic`.)
     """
 
-    def __init__(self, lab: Any, size: tuple[int, int], repeat: int, rng: np.random.Generator):
+    def __init__(self, lab: Any, size: tuple[int, int], repeat: int, rng: np.random.Generator, told: bool = False):
         self._lab = lab
         self._repeat = repeat
         self._rng = rng
         self._image = np.zeros((*size, 3), np.uint8)
-        self.obs_space = {"image": spaces.Box(0, 255, self._image.shape, np.uint8)}
+        self.obs_space: dict[str, spaces.Space] = {"image": spaces.Box(0, 255, self._image.shape, np.uint8)}
+        self._told = {"instruction": ""} if told else {}
+        if told:
+            self.obs_space["instruction"] = spaces.Text(LONGEST, min_length=0)
         self.act_space = {"action": spaces.Discrete(len(ACTIONS))}
 
     def reset(self):
@@ -147,5 +154,9 @@ class DMLab:
 
     def _observe(self, reward=0.0, is_first=False, is_last=False):
         if not is_last:  # a level that has ended shows nothing more: its last picture stays
-            self._image = self._lab.observations()["RGB_INTERLEAVED"]
-        return {"image": self._image, **flags(reward, is_first, is_last)}
+            shown = self._lab.observations()
+            self._image = shown["RGB_INTERLEAVED"]
+            if self._told:
+                words = shown[INSTRUCTION]
+                self._told = {"instruction": words.decode() if isinstance(words, bytes) else str(words)}
+        return {"image": self._image, **self._told, **flags(reward, is_first, is_last)}

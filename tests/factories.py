@@ -318,8 +318,10 @@ def check_conformance(env, steps=60):
 
 
 def check_value(space, value):
-    if kind_of(space) == "image":
-        assert value.dtype == np.uint8 and value.shape == space.shape and value.flags.c_contiguous
+    kind = kind_of(space)
+    if kind in ("image", "audio"):
+        assert value.dtype == space.dtype and value.shape == space.shape and value.flags.c_contiguous
+        assert value.dtype == np.uint8 or (kind == "audio" and value.dtype == np.float32 and np.isfinite(value).all())
     elif isinstance(space, spaces.Box):
         assert space.dtype == value.dtype == np.float32 and value.shape == space.shape and len(value.shape) == 1
         assert np.isfinite(value).all()

@@ -26,7 +26,15 @@ NOOP, FIRE, RIGHT = 0, 1, 3  # among all 18 actions
 
 def make_atari_config(game, action_repeat=4, size=(64, 64), **changes):
     """Return a configuration without randomness, unless `changes` add it."""
-    protocol = {"sticky": 0.0, "noops": 0, "actions": "all", "gray": True, "lives": "unused", "limit": 108000}
+    protocol = {
+        "sticky": 0.0,
+        "noops": 0,
+        "actions": "all",
+        "gray": True,
+        "lives": "unused",
+        "limit": 108000,
+        "sound": False,
+    }
     protocol = SimpleNamespace(**{**protocol, **changes})
     return make_config(f"atari_{game}", action_repeat=action_repeat, size=size, atari=protocol)
 

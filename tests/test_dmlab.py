@@ -43,7 +43,8 @@ class Lab:
     def observations(self):
         assert self.is_running(), "RuntimeError: Environment in wrong status for call to observations()"
         shape = int(self.config["height"]), int(self.config["width"]), 3
-        return {name: np.full(shape, 10 + self.frame, np.uint8) for name in self.names}
+        shown = {name: np.full(shape, 10 + self.frame, np.uint8) for name in self.names}
+        return shown | ({"INSTR": f"go on {self.frame}"} if "INSTR" in self.names else {})
 
     def step(self, action, num_steps=1):
         assert self.is_running(), "RuntimeError: Environment in wrong status for call to step()"

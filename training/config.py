@@ -43,6 +43,7 @@ RETIRED = {  # keys of older versions: their defaults
     "disag_action_cond": True,
     "loss_scales.disag": 1.0,
 }
+IMPLIED = {"encoder.text_keys": "", "encoder.audio_keys": ""}  # in runs of older versions, which did not have them
 SWITCHES = ("imag_weight", "actor.baseline", "critic.slow_target")
 SWITCHED = {  # behaviors that older versions chose by those three
     "dreamerv2": ("shifted", False, True),
@@ -142,6 +143,7 @@ def load_config(
     given: Leaves = _saved(schema.keys, saved, warn) if saved else []
     if (behavior := dict(given).get("behavior")) in VERSIONS:  # older ones name no version: this one's goes below
         values.append(("version", VERSIONS[behavior]))
+    values += _implied(schema.keys, given) if saved else []
     given += [leaf for file in own["config"] for leaf in _file(schema.keys, file)]
     return Config(merged(merged(schema.keys, values), given + flags, given=True))
 
@@ -166,6 +168,7 @@ def beside(config: Config, file: Path, warn: Callable[[str], None] = lambda line
     if not pathlib.Path(file).is_file():
         return config
     leaves = _saved(config._settings, file, warn)
+    leaves += _implied(config._settings, leaves)
     own = {*HERE, *config.explicit}
     return Config(
         merged(config._settings, [leaf for leaf in leaves if leaf[0] not in own and not related(leaf[0], own)])
@@ -411,6 +414,12 @@ def _saved(keys: Settings, file: Path, warn: Callable[[str], None]) -> Leaves:
     if lost:
         warn(f"{where}ignored keys that this version does not know: {', '.join(lost)}")
     return checked(keys, [leaf for leaf in leaves if leaf[0] not in lost], where)
+
+
+def _implied(keys: Settings, leaves: Leaves) -> Leaves:
+    """Return what keys meant that a run did not have yet."""
+    known = dict(leaves)
+    return [(name, value) for name, value in IMPLIED.items() if name in keys and name not in known]
 
 
 def _file(keys: Settings, file: Path) -> Leaves:

@@ -19,6 +19,8 @@ SIZES = re.compile(  # keys that the shapes of networks depend on
     r"|rssm\.\w+_layers|decoder\.(layers|units|cnn|depth|mults|kernel|blocks)|(reward|cont)_head\.(layers|units|bins)"
     r"|(actor|critic)\.(layers|units|bins)|disag_(models|layers|units)"
     r"|(icm|rnd|empowerment)\.(layers|width|features|steps)"
+    r"|encoder\.fusion|text\.(length|tokenizer|embeddings|layers|units|decoder|decoder_layers)"
+    r"|audio\.(depth|mults|kernel|stride|mel|window)"
 )
 PARTS = re.compile(  # and those that their parts depend on
     r"norm|behavior|expl_behavior|intrinsic|expl_critics|optimizer|encoder\.\w+_keys|rssm\.(cell|latent|initial)"

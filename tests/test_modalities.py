@@ -1,0 +1,455 @@
+"""Texts and sounds, by hand: what becomes of them, how they are encoded and decoded, and how kinds are joined."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from gymnasium.spaces import Box, Discrete
+
+from envs import make_env
+from envs.dummy_told import COLUMNS, CYCLES, ROWS, All, Instruction, Known, New, Tone
+from envs.spaces import describe, rebuild
+from modalities import kind_of, nets, obs_spec
+from modalities.audio import spectrum, strips
+from modalities.audio.nets import Waveform
+from modalities.joint import MultiEncoder
+from modalities.text import pages
+from modalities.text.nets import Autoregressive, AutoregressiveDecoder, Parallel, TextEncoder, ended
+from modalities.text.space import END, PAD, Tokens, read, vocabulary
+from ops.attention import Attention, masked_mean
+from ops.layers import Conv1d, ConvTranspose1d, Style
+from ops.random import drawing_from
+from specs import Observed, ObsSpec, tagged
+from tests.factories import Section, Toy, check_conformance, env_config, make_config, make_toy, one_line_error, play
+
+F32 = np.float32
+TEXT = Observed("text", (6,), (9,) * 6)
+WAVE = Observed("audio", (64, 1))
+
+
+def text_section(**changes):
+    return SimpleNamespace(**{"length": 6, "tokenizer": "", "embeddings": "", **changes})
+
+
+def said(text, **changes):
+    """Return the ids of a text as an environment gives it, and what is read of them."""
+    env = make_toy(Toy(spaces.Text(99), lambda step: text), text=text_section(**changes))
+    ids = env.reset()["text"]
+    assert env.obs_space["text"].contains(ids) and ids.dtype == np.int32
+    return ids.tolist(), read(ids, vocabulary(text_section(**changes)))
+
+
+# ---------------------------------------------------------------------------
+# Texts from an environment
+
+
+@pytest.mark.parametrize(
+    "text, ids, back",
+    [
+        ("go", [2 + 103, 2 + 111, END, PAD, PAD, PAD], "go"),
+        ("", [END, PAD, PAD, PAD, PAD, PAD], ""),
+        ("sixsix", [2 + ord(letter) for letter in "sixsix"], "sixsix"),
+        ("longer than the limit", [2 + ord(letter) for letter in "longer"], "longer"),
+        ("aaaaaé", [2 + 97] * 5 + [END], "aaaaa"),  # no half of a character
+        ("жж", [2 + byte for byte in "жж".encode()] + [END, PAD], "жж"),
+        ("\ud800", [2 + 63, END, PAD, PAD, PAD, PAD], "?"),
+    ],
+)
+def test_a_text_is_its_bytes_then_an_end_and_as_much_as_there_is_room_for(text, ids, back):
+    assert said(text) == (ids, back)
+
+
+def test_bytes_are_a_text_if_they_are_told_to_be():
+    ram = np.array([0, 1, 255, 7], np.uint8)
+    toy = Toy(Box(0, 255, (4,), np.uint8), lambda step: ram)
+    assert kind_of(make_toy(toy).obs_space["state"]) == "vector"
+    env = make_toy(toy, modalities=Section(state="text"))
+    assert env.reset()["state"].tolist() == [2, 3, 257, 9] and kind_of(env.obs_space["state"]) == "text"
+
+
+def test_a_tokenizer_from_a_file_gives_its_own_words(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.models.WordLevel({"go": 0, "left": 1, "?": 2}, unk_token="?")
+    tokenizer = tokenizers.Tokenizer(words)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    path = str(tmp_path / "tokenizer.json")
+    tokenizer.save(path)
+    assert said("go left", tokenizer=path) == ([2, 3, END, PAD, PAD, PAD], "go left")
+    assert said("налево go", tokenizer=path)[0][:3] == [4, 2, END]
+    (tmp_path / "other.json").write_text("{}")
+    for name, words in (("other.json", "expected a tokenizer.json"), ("none.json", "there is no such file")):
+        assert words in one_line_error(said_by(tokenizer=str(tmp_path / name)))
+
+
+def said_by(**changes):
+    return lambda: said("go", **changes)
+
+
+def test_sentences_of_a_file_are_known_by_their_vectors_which_stay_fixed(tmp_path):
+    path = str(tmp_path / "known.npz")
+    np.savez(path, sentences=np.array(["go left", "go right"]), vectors=np.eye(2, 3, dtype=F32))
+    assert said("go right", embeddings=path) == ([3, END], "go right")
+    assert "has no sentence 'go up', which was observed" in one_line_error(lambda: said("go up", embeddings=path))
+    encoder = nets("text").make_encoder(
+        {"text": Observed("text", (2,), (4, 4))}, make_config("--text.embeddings", path)
+    )
+    assert "embed.vectors" not in dict(encoder.named_parameters())
+    one, other = (encoder({"text": torch.tensor([[index, END]])}, torch.float32) for index in (2, 3))
+    assert not torch.equal(one, other)
+    np.savez(path + ".bad.npz", sentences=np.array([1.0]), vectors=np.eye(1))
+    assert "expected an .npz of sentences" in one_line_error(said_by(embeddings=path + ".bad.npz"))
+    np.savez(path + ".pickle.npz", sentences=np.array([{}], object), vectors=np.eye(1))
+    assert "expected an .npz of sentences" in one_line_error(said_by(embeddings=path + ".pickle.npz"))
+
+
+MISTAKES = {
+    "no text": (Toy(spaces.Text(9), lambda step: 3), {}, "'text' is a int where its space has text"),
+    "nothing": (Toy(spaces.Text(9), lambda step: None), {}, "'text' is None where its space has text"),
+    "not a number": (
+        Toy(Box(-1, 1, (8,)), lambda step: np.full(8, np.nan, F32)),
+        {"modalities": Section(state="audio")},
+        "'state' is not finite: nan (8 of 8 numbers)",
+    ),
+    "another length": (
+        Toy(Box(-1, 1, (8,)), lambda step: np.zeros(7, F32)),
+        {"modalities": Section(state="audio")},
+        "'state' has shape (7,) where its space has (8,)",
+    ),
+    "no such key": (Toy(spaces.Text(9)), {"modalities": Section(ram="text")}, "--modalities.ram: there is no such"),
+    "no such kind": (Toy(spaces.Text(9)), {"modalities": Section(text="smell")}, "expected one of vector, image"),
+    "no bytes": (Toy(Box(-1, 1, (8,))), {"modalities": Section(state="text")}, "text is a Text space or bytes"),
+    "no waveform": (Toy(Discrete(3)), {"modalities": Section(state="audio")}, "audio is a Box (n,) or (n, channels)"),
+    "no dict": (Toy(spaces.Text(9), metadata={"optional": ["text"]}), {}, "['optional'] text: there is no such"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_what_is_no_text_or_sound_is_one_line(name):
+    toy, changes, words = MISTAKES[name]
+    assert words in one_line_error(lambda: make_toy(toy, **changes).reset())
+
+
+def test_what_was_told_of_a_space_is_saved_with_it():
+    for space in (tagged(Box(-1, 1, (8,)), "audio", optional=True), spaces.Text(7, min_length=0)):
+        again = rebuild(describe(space))
+        assert describe(again) == describe(space) and kind_of(again) == kind_of(space)
+
+
+# ---------------------------------------------------------------------------
+# Sounds from an environment
+
+
+@pytest.mark.parametrize(
+    "space, value, heard",
+    [
+        (Box(0, 255, (4,), np.uint8), 128, 128),
+        (Box(-32768, 32767, (4,), np.int16), 16384, 0.5),
+        (Box(-1, 1, (4, 2)), 0.25, 0.25),
+        (Box(-np.inf, np.inf, (4,)), 3.0, 3.0),
+        (Box(-10, 10, (4,)), 5.0, 0.5),
+    ],
+)
+def test_a_waveform_keeps_its_bytes_and_is_else_scaled_from_its_bounds(space, value, heard):
+    toy = Toy(spaces.Dict(mic=space), lambda step: {"mic": np.full(space.shape, value, space.dtype)})
+    toy.metadata = {"modalities": {"mic": "audio"}}
+    env = make_toy(toy)
+    wave = env.reset()["mic"]
+    assert wave.shape == (4, 2 if len(space.shape) > 1 else 1) and wave.dtype == env.obs_space["mic"].dtype
+    np.testing.assert_allclose(wave, heard)
+
+
+def test_what_is_missing_is_none_or_left_out_and_an_integer_says_so():
+    space = spaces.Dict({"mic": Box(-1, 1, (4,)), "state": Box(-1, 1, (2,))})
+    given = [{"mic": np.ones(4, F32)}, {"mic": None}, {}]
+    toy = Toy(space, lambda step: {"state": np.zeros(2, F32), **given[step % 3]})
+    toy.metadata = {"modalities": {"mic": "audio"}, "optional": ["mic"]}
+    stream = play(make_toy(toy), 5)
+    assert [int(obs["mic/present"]) for obs in stream] == [1, 0, 0] * 2
+    assert [float(obs["mic"].sum()) for obs in stream] == [4, 0, 0] * 2
+
+
+# ---------------------------------------------------------------------------
+# Networks: attention and texts
+
+
+def test_attention_is_the_softmax_of_scaled_products():
+    torch.manual_seed(0)
+    attention, x, seen = Attention(4, 2, 3), torch.randn(2, 3, 4), torch.randn(2, 5, 3)
+    mask = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 0, 1]]).bool()
+    query, (key, value) = attention.query(x), attention.keyed(seen).chunk(2, -1)
+    heads = []
+    for part in (slice(0, 2), slice(2, 4)):
+        scores = query[..., part] @ key[..., part].transpose(1, 2) / math.sqrt(2)
+        heads.append(scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1) @ value[..., part])
+    torch.testing.assert_close(attention(x, seen, mask), attention.out(torch.cat(heads, -1)))
+    assert "3 attention heads do not divide 4 units" in one_line_error(lambda: Attention(4, 3))
+
+
+def test_the_embedding_of_a_text_is_the_mean_over_what_is_there():
+    x = torch.tensor([[[2.0], [4.0], [9.0]], [[1.0], [1.0], [1.0]]])
+    assert masked_mean(x, torch.tensor([[1, 1, 0], [0, 0, 0]]).bool()).tolist() == [[3.0], [0.0]]
+    torch.manual_seed(0)
+    encoder = TextEncoder({"a": TEXT}, make_config().text, "silu")
+    ids = torch.tensor([[5, 6, END, PAD, PAD, PAD], [PAD] * 6, [END, PAD, PAD, PAD, PAD, PAD]])
+    full = encoder({"a": ids}, torch.float32)
+    torch.testing.assert_close(encoder({"a": ids[:, :4]}, torch.float32), full)  # however much room there is
+    assert not full[1].any() and full[2].any()  # no text is not an empty one
+    other = encoder({"a": ids.flip(0)[:, [1, 0, 2, 3, 4, 5]]}, torch.float32)
+    assert not torch.allclose(other[2], full[0])  # the order counts
+
+
+@pytest.mark.parametrize("decoder", ["parallel", "autoregressive"])
+def test_every_parameter_of_a_text_has_a_gradient(decoder):
+    config = make_config("--text.decoder", decoder)
+    torch.manual_seed(0)
+    ids = torch.randint(2, 9, (2, 3, 6))
+    encoder = nets("text").make_encoder({"a": TEXT}, config)
+    head = nets("text").make_decoder({"a": TEXT}, encoder.size, 0, config)
+    embed = encoder({"a": ids.flatten(0, 1)}, torch.float32)
+    outs = head(embed, embed[:, :0])
+    loss = -head.dist("a", outs["a"].unflatten(0, (2, 3))).log_prob(ids)
+    assert loss.shape == (2, 3)
+    loss.sum().backward()
+    missing = [
+        name for part in (encoder, head) for name, p in part.named_parameters() if p.grad is None or not p.grad.any()
+    ]
+    assert missing == []
+    assert head.dist("a", outs["a"].unflatten(0, (2, 3))).mode().shape == (2, 3, 6)
+
+
+def test_the_loss_of_a_text_is_the_cross_entropy_of_what_is_there():
+    logits = torch.zeros(2, 3, 4)
+    logits[0, 0, 3] = math.log(3)
+    value = torch.tensor([[3, END, PAD], [PAD, PAD, PAD]])
+    expected = torch.tensor([math.log(3 / 6) + math.log(1 / 4), 0.0])
+    torch.testing.assert_close(Parallel(logits).log_prob(value), expected)
+    assert ended(torch.tensor([[5, END, 7, END], [5, 6, 7, 8]])).tolist() == [[5, END, PAD, PAD], [5, 6, 7, 8]]
+
+
+def test_an_autoregressive_text_depends_on_what_came_before_alone():
+    torch.manual_seed(0)
+    decoder = AutoregressiveDecoder({"a": TEXT}, 8, make_config().text, Style())
+    source = decoder(torch.randn(1, 8), torch.zeros(1, 0))["a"]
+    before = torch.tensor([[END, 5, 6, 7, 8, 2]])
+    logits = decoder.logits("a", source, before)
+    changed = decoder.logits("a", source, before.clone().index_fill_(1, torch.tensor([3]), 4))
+    torch.testing.assert_close(changed[:, :3], logits[:, :3])
+    assert not torch.allclose(changed[:, 3:], logits[:, 3:])
+    dist = Autoregressive(decoder, "a", source)
+    steps = [logits[0, place].log_softmax(-1)[index] for place, index in enumerate([5, 6, 7, 8, 2, 3])]
+    torch.testing.assert_close(dist.log_prob(torch.tensor([[5, 6, 7, 8, 2, 3]]))[0], sum(steps))
+    best = dist.mode()
+    again = decoder.logits("a", source, torch.cat([torch.tensor([[END]]), best[:, :-1]], 1)).argmax(-1)
+    torch.testing.assert_close(ended(again), best)  # greedy: each is the likeliest behind those chosen
+
+
+# ---------------------------------------------------------------------------
+# Networks: sounds
+
+
+def test_the_transposed_convolution_is_the_transpose():
+    torch.manual_seed(0)
+    conv, transposed = Conv1d(2, 3, 8, 4), ConvTranspose1d(3, 2, 8, 4)
+    transposed.weight.data, x, y = conv.weight.data, torch.randn(1, 16, 2), torch.randn(1, 4, 3)
+    torch.testing.assert_close((conv(x) * y).sum(), (x * transposed(y)).sum())
+    assert conv(torch.randn(1, 17, 2)).shape == (1, 5, 3) and conv.size(17) == 5
+    plain = torch.nn.functional.conv1d(torch.nn.functional.pad(x.transpose(1, 2), (2, 2)), conv.weight, None, 4)
+    torch.testing.assert_close(conv(x), plain.transpose(1, 2))
+
+
+def test_the_spectrum_of_a_sine_stands_at_its_frequency():
+    time = torch.arange(512) / 512
+    wave = torch.stack([torch.sin(2 * math.pi * 64 * time), torch.zeros(512)], -1)[None]  # 8 cycles in 64 samples
+    found = spectrum.spectrum(wave, 64)
+    assert found.shape == (1, 2, 33, 17)
+    inner = found[0, 0, :, 2:-2].mean(-1)
+    assert inner.argmax() == 8 and inner[8] == pytest.approx(1, abs=1e-3) and found[0, 1].max() < 1e-5
+    bands = spectrum.mel_bands(8, 64, 16000)
+    assert bands.shape == (33, 8) and (bands >= 0).all() and bands.max() <= 1 and (bands.sum(0) > 0).all()
+    assert (bands.argmax(0).diff() >= 0).all()
+
+
+@pytest.mark.parametrize("flags", [[], ["--audio.mel", "6", "--audio.window", "16"]])
+def test_every_parameter_of_a_sound_has_a_gradient(flags):
+    config = make_config("--audio.spectrum", "1", *flags)
+    torch.manual_seed(0)
+    encoder = nets("audio").make_encoder({"mic": WAVE}, config)
+    decoder = nets("audio").make_decoder({"mic": WAVE}, encoder.size, 0, config)
+    bytes_ = torch.randint(0, 256, (2, 3, 64, 1), dtype=torch.uint8)
+    wave = encoder.prepare({"mic": bytes_})["mic"]
+    assert wave.min() >= -1 and wave.max() < 1 and torch.equal(wave * 128 + 128, bytes_.float())
+    embed = encoder({"mic": wave.flatten(0, 1)}, torch.float32)
+    assert embed.shape == (6, encoder.size)
+    out = decoder(embed, embed[:, :0])["mic"]
+    loss = -decoder.dist("mic", out.unflatten(0, (2, 3))).log_prob(wave)
+    assert loss.shape == (2, 3)
+    loss.sum().backward()
+    assert all(p.grad.any() for part in (encoder, decoder) for p in part.parameters())
+
+
+def test_the_loss_of_a_sound_is_the_squared_error_and_the_distance_of_spectra():
+    silence, wave = torch.zeros(1, 64, 1), torch.full((1, 64, 1), 0.5)
+    assert Waveform(silence).log_prob(wave).item() == -16
+    assert Waveform(wave, 1.0).log_prob(wave).item() == 0
+    time = torch.arange(256)[None, :, None] / 256
+    one, moved, other = (torch.sin(2 * math.pi * (f * time + p)) for f, p in ((32, 0), (32, 0.5), (64, 0)))
+    apart = [-(Waveform(one, 1.0).log_prob(x) - Waveform(one).log_prob(x)).item() for x in (moved, other)]
+    assert apart[0] < 0.05 * apart[1]  # a spectrum does not tell where a wave begins
+
+
+def test_sizes_that_do_not_fit_are_one_line():
+    make = nets("audio").make_encoder
+    assert "--audio.window 256 must not be more" in one_line_error(make, {"mic": WAVE}, make_config("--audio.mel", "8"))
+    assert "--audio.kernel 2" in one_line_error(make, {"mic": WAVE}, make_config("--audio.kernel", "2"))
+
+
+# ---------------------------------------------------------------------------
+# All kinds together
+
+SPEC = ObsSpec(
+    {
+        "image": Observed("image", (16, 32, 3)),
+        "state": Observed("vector", (2,)),
+        "said": TEXT,
+        "mic": WAVE,
+        "mic/present": Observed("vector", (1,), (2,)),
+    }
+)
+
+
+def observation(seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    return {
+        "image": torch.randint(256, (2, 3, 16, 32, 3), generator=rng, dtype=torch.uint8),
+        "state": torch.randn(2, 3, 2, generator=rng),
+        "said": torch.randint(2, 9, (2, 3, 6), generator=rng),
+        "mic": torch.rand(2, 3, 64, 1, generator=rng),
+        "mic/present": torch.tensor([[1, 0, 1], [0, 0, 1]]),
+    }
+
+
+def test_by_default_embeddings_stand_side_by_side():
+    torch.manual_seed(0)
+    encoder, obs = MultiEncoder(SPEC, make_config()), observation()
+    assert list(encoder.parts) == ["vector", "image", "text", "audio_0"]  # what may be missing has a part of its own
+    embed = encoder(obs, torch.float32)
+    flat = {key: value.flatten(0, 1) for key, value in obs.items()}
+    parts = [
+        part({key: flat[key] for key in encoder.keys[name]}, torch.float32) for name, part in encoder.parts.items()
+    ]
+    parts[-1] = parts[-1] * obs["mic/present"].view(-1, 1)
+    assert torch.equal(embed.flatten(0, 1), torch.cat(parts, -1))
+
+
+@pytest.mark.parametrize("fusion", ["concat", "attention"])
+def test_what_is_missing_counts_for_nothing(fusion):
+    torch.manual_seed(0)
+    encoder, obs = MultiEncoder(SPEC, make_config("--encoder.fusion", fusion)), observation()
+    embed = encoder(obs, torch.float32)
+    louder = encoder({**obs, "mic": 1 - obs["mic"]}, torch.float32)
+    there = obs["mic/present"] > 0
+    assert torch.equal(embed[~there], louder[~there])
+    assert (embed[there] != louder[there]).any(-1).all()
+
+
+@pytest.mark.parametrize("fusion", ["concat", "attention"])
+def test_learning_leaves_out_kinds_by_chance_and_acting_does_not(fusion):
+    torch.manual_seed(0)
+    encoder = MultiEncoder(SPEC, make_config("--encoder.fusion", fusion, "--encoder.drop", "0.5"))
+    first, second = observation(0), observation(1)
+    with drawing_from(lambda kind, shape: torch.zeros(shape)):  # all are left out
+        one, other = (encoder(obs, torch.float32, learning=True) for obs in (first, second))
+        assert torch.allclose(one, other) and torch.isfinite(one).all()
+        assert not torch.allclose(encoder(first, torch.float32), one)
+    with drawing_from(torch.Generator().manual_seed(0)):
+        drawn = [encoder(first, torch.float32, learning=True) for _ in range(2)]
+    assert not torch.equal(*drawn)
+
+
+def test_attention_sees_every_kind_and_every_parameter_of_it_learns():
+    torch.manual_seed(0)
+    encoder, obs = MultiEncoder(SPEC, make_config("--encoder.fusion", "attention")), observation()
+    other = observation(1)
+    embed = encoder(obs, torch.float32)
+    assert embed.shape == (2, 3, 4 * 16)
+    for key in ("image", "state", "said"):
+        assert not torch.allclose(encoder({**obs, key: other[key]}, torch.float32), embed)
+    embed.square().sum().backward()
+    assert all(p.grad is not None for name, p in encoder.named_parameters() if name != "join.nothing")
+
+
+# ---------------------------------------------------------------------------
+# What is shown
+
+
+def test_texts_are_drawn_and_read_and_sounds_are_drawn_and_heard():
+    words = vocabulary(text_section())
+    ids = np.array([[[2 + 103, 2 + 111, END, PAD]] * 4] * 3)
+    drawing = pages.draw(ids, np.full_like(ids, PAD), 2, words)
+    assert drawing.lines[2] == [("go", "")] * 4 and drawing[0].shape[:2] == (2, 4) and drawing[0].dtype == np.uint8
+    assert len(np.unique(drawing[0][0, 0].reshape(-1, 3), axis=0)) > 3  # letters
+    long = pages.page("word " * 99, "", True, pages.MOST)
+    assert long.shape == (2 * pages.MOST * pages.LINE + 12, pages.WIDTH, 3)
+    wave = np.sin(np.arange(3 * 4 * 512).reshape(3, 4, 512, 1)).astype(F32)
+    heard = strips.draw((wave * 127 + 128).astype(np.uint8), wave * 2, 2, 16000)
+    rate, sound = heard.sound
+    assert (rate, sound.shape, heard[0].shape) == (16000, (3, 4 * 512, 2), (2, 4, 2 * strips.HEIGHT, strips.WIDTH, 3))
+    assert np.abs(sound[..., 0].reshape(wave.shape[:3]) - wave[..., 0]).max() < 0.02 and sound.max() == 1
+
+
+# ---------------------------------------------------------------------------
+# Worlds that tell
+
+
+def test_the_worlds_that_tell_say_where_the_goal_is():
+    env = make_env(env_config("dummy_instruction"), "train", 0)
+    check_conformance(env)
+    native = Instruction(np.random.default_rng(0), (8, 8))
+    for _ in range(20):
+        words = native.reset()["instruction"].split()
+        assert native._goal == (ROWS.index(words[-2]), COLUMNS.index(words[-1])) and native._place != native._goal
+    heard = Tone(np.random.default_rng(0), (8, 8))
+    for _ in range(8):
+        wave = heard.reset()["tone"]
+        assert np.abs(np.fft.rfft(wave)).argmax() == CYCLES[heard._goal[1]]
+    check_conformance(make_env(env_config("dummy_tone"), "train", 0))
+
+
+def test_new_instructions_are_words_that_were_seen_in_pairs_that_were_not():
+    assert len(Known.goals) == 12 and len(New.goals) == 4 and not set(Known.goals) & set(New.goals)
+    for place in range(4):
+        assert sum(goal[0] == place for goal in Known.goals) == sum(goal[1] == place for goal in Known.goals) == 3
+    goals = {mode: set() for mode in ("train", "eval")}
+    for mode, found in goals.items():
+        env = make_env(env_config("dummy_instruction_new"), mode, 0)
+        found |= {env.reset()["instruction"].tobytes() for _ in range(60)}
+    assert not goals["train"] & goals["eval"] and len(goals["eval"]) == 4
+
+
+def test_the_best_return_is_that_of_who_walks_straight():
+    for task in (Instruction, Tone, All):
+        world = task(np.random.default_rng(0), (8, 8))
+        returns = []
+        for _ in range(400):
+            world.reset()
+            total, over = 0.0, False
+            while not over:
+                (row, column), (place, at) = world._goal, world._place
+                move = 1 if row < place else 3 if row > place else 2 if column > at else 4 if column < at else 0
+                obs = world.step({"action": move})
+                total, over = total + obs["reward"], obs["is_last"]
+            returns.append(total)
+        assert np.mean(returns) == pytest.approx(task.best(), abs=0.3)
+
+
+def test_all_kinds_are_needed_where_there_are_all():
+    env = make_env(env_config("dummy_all", size=(16, 16)), "train", 0)
+    kinds = {key: seen.kind for key, seen in obs_spec(env.obs_space).items()}
+    assert kinds.pop("tone/present") == "vector"
+    assert kinds == {"image": "image", "opposite": "vector", "instruction": "text", "tone": "audio"}
+    stream = play(env, 9)
+    assert [int(obs["tone/present"]) for obs in stream[:7]] == [1, 0, 0, 1, 0, 0, 1]
+    assert isinstance(env.obs_space["instruction"], Tokens) and isinstance(env.obs_space["tone/present"], Discrete)
