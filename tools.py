@@ -141,6 +141,13 @@ class Ratio:
         if state.get("ratio", self.ratio) != self.ratio and self.start is not None:
             self.start, self.done, self.pending = self.step, 0, 0
 
+    def stage(self) -> None:
+        """There is one kind of time, and no stage to tell of."""
+
+    def finished(self) -> bool:
+        """False: as long as there are steps, there is something to do."""
+        return False
+
     def left(self, step: int, begin: int) -> int:
         """Return how many times are still to come until `step`, if the first call of `due` is or was at `begin`."""
         start, done = (begin, -self.first) if self.start is None else (self.start, self.done)

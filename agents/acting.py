@@ -84,6 +84,8 @@ class ActingStep(nn.Module):
     def __init__(self, agent, mode, decoders):
         super().__init__()
         if not hasattr(agent, "world"):
+            if hasattr(agent, "vision"):
+                raise UserError("World Models have no exported form; load_agent lets them act")
             raise UserError("the random agent has nothing to export: it draws its actions")
         if not agent.behavior.optimized():
             raise UserError("an agent that plans in its world model has no policy to export; load_agent lets it act")

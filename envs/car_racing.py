@@ -57,7 +57,7 @@ class Road:
         square = np.array([(1, 0), (0, 0), (0, 1), (1, 1)])
         self.field = PLAYFIELD * (2 * square[None] - 1)
         steps = range(-20, 20, 2)
-        self.grass = np.array([GRASS_DIM * (square + (x, y)) for x in steps for y in steps])
+        self.grass = np.array([GRASS_DIM * (square + np.array([x, y])) for x in steps for y in steps])
         self.pieces: Any = None  # the race's list of the road's, and their corners (N, 4, 2)
         self.corners = np.zeros((0, 4, 2))
 

@@ -8,6 +8,7 @@ from envs import make_env
 from envs.car_racing import CarRacing
 from tests.factories import check_conformance, one_line_error
 from training.config import CONFIGS, load_config
+from training.foreign import check_foreign
 
 TASK = "CarRacing-v3"
 
@@ -55,14 +56,15 @@ def test_the_presets_show_64x64_pixels_and_take_three_numbers(presets):
 
 
 def test_the_wrapper_goes_around_no_other_environment():
-    said = one_line_error(
-        make_env,
-        config(
-            "carracing",
-            "--task",
-            "gym_Pendulum-v1",
-        ),
-        "train",
-        0,
-    )
+    flags = ["--task", "gym_Pendulum-v1", "--wrappers", "envs.car_racing:CarRacing"]
+    said = one_line_error(make_env, load_config(flags, CONFIGS), "train", 0)
     assert "goes around gym_CarRacing-v3" in said
+
+
+def test_the_wrapper_is_ours_whatever_a_user_has_beside_it(tmp_path, monkeypatch):
+    (tmp_path / "envs").mkdir()
+    (tmp_path / "envs" / "car_racing.py").write_text("raise RuntimeError")
+    monkeypatch.chdir(tmp_path)
+    env = make_env(config("carracing"), "train", 0)
+    env.close()
+    check_foreign(config("race").replace(logdir=str(tmp_path)), tmp_path)  # as a config.yaml names it

@@ -441,6 +441,22 @@ def test_the_time_left_knows_the_evaluations_to_come(now):
     assert progress.seconds_left() == pytest.approx(9 + 3 * 20)
 
 
+def test_the_line_of_an_agent_of_stages_tells_the_share_and_the_time_left_of_one(now):
+    screen = Screen(terminal=False)
+    progress = Progress(1_000, stream=screen)
+    for share in (0.2, 0.3, 0.4):
+        progress.update("V", 100, 7, share)
+        now[0] += 40
+    assert progress.seconds_left() == pytest.approx((120 / 0.2) * 0.6)  # a fifth of it in three times 40 seconds
+    lines = screen.getvalue().splitlines()
+    assert lines[0].startswith("V  30%  step 100/1,000") and lines[1].endswith("ETA of V 0:04:00")
+    progress.update("M", 100, 8, 0.0)
+    assert progress.seconds_left() is None
+    progress.update("done", 100, 9, 1.0)
+    progress.close()
+    assert "ETA" not in screen.getvalue().splitlines()[-1]
+
+
 def test_pretraining_without_frames_has_a_time_left(now):
     progress = Progress(10_000, ahead=lambda: Ahead(10_000, 50), stream=Screen(False))
     drive(progress, now, "learning", 5, 0, 1)

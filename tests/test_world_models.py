@@ -133,7 +133,7 @@ def test_the_controller_of_car_racing_has_867_parameters():
 def test_the_controller_is_one_linear_layer_of_its_own_for_each_environment():
     controller = Controller(2, act_spec({"move": Box(-1, 1, (1,)), "turn": Discrete(2)}))
     weights = torch.tensor([[1.0, 0, 0, 0, 2, 0, 0, 0, 0.6], [0.0] * 6 + [0, 1, 0]])
-    actions = controller.act(torch.tensor([[0.5, 0.25], [3.0, 3.0]]), weights)
+    actions = controller.act(torch.tensor([[0.5], [3.0]]), torch.tensor([[0.25], [3.0]]), weights)
     assert torch.allclose(actions, torch.tensor([[math.tanh(0.5), 0, 1], [0, 1, 0]]))
 
 
@@ -146,6 +146,27 @@ def test_the_controller_sees_the_memory_before_it_takes_in_the_present():
     _, after, _ = agent.act(obs, carry, "mode")
     assert torch.equal(after.memory.h, agent.memory.step(carry.z, carry.action, carry.memory).h)
     assert isinstance(after, Carry) and isinstance(after.memory, Memory)
+
+
+def test_without_its_memory_the_controller_sees_the_latent_alone():
+    agent = make("--stages.inputs", "z")
+    assert agent.controller.size == (3 + 1) * 2  # z and a bias, for two choices
+    z, weights = torch.tensor([[1.0, 2.0, 3.0]]), torch.randn(1, 8)
+    acts = [agent.controller.act(z, h, weights) for h in (torch.zeros(1, 5), torch.full((1, 5), 99.0))]
+    assert torch.equal(*acts)
+
+
+def test_a_new_round_collects_with_the_controller_of_the_last():
+    agent = make("--stages.rounds", "2")
+    agent.stages.name, agent.stages.generations = "score", 4
+    agent.evolution.tell(np.arange(4.0))
+    agent.auditions = Auditions(agent.evolution.mean[None], 2)
+    agent.auditions.scores[:] = 7
+    agent.conclude()
+    assert (agent.stages.name, agent.stages.round, agent.score) == ("collect", 1, 7) and agent.best.any()
+    assert np.array_equal(agent.weights(1, collecting=True)[0], agent.best)
+    agent.evolution.tell(np.arange(4.0))  # a generation of this round, in which nothing has a score yet
+    assert np.array_equal(agent.weights(1, collecting=True)[0], agent.evolution.mean)
 
 
 def test_the_strategy_finds_the_optimum_of_a_quadratic():
@@ -192,6 +213,31 @@ def test_in_the_dream_generations_follow_each_other_and_the_mean_is_scored_in_be
     names = [name for name, _ in order("--stages.train_in", "dream")]
     assert list(dict.fromkeys(names)) == ["collect", "vision", "memory", "evolve", "score"]
     assert names.count("score") == 2
+
+
+def test_a_stage_tells_its_name_and_its_share():
+    stages = Stages(config("--stages.train_in", "env", "--stages.rounds", "2").stages)
+    stages.due(0)
+    stages.due(10)
+    assert stages.stage() == ("data", 10 / 40)
+    stages.due(40)
+    stages.tick()
+    assert stages.stage() == ("V", 1 / 4)
+    for _ in range(3):
+        stages.tick()
+    assert stages.stage() == ("M", 0.0)
+    for _ in range(4):
+        stages.tick()
+    stages.played = 0.5  # of the first of four generations
+    assert stages.stage() == ("C", 0.5 / 4)
+    for _ in range(4):
+        stages.scored()
+        stages.tick()
+        if stages.name == "score":
+            stages.scored()
+    assert stages.stage() == ("data of round 2", 0.0) and not stages.finished()
+    stages.name = "done"
+    assert stages.stage() == ("done", 1.0) and stages.finished()
 
 
 def test_in_the_environment_candidates_play_before_each_generation():
@@ -265,18 +311,22 @@ def test_a_generation_in_the_environment_goes_on_with_its_candidates_and_finishe
 
     def stopping(self, obs, carry, mode="sample"):
         result = act(self, obs, carry, mode)
-        if self.auditions and self.stages.name == "play" and np.isfinite(self.auditions.scores).sum() == 3:
+        playing = self.auditions and self.stages.name == "play" and not calls
+        if playing and np.isfinite(self.auditions.scores).sum() == 3:
             calls.append(self.auditions.state_dict())
             os.kill(os.getpid(), signal.SIGTERM)
         return result
 
     monkeypatch.setattr(WorldModels, "act", stopping)
     assert run(tmp_path, "--stages.train_in", "env") == 128 + signal.SIGTERM
-    saved = checkpoint(tmp_path)["agent"]["auditions"]
-    assert torch.equal(saved["weights"], calls[-1]["weights"]) and np.isfinite(saved["scores"].numpy()).sum() >= 3
-    agent = make("--stages.train_in", "env", obs={"state": Box(-9, 9, (5,))}, act={"action": Box(-1, 1, (2,))})
+    saved, told = checkpoint(tmp_path)["agent"]["auditions"], []
+    assert torch.equal(saved["weights"], calls[-1]["weights"]) and saved["played"].sum() >= 3
     monkeypatch.undo()
-    assert agent.config.population == len(saved["weights"])
+    evolve = WorldModels.evolve
+    monkeypatch.setattr(WorldModels, "evolve", lambda self, replay: told.append(self.auditions) or evolve(self, replay))
+    assert run(tmp_path, "--stages.train_in", "env") == 0
+    assert np.array_equal(told[0].weights, saved["weights"].numpy())
+    assert np.array_equal(told[0].scores[saved["played"].numpy()], saved["scores"].numpy()[saved["played"].numpy()])
 
 
 def test_images_are_reconstructed_and_dreamt(tmp_path):
@@ -288,3 +338,18 @@ def test_images_are_reconstructed_and_dreamt(tmp_path):
     }
     panels = agent.report(arrays, 3)["image"]
     assert [panel.shape for panel in panels] == [(2, 5, 64, 64, 3)] * 3
+
+
+def test_a_film_goes_on_in_the_memory_that_acting_has(monkeypatch):
+    agent = make(obs={"image": Box(0, 255, (64, 64, 3), np.uint8)})
+    rng, carry, steps = np.random.default_rng(0), agent.initial(1), []
+    for t in range(6):
+        obs = {"image": rng.integers(0, 255, (1, 64, 64, 3), dtype=np.uint8), "is_first": np.array([t == 0])}
+        steps.append((obs, carry))
+        _, carry, _ = agent.act(obs, carry, "mode")
+    arrays = {key: np.stack([obs[key] for obs, _ in steps[3:]], 1) for key in ("image", "is_first")}
+    arrays["action"] = np.stack([carry.action.numpy() for _, carry in steps[3:]], 1)  # that led to each
+    seen, predict = [], agent.memory.predict
+    monkeypatch.setattr(agent.memory, "predict", lambda z, h: seen.append(h) or predict(z, h))
+    agent.report(arrays, 2, steps[3][1])
+    assert torch.allclose(seen[0], carry.memory.h, atol=1e-6)  # of the last step, which it is to expect

@@ -31,7 +31,14 @@ LEARNED = {  # what any checkpoint has; see `tools.misfit`
 }
 RESUMED = LEARNED | {  # and what a run needs to go on
     "clocks": {
-        "ratio": {"start": int | None, "done": int, "pending?": int, "step?": NUMBER, "ratio?": NUMBER},
+        "ratio": {
+            "start": int | None,
+            "done": int,
+            "pending?": int,
+            "step?": NUMBER,
+            "ratio?": NUMBER,
+            "finished?": bool,
+        },
         **dict.fromkeys(("log", "eval", "save"), CLOCK),
     },
     "rng": fits_global_generators,

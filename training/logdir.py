@@ -21,6 +21,7 @@ SIZES = re.compile(  # keys that the shapes of networks depend on
     r"|(icm|rnd|empowerment)\.(layers|width|features|steps)"
     r"|encoder\.fusion|text\.(length|tokenizer|embeddings|layers|units|decoder|decoder_layers)"
     r"|audio\.(depth|mults|kernel|stride|mel|window)"
+    r"|stages\.(z|hidden|mixtures|inputs|population)"
 )
 PARTS = re.compile(  # and those that their parts depend on
     r"norm|behavior|expl_behavior|intrinsic|expl_critics|optimizer|encoder\.\w+_keys|rssm\.(cell|latent|initial)"
@@ -143,9 +144,10 @@ def as_flag(value: Any) -> str:
 
 
 def finished(config: Config, saved: Mapping[str, Any]) -> bool:
-    """True if a checkpoint has seen all frames, and the evaluation at the end was played, too."""
+    """True if a run has seen all frames or learned all there is, and the evaluation at the end was played, too."""
     step = saved["counters"]["agent_steps"] * config.action_repeat
-    if step < config.steps or saved["clocks"]["ratio"].get("pending"):
+    clock = saved["clocks"]["ratio"]
+    if (step < config.steps and not clock.get("finished")) or clock.get("pending"):
         return False
     played = sum(score.get("step") == step for score in scores(pathlib.Path(config.logdir), "eval"))
     return played >= config.eval_episode_num

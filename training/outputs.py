@@ -49,10 +49,10 @@ class Outputs:
         elif self.speaks(level):
             self.progress.line.message(text)
 
-    def show(self, name: str, step: int, updates: int) -> None:
-        """Update the progress line: "prefill" or "learning", frames, updates."""
+    def show(self, name: str, step: int, updates: int, share: float | None = None) -> None:
+        """Update the progress line: see `Progress.update`."""
         if self.speaks("info"):
-            self.progress.update(name, step, updates)
+            self.progress.update(name, step, updates, share)
 
     def begin(self, name: str) -> None:
         """Say that something begins that takes long, and lasts until the next `show`."""

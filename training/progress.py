@@ -157,6 +157,10 @@ class Progress:
         self.total, self.best, self.ahead = total, best, ahead
         self.line = Line(stream, interval)
         self.name, self.step, self.updates = "", step, updates
+        self.share: float | None = (
+            None  # of the learner's stage, and what it was when the stage was first seen, and when
+        )
+        self.begun = 0.0, 0.0
         self.last: float | None = None
         self.stages: list[tuple[str, float]] = []  # those that are under way, with their starts
         self.detail = ""  # of the last of them
@@ -165,14 +169,19 @@ class Progress:
         self.marks = deque([(self._now(), step, updates)], maxlen=COUNTS)
         self.unshown = False
 
-    def update(self, name: str, step: int, updates: int) -> None:
-        """Take "prefill" or "learning", frames and updates; ends what `begin` began."""
+    def update(self, name: str, step: int, updates: int, share: float | None = None) -> None:
+        """Take "prefill" or "learning", frames and updates; ends what `begin` began.
+
+        Of an agent that learns in stages, take the name of the present one, and the share of it that is done.
+        """
         while self.stages:
             self.end()
-        if name != self.name and self.name:
-            self.marks.clear()
-        self.name, self.step, self.updates, self.unshown = name, step, updates, True
         now = self._now()
+        if name != self.name:
+            self.begun = now, share or 0.0
+            if self.name:
+                self.marks.clear()
+        self.name, self.step, self.updates, self.share, self.unshown = name, step, updates, share, True
         if not self.marks or now - self.marks[-1][0] >= MARK:
             self.marks.append((now, step, updates))
         if self.line.due():
@@ -239,7 +248,10 @@ class Progress:
         return max(self._now() - then, 1e-3), self.step - step, self.updates - updates
 
     def seconds_left(self) -> float | None:
-        """Return the estimated seconds until the end of the run; None if they cannot be told."""
+        """Return the estimated seconds to the end of the run or of a learner's stage; None if they are not known."""
+        if self.share is not None:
+            done = self.share - self.begun[1]
+            return (1 - self.share) * (self._now() - self.begun[0]) / done if done > 0 else None
         ahead = self.ahead()
         seconds, frames, updates = self._since(COUNTS)
         if ahead.updates and updates and (updates >= ENOUGH or not frames):
@@ -262,14 +274,16 @@ class Progress:
         if self.name:
             seconds, frames, updates = self._since(RECENT)
             fields += [
-                (1, f"{100 * self.step // max(self.total, 1)}%"),
+                (1, f"{100 * self.step // max(self.total, 1) if self.share is None else int(100 * self.share)}%"),
                 (7, f"step {self.step:,}/{self.total:,}"),
                 (4, f"{number(frames / seconds)} fps"),
                 (5, f"{number(updates / seconds)} updates/s"),
                 *([(3, f"return {number(self.last)}")] if self.last is not None else []),
                 *([(6, f"best {number(self.best)}")] if self.best is not None else []),
             ]
-            if self.step < self.total or self.ahead().updates:
+            if self.share is not None and self.share < 1:
+                fields.append((2, f"ETA of {self.name} {clock(self.seconds_left())}"))
+            elif self.share is None and (self.step < self.total or self.ahead().updates):
                 fields.append((2, f"ETA {clock(self.seconds_left())}"))
         self.line.show(fields)
 

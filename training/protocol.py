@@ -17,6 +17,12 @@ class Clock(Protocol):
     def tick(self) -> None:
         """Count one learn call as done."""
 
+    def stage(self) -> tuple[str, float] | None:
+        """Return the word for what is learned now and its share that is done; None if learning is all one."""
+
+    def finished(self) -> bool:
+        """True if nothing is left to learn, however many steps are; its `state_dict` then has {"finished": True}."""
+
     def left(self, step: int, begin: int) -> int:
         """Return how many learn calls are to come until `step` agent steps, if they begin or began at `begin`."""
 

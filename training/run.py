@@ -78,8 +78,8 @@ class Run:
         return self.agent_steps * self.config.action_repeat
 
     def going(self) -> bool:
-        """True until the last frame was seen or a signal came."""
-        return self.step < self.config.steps and not self.stopped
+        """True until the last frame was seen, nothing is left to learn, or a signal came."""
+        return self.step < self.config.steps and not self.clock.finished() and not self.stopped
 
     def filled(self) -> bool:
         """True if enough was collected to learn from."""
@@ -108,7 +108,7 @@ class Run:
         self.clock.tick()
         self.updates += 1
         self.metrics.add(metrics, self.step)
-        self.out.show(stage_of(self), self.step, self.updates)
+        self.out.show(*stage_of(self))
         now, save = time.monotonic(), self.clocks["save"]
         if now - self.logged_at > LONGEST_UNLOGGED:
             self.log()
@@ -126,7 +126,7 @@ class Run:
     def serve(self) -> None:
         """Show, log and save what is due."""
         self.logged_at = self.saved_at = time.monotonic()
-        self.out.show(stage_of(self), self.step, self.updates)
+        self.out.show(*stage_of(self))
         if self.clocks["log"](self.step):
             self.log()
         if self.clocks["save"](self.step) or self.save_asked:
@@ -136,7 +136,8 @@ class Run:
     def log(self) -> None:
         """Write the means of the metrics since the last log."""
         self.logged_at = time.monotonic()
-        if self.agent_steps > self.config.prefill and not self.replay.ready():
+        soon = self.config.envs * (self.config.batch_length + 1)  # when what each environment gave is that long
+        if self.agent_steps > max(self.config.prefill, soon) and not self.replay.ready():
             what = "an episode" if self.config.replay_window.startswith("episode") else "what an environment gave"
             need = f"--batch_length {self.config.batch_length}"
             self.out.say("warning", f"nothing is learned before {what} is as long as {need}, and a step more")
@@ -257,9 +258,10 @@ def goes_on(agent: Agent, saved: Mapping[str, Any], config: Any, warn: Callable[
     return True
 
 
-def stage_of(run: Run) -> str:
-    """Return the word for what a run does between evaluations."""
-    return "learning" if run.filled() else "prefill"
+def stage_of(run: Run) -> tuple[str, int, int, float | None]:
+    """Return the word for what a run does between evaluations, frames, updates, and the share of a learner's stage."""
+    name, share = run.clock.stage() or ("learning", None)
+    return (name, run.step, run.updates, share) if run.filled() else ("prefill", run.step, run.updates, None)
 
 
 def ahead_of(run: Run) -> Ahead:

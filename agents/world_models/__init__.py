@@ -60,13 +60,14 @@ class WorldModels:
         self.nets = nn.ModuleDict({"vision": self.vision, "memory": self.memory}).to(self.device)
         rates = {self.vision: stages.v_lr, self.memory: stages.m_lr}
         self.opts = {net: torch.optim.Adam(net.parameters(), lr) for net, lr in rates.items()}
-        self.controller = Controller(stages.z + stages.hidden, act_spec)
+        self.controller = Controller(stages.z + stages.hidden * (stages.inputs == "zh"), act_spec)
         self.dream = Dream(self.memory, self.controller, stages)
         self.seeds = [derive_seed(config.seed, 7, round) for round in range(stages.rounds)]
         self.stages = Stages(stages)
         self.evolution = self.new_evolution()
         self.auditions: Auditions | None = None
         self.best, self.best_score = np.zeros(self.controller.size, np.float32), -np.inf
+        self.score = -np.inf  # of the mean that was scored last
         self.starts: torch.Tensor | None = None  # mean and log-variance (2, S, Z) of first latents
         seeds = {name: derive_seed(config.seed, 5, index) for index, name in enumerate(("act", "learn"))}
         self.generators = {name: make_generator(seed, self.device) for name, seed in seeds.items()}
@@ -119,6 +120,8 @@ class WorldModels:
             fitness = self.dream.fitness(self.evolution.candidates, self.starts, self.generators["learn"])
         self.evolution.tell(fitness)
         numbers = {"fitness_mean": fitness.mean(), "fitness_best": fitness.max(), "sigma": self.evolution.step_size}
+        if self.best_score > -np.inf:
+            numbers |= {"score": self.score, "score_best": self.best_score}
         return {name: torch.tensor(float(value)) for name, value in numbers.items()}
 
     # -- acting
@@ -140,7 +143,7 @@ class WorldModels:
                 action = wander(self.act_spec, self.config.policy, carry.action, obs["is_first"])
             else:
                 weights = torch.from_numpy(self.weights(len(obs["is_first"]), collecting)).to(self.device)
-                action = self.controller.act(torch.cat([carry.z, carry.memory.h], -1), weights)
+                action = self.controller.act(carry.z, carry.memory.h, weights)
         parts = {key: part.cpu().numpy() for key, part in self.act_spec.split(action).items()}
         return parts, carry._replace(action=action), None
 
@@ -154,10 +157,13 @@ class WorldModels:
         return Carry(memory, mean if mode == "mode" else draw(mean, logvar), carry.action)
 
     def weights(self, count, collecting):
-        """Return C's weights (N, size): those on trial where candidates are scored, else the best mean so far."""
+        """Return C's weights (N, size): those on trial where candidates are scored, else the best mean so far.
+
+        That is the last round's until this one has a generation, and the present mean until one has a score.
+        """
         if collecting and self.auditions:
             return np.stack([self.auditions.weights_of(env) for env in range(count)])
-        best = self.best if self.best_score > -np.inf else self.evolution.mean
+        best = self.best if self.best_score > -np.inf or not self.evolution.told else self.evolution.mean
         return np.repeat(best[None], count, 0)
 
     def note(self, obs):
@@ -173,20 +179,19 @@ class WorldModels:
                 self.auditions.begin(env)
             else:
                 self.auditions.reward(env, obs["reward"][env], obs["is_last"][env])
+        self.stages.played = self.auditions.share()
         if self.auditions.complete():
             self.conclude()
 
     def conclude(self):
         """Act on scores that are complete: keep the best mean, go on to the next stage."""
         if self.stages.name == SCORE:
-            score = float(self.auditions.scores.mean())
-            if score > self.best_score:
-                self.best, self.best_score = self.auditions.weights[0].copy(), score
+            self.score = float(self.auditions.scores.mean())
+            if self.score > self.best_score:
+                self.best, self.best_score = self.auditions.weights[0].copy(), self.score
             self.auditions = None
         self.stages.scored()
-        if (
-            self.stages.name == COLLECT
-        ):  # for another round, whose V and M will be others, for which nothing has a score
+        if self.stages.name == COLLECT:  # for another round, whose V and M will be others: no score holds for them
             self.evolution, self.starts, self.best_score = self.new_evolution(), None, -np.inf
 
     # -- what it expects, and saving
@@ -200,7 +205,9 @@ class WorldModels:
         action, first = self.act_spec.join(batch), batch["is_first"]
         with drawing_from(self.generators["act"]):
             latents = list(self.vision.encode(self.vision.encoder.prepare(batch))[0].unbind(1))  # means, T of (B, Z)
-            memory = carry.memory if carry else self.memory.initial(len(first), self.device)
+            memory = self.memory.initial(len(first), self.device)
+            if carry:  # the step that led here
+                memory = self.memory.step(carry.z, action[:, 0], carry.memory)
             for t in range(len(latents) - 1):
                 keep = ~first[:, t, None]
                 memory = self.memory.step(latents[t], action[:, t + 1], Memory(*(part * keep for part in memory)))
@@ -218,7 +225,7 @@ class WorldModels:
             "stages": self.stages.place(),
             "evolution": self.evolution.state_dict(),
             "auditions": self.auditions.state_dict() if self.auditions else None,
-            "best": {"weights": torch.from_numpy(self.best), "score": self.best_score},
+            "best": {"weights": torch.from_numpy(self.best), "score": self.best_score, "last": self.score},
             "starts": self.starts,
             "specs": {"observation": self.obs_spec.plain(), "action": self.act_spec._asdict()},
         }
@@ -227,9 +234,11 @@ class WorldModels:
         """Undo `state_dict`. Raises UserError if it is another agent's."""
         if "evolution" not in state:
             raise UserError("the checkpoint is of another agent: it has no evolution of a controller")
-        here = {name: tuple(value.shape) for name, value in self.nets.state_dict().items()} | {"C": self.best.shape}
+        here = {name: tuple(value.shape) for name, value in self.nets.state_dict().items()}
+        here |= {"C": self.best.shape, "a generation": (self.config.population,)}
         there = {name: tuple(value.shape) for name, value in state["model"].items()}
         there["C"] = tuple(state["best"]["weights"].shape)
+        there["a generation"] = tuple(state["evolution"]["told"].shape[1:])
         for name in here.keys() | there.keys():
             if here.get(name) != there.get(name):
                 pair = f"{there.get(name, 'absent')} there and {here.get(name, 'absent')} here"
@@ -242,6 +251,7 @@ class WorldModels:
         self.evolution.load_state_dict(state["evolution"])
         self.auditions = Auditions.read(state["auditions"]) if state["auditions"] else None
         self.best, self.best_score = state["best"]["weights"].numpy().copy(), state["best"]["score"]
+        self.score = state["best"].get("last", self.best_score)  # older ones lack it
         self.starts = state["starts"]
 
 

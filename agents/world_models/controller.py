@@ -1,6 +1,6 @@
-"""C: one linear layer from [z, h] to the action, and the evolution strategy that finds its weights.
+"""C: one linear layer from [z, h], or z alone, to the action, and the evolution strategy that finds its weights.
 
-Letters: P candidates, N environments or dreams, F = Z + H features, A actions.
+Letters: P candidates, N environments or dreams, Z latent numbers, H width of M, F features, A actions.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Controller:
     Weights are given with every call: (N, size), row i for features i. They are not learned by gradients.
 
     Args:
-      features: F; act_spec: ActionSpec.
+      features: F, Z + H or Z alone; act_spec: ActionSpec.
     Attributes:
       size: number of weights, (F + 1) A.
     """
@@ -33,8 +33,9 @@ class Controller:
         self.features, self.act_spec = features, act_spec
         self.size = (features + 1) * act_spec.size
 
-    def act(self, feat: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """(N, F), (N, size) -> actions (N, A): numbers in [-1, 1], one-hots of choices."""
+    def act(self, z: torch.Tensor, h: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """(N, Z), (N, H), (N, size) -> actions (N, A): numbers in [-1, 1], one-hots of choices."""
+        feat = torch.cat([z, h], -1)[:, : self.features]  # without h, if these are Z
         matrix, bias = weights.split([self.features * self.act_spec.size, self.act_spec.size], -1)
         out = torch.einsum("nf,nfa->na", feat, matrix.view(-1, self.features, self.act_spec.size)) + bias
         return chosen(self.act_spec, torch.tanh(out))  # which tanh leaves the largest

@@ -64,7 +64,7 @@ class Dream:
         memory = self.memory.initial(len(z), z.device)
         total, alive = torch.zeros(len(z), device=z.device), torch.ones(len(z), device=z.device)
         for _ in range(self.config.dream_length):
-            action = self.controller.act(torch.cat([z, memory.h], -1), weights)
+            action = self.controller.act(z, memory.h, weights)
             memory = self.memory.step(z, action, memory)
             found = self.memory.predict(z, memory.h)
             z = sample(found, self.config.temperature)

@@ -10,6 +10,7 @@ import torch
 # What goes on. Learn calls are due in the first three; in the others, acting brings data or scores.
 VISION, MEMORY, EVOLVE = "vision", "memory", "evolve"
 COLLECT, PLAY, SCORE, DONE = "collect", "play", "score", "done"
+WORDS = {COLLECT: "data", VISION: "V", MEMORY: "M", EVOLVE: "C", PLAY: "C", SCORE: "C", DONE: "done"}
 
 
 class Stages:
@@ -23,11 +24,12 @@ class Stages:
       config: the section `stages`.
     Attributes:
       name: of the stage; done: how many agent steps, updates or generations of it are done, of `goal`; round: from 0.
+      played: share of the candidates' episodes that are played, of the generation that waits for them.
     """
 
     def __init__(self, config: Any):
         self.config = config
-        self.name, self.done, self.round, self.generations = COLLECT, 0, 0, 0
+        self.name, self.done, self.round, self.generations, self.played = COLLECT, 0, 0, 0, 0.0
         self.begun: int | None = None  # agent steps before the stage
 
     @property
@@ -77,13 +79,25 @@ class Stages:
 
     def enter(self, name: str) -> None:
         """Begin a stage, or the one that follows if it has nothing to do."""
-        self.name, self.done, self.begun = name, 0, None
+        self.name, self.done, self.begun, self.played = name, 0, None, 0.0
         if name == VISION and not self.goal:
             self.enter(MEMORY)
         elif name == MEMORY and not self.goal:
             self.evolve()
         elif name in (EVOLVE, PLAY):
             self.done = self.generations
+
+    def stage(self) -> tuple[str, float]:
+        """Return the word for what is learned now, and which share of it is."""
+        word = WORDS[self.name] + (f" of round {self.round + 1}" if self.round and self.name != DONE else "")
+        if self.name in (PLAY, SCORE, EVOLVE):
+            waiting = self.played if self.name == PLAY else 0.0
+            return word, min(1.0, (self.generations + waiting) / max(self.goal, 1))
+        return word, 1.0 if self.name == DONE else min(1.0, self.done / self.goal)
+
+    def finished(self) -> bool:
+        """True if nothing is left to learn, however many steps are."""
+        return self.name == DONE
 
     def left(self, step: int, begin: int) -> int:
         """Return how many learn calls are still to come, whatever the steps."""
@@ -97,7 +111,7 @@ class Stages:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a clock saves; where the stages stand is part of the agent, see `place`."""
-        return {"start": self.begun, "done": self.done}
+        return {"start": self.begun, "done": self.done, "finished": self.finished()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The agent has loaded it."""
@@ -150,17 +164,23 @@ class Auditions:
         """Return the weights (size,) with which an environment acts, the first candidate's if it plays for none."""
         return self.weights[self.playing[env][0] if env in self.playing else 0]
 
+    def share(self) -> float:
+        """Return which share of the episodes was played."""
+        return float(np.isfinite(self.scores).mean())
+
     def complete(self) -> bool:
         """True if all episodes were played."""
         return not np.isnan(self.scores).any()
 
     def state_dict(self) -> dict[str, Any]:
         """Return weights and finished scores; episodes under way will be played anew."""
-        return {"weights": torch.from_numpy(self.weights), "scores": torch.from_numpy(self.scores)}
+        played = np.isfinite(self.scores)  # no checkpoint is read that holds what is not finite
+        scores = torch.from_numpy(np.where(played, self.scores, 0.0))
+        return {"weights": torch.from_numpy(self.weights), "scores": scores, "played": torch.from_numpy(played)}
 
     @classmethod
     def read(cls, state: dict[str, Any]) -> Auditions:
         """Undo `state_dict`."""
         auditions = cls(state["weights"].numpy(), state["scores"].shape[1])
-        auditions.scores = state["scores"].numpy().copy()
+        auditions.scores = np.where(state["played"].numpy(), state["scores"].numpy(), np.nan)
         return auditions
