@@ -22,9 +22,10 @@ from training import installed
 if __name__ == "__main__":
     installed.demand("dreamer.py")  # before the first package is imported
 
-from tools import NonFiniteLoss, UserError, derive_seed, guard_output
+from tools import Lost, NonFiniteLoss, UserError, derive_seed, guard_output
 from training.config import CONFIGS, beside, load_config
 from training.console import print_line
+from training.distributed import Elsewhere, Ranks, check, check_same_place, joined, settle, share, speaks
 from training.logdir import placed
 from training.signals import Interrupted, given_up_if_stopped, signals_noted
 
@@ -63,14 +64,19 @@ def main(argv=None):
         config = with_absolute_paths(load_config(sys.argv[1:] if argv is None else argv, CONFIGS))
         if not config.eval_envs:  # no evaluation, then
             config = config.replace(eval_episode_num=0)
+        check(config)
         from envs.tasks import split_task
 
         split_task(config.task)  # PyTorch takes seconds to import, for which a misspelt task need not wait, either
         with contextlib.ExitStack() as stack:  # what is opened is closed at the end, whatever happens
             return (eval_only if config.script == "eval_only" else train)(config, stack)
     except UserError as error:
-        print_line(f"dreamer.py: {error}")
+        print_line(f"dreamer.py: {error}") if speaks(error) else None
         return 2
+    except Elsewhere:  # which says why
+        return 1
+    except Lost as error:
+        return failed(config, error)
     except OSError as error:
         if error.errno not in FULL and not is_gone(error, config):
             raise
@@ -106,19 +112,22 @@ def failed(config, why):
 
 def train(config, stack):
     """Train until `steps` frames were seen or a signal came; go on from the checkpoint in the logdir."""
-    from training.run import open_logdir  # PyTorch takes seconds to import: a misspelt flag need not wait for it
+    from ops import collectives  # PyTorch takes seconds to import: a misspelt flag need not wait for it
+    from training.run import open_logdir
 
-    before = open_logdir(config, stack)
-    if is_done(config, *before):
-        return 0
-    parts = wire(config, stack, *before)
+    ranks = stack.enter_context(joined(config, collectives.start))
+    with ranks.together():
+        before = open_logdir(config, stack, ranks)
+        if is_done(share(config, ranks), *before):
+            return 0
+        parts = wire(config, stack, *before, ranks)
     run = parts.run
     try:
-        with signals_noted(run, run.out.acknowledge), contextlib.suppress(Interrupted):
+        with signals_noted(parts.noted, run.out.acknowledge), contextlib.suppress(Interrupted):
             loop(run, parts.agent, parts.replay, parts.collect, parts.evaluate)
             finish(run, parts.evaluate)
     except NonFiniteLoss as error:
-        return failed(config, error)
+        return failed(config, error) if ranks.rank == 0 else 1
     return 128 + run.stopped if run.stopped else 0
 
 
@@ -137,33 +146,27 @@ def is_done(config, saved, changed):
     return True
 
 
-def wire(config, stack, saved=None, changed=()):
+def wire(config, stack, saved=None, changed=(), ranks=None):
     """Make environments, agent and replay, filled from what the logdir holds, and what `loop` is called with.
 
     Args:
-      saved, changed: what `training.run.open_logdir` found there.
-    Returns: namespace of run, agent, replay, collect, evaluate, envs; `stack` closes what is opened.
+      saved, changed: what `training.run.open_logdir` found there; ranks: the Ranks that share the run, None for one.
+    Returns: namespace of run, agent, replay, collect, evaluate, envs, and noted, what signals set attributes of;
+      `stack` closes what is opened.
     """
-    from agents import make_agent
-    from agents.random import Random
-    from modalities import describe, obs_spec
-    from replay.sampling import make_replay
-    from specs import act_spec, step_layout
-    from training import evaluation, machine
+    from modalities import describe
+    from training import evaluation
     from training.driver import Driver
     from training.logdir import changed_line
     from training.rng import undisturbed
-    from training.run import Run, episode_paths
     from training.startup import start_lines
 
-    device = machine.prepare(config)
-    envs = open_envs(config, stack, saved["counters"]["agent_steps"] if saved else 0)
+    ranks = ranks or Ranks()
+    own, played = share(config, ranks), []
+    envs = open_envs(own, stack, saved["counters"]["agent_steps"] if saved else 0, ranks.rank)
     spaces = envs.collecting or envs.evaluating()
-    specs = obs_spec(spaces.obs_space), act_spec(spaces.act_space)
-    agent, layout, paths = make_agent(config, *specs), step_layout(spaces.obs_space, specs[1]), episode_paths(config)
-    replay = make_replay(config, layout, agent, paths, device)
-    run = Run(config, agent, replay, Random(specs[1], derive_seed(config.seed, 3)))
-    run.restore(saved, [*paths[0], *paths[1]])  # before anything is written: it may find that nothing fits
+    run, specs, layout, device = make_run(config, spaces, saved, ranks)
+    agent, replay, noted = run.agent, run.replay, run if ranks.count == 1 else ranks
     run.spaces, run.restarts = spaces.own, envs.restarts
     out = run.open(stack)
     about = describe(spaces.obs_space)
@@ -171,30 +174,66 @@ def wire(config, stack, saved=None, changed=()):
         out.say("info", line) if line else None
     driver = None
     if envs.collecting:
-        driver = Driver(envs.collecting, specs[1], layout, on_step=[run.recorder], on_episode=[run.finished])
+        heard = run.finished if ranks.count == 1 else played.append
+        driver = Driver(envs.collecting, specs[1], layout, on_step=[run.recorder], on_episode=[heard])
+    settle(run)
 
     def collect(agent, mode):
+        played.clear()
         if not driver:  # train_offline: as many updates as the frames would bring
-            return config.envs
+            return settle(run, own.envs)
         steps = driver.step(agent, mode)
         out.watch(driver.lengths, envs.collecting.longest)
         out.say_restarts(envs.collecting)
-        return steps
+        return settle(run, steps, played)
 
     def evaluate(film=False):
-        if not config.eval_episode_num:
+        if not config.eval_episode_num or (film and ranks.rank):
             return
         with undisturbed({**agent.generators, "replay": replay.rng}):
-            played, going = envs.evaluating(), lambda: not run.stopped
+            played, going = envs.evaluating(), lambda: not noted.stopped
             if film:
                 with out.stage("filming"):
                     evaluation.record_film(agent, played, specs[1], config.eval_mode, out, run.step)
                 return
             with out.stage("evaluating"):
-                score = evaluation.evaluate(agent, played, config, out, specs, run.step, going, replay)
+                score = evaluation.evaluate(agent, played, own, out, specs, run.step, going, replay, ranks)
         run.keeper.evaluated(score)
+        settle(run)
 
-    return SimpleNamespace(run=run, agent=agent, replay=replay, collect=collect, evaluate=evaluate, envs=envs)
+    return SimpleNamespace(
+        run=run, agent=agent, replay=replay, collect=collect, evaluate=evaluate, envs=envs, noted=noted
+    )
+
+
+def make_run(config, spaces, saved, ranks):
+    """Make agent and replay for the spaces of environments, and restore them.
+
+    Returns: the Run, the ObsSpec and the ActionSpec, the layout of a stored step, the device.
+    """
+    from agents import make_agent
+    from agents.random import Random
+    from modalities import obs_spec
+    from ops import collectives
+    from replay.sampling import make_replay
+    from specs import act_spec, step_layout
+    from training import machine
+    from training.rng import seed_everything
+    from training.run import Run, episode_paths
+
+    own = share(config, ranks)
+    device = machine.prepare(config)
+    specs = obs_spec(spaces.obs_space), act_spec(spaces.act_space)
+    agent, layout, paths = make_agent(own, *specs), step_layout(spaces.obs_space, specs[1]), episode_paths(config)
+    if ranks.rank:  # environments of this process may draw from the global generators
+        seed_everything(derive_seed(config.seed, 8, ranks.rank))
+    replay = make_replay(own, layout, agent, paths, device)
+    random = Random(specs[1], derive_seed(config.seed, 3, *collectives.place()))
+    run = Run(config, agent, replay, random, ranks)
+    run.restore(saved, [*paths[0], *paths[1]])  # before anything is written: it may find that nothing fits
+    check_same_place(ranks, config.logdir, (run.agent_steps, run.updates))
+    collectives.broadcast_([*agent.nets.state_dict().values()] if hasattr(agent, "nets") else [])
+    return run, specs, layout, device
 
 
 def finish(run, evaluate):
@@ -211,13 +250,14 @@ def finish(run, evaluate):
         run.out.say("info", f"curves: {sys.executable} -m tensorboard.main --logdir {shlex.quote(str(folder))}")
 
 
-def open_envs(config, stack, behind):
+def open_envs(config, stack, behind, rank=0):
     """Make environments; `stack` closes them.
 
     Those to evaluate in are made at once if they are needed before the end. Else they take the place of those to
     collect in, when they are asked for and in no greater number: of some environments there can be one only.
 
-    behind: agent steps that the run has behind it.
+    behind: agent steps that the run has behind it; rank: of the process, as many of whose own come before its
+      environments as there are ranks before it.
     Returns: namespace of collecting, the Envs or None for train_offline; evaluating, a function that returns Envs; and
       restarts, a function that counts those of both.
     """
@@ -227,7 +267,7 @@ def open_envs(config, stack, behind):
     made = []
 
     def make(mode, count, behind=0):
-        made.append(make_envs(config, mode, count, behind))
+        made.append(make_envs(config, mode, count, behind, rank * count))
         stack.callback(close_envs, config, made[-1])
         return made[-1]
 

@@ -14,6 +14,7 @@ import torch.nn as nn
 import ops.distributions as dists
 from modalities.joint import MultiDecoder, MultiEncoder
 from networks import Actor, Head, State, feature, make_rssm, scalar_head
+from ops import collectives
 from ops.layers import Style
 from ops.math import lambda_return
 from tools import UserError
@@ -103,10 +104,10 @@ class WorldModel(nn.Module):
 REWARDS = {"none": lambda reward: reward, "tanh": torch.tanh}
 
 # Free nats, below which a KL (B, T) does not pull: in every step (DreamerV3, PlaNet), or in the mean over the batch
-# (Dreamer, DreamerV2).
+# (Dreamer, DreamerV2), of all ranks.
 CLIPS = {
     "step": lambda kl, free: kl.clamp(min=free),
-    "mean": lambda kl, free: kl.mean().clamp(min=free).expand(kl.shape),
+    "mean": lambda kl, free: collectives.mean(kl.mean()).clamp(min=free).expand(kl.shape),
 }
 
 
@@ -272,12 +273,13 @@ class ImagBehavior(nn.Module):
 
     def metrics(self, outs):
         """Return metrics of what `losses` returned, mostly means over the imagined trajectories: 0-d tensors."""
-        ret = (outs["ret"] - outs["ret_offset"]) / outs["ret_scale"]
+        adv, ret = (collectives.gather(outs[name]) for name in ("adv", "ret"))
+        ret = (ret - outs["ret_offset"]) / outs["ret_scale"]
         slow = {"imag_slow_value": outs["slow"].mean()} if "slow" in outs else {}
         return slow | {
             "actor_entropy": outs["entropy"].mean(),
             "adv": outs["adv"].mean(),
-            "adv_std": outs["adv"].std(correction=0),
+            "adv_std": adv.std(correction=0),
             "adv_mag": outs["adv"].abs().mean(),
             "imag_reward": outs["reward"].mean(),
             "imag_cont": outs["cont"].mean(),
@@ -310,7 +312,7 @@ class ReturnNorm(nn.Module):
 
     @torch.no_grad()
     def forward(self, returns):
-        """Fold in a batch of returns of any shape; return (offset, scale), 0-d."""
-        self.range.lerp_(torch.quantile(returns.float().flatten(), self.percentiles), self.rate)
+        """Fold in a batch of returns of any shape, and those of the other ranks; return (offset, scale), 0-d."""
+        self.range.lerp_(torch.quantile(collectives.gather(returns.float().flatten()), self.percentiles), self.rate)
         low, high = self.range
         return low, (high - low).clamp(min=self.limit)

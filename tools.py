@@ -29,6 +29,19 @@ class NonFiniteLoss(Exception):
     """The loss of an update is not a number, or infinite: there is nothing to go on from but the last checkpoint."""
 
 
+class Lost(Exception):
+    """Another process of the run is gone, so that what all of them compute cannot be."""
+
+
+@contextlib.contextmanager
+def peers() -> Iterator[None]:
+    """Raise Lost for whatever torch.distributed raises in the body when another process is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise Lost("another rank of the run is gone") from error
+
+
 class Parser(argparse.ArgumentParser):
     """Reports a mistake in a command line as a UserError."""
 
@@ -227,7 +240,7 @@ def accepts(setter: Callable[[Any], Any], state: Any) -> bool:
 
 LOCK = ".lock"  # its first byte is what Windows locks, so that others read from the second on
 TEMPORARY = re.compile(
-    r"(latest\.pt|best\.pt|replay-\d+\.pt|step_\d+\.pt|config\.yaml|wandb_id\.txt|\d{8}T\d{6}\w*-\w+-\d+\.npz)"
+    r"(latest\.pt|best\.pt|replay-\d+(-\d+)?\.pt|step_\d+\.pt|config\.yaml|wandb_id\.txt|\d{8}T\d{6}\w*-\w+-\d+\.npz)"
     r"\.[0-9a-f]{8}\.tmp"
 )
 

@@ -17,6 +17,7 @@ from behaviors.meta import LEARNED, MetaGradients
 from exploration import EXPLORERS, explorer_rewards, make_explorers, perturb, received, task_rewards
 from models import WorldModel, frozen
 from networks import State
+from ops.collectives import average_metrics, place
 from ops.graphs import Captured
 from ops.optim import Adams, LaProp, TFAdams
 from ops.random import drawing_from, make_generator
@@ -80,7 +81,7 @@ class Dreamer:
         self.begin_window = WINDOW_STARTS[config.window_start]
         self.batch_size, self.expl_noise = config.batch_size, config.expl_noise
         self.drawers = modalities.drawers(obs_spec, config)
-        seeds = {name: derive_seed(config.seed, 5, index) for index, name in enumerate(("act", "learn"))}
+        seeds = {name: derive_seed(config.seed, 5, index, *place()) for index, name in enumerate(("act", "learn"))}
         self.generators = {name: make_generator(seed, self.device) for name, seed in seeds.items()}
         self.capture, self.choosers = lambda function, generator: function, {}
 
@@ -113,7 +114,7 @@ class Dreamer:
         metrics |= {f"{name}_loss": loss.detach().mean() for name, loss in losses.items()}
         metrics["loss"] = total.detach()
         metrics["model_loss"] = sum(self.scales[name] * metrics[f"{name}_loss"] for name in outs["model"])
-        return states.map(torch.Tensor.detach), metrics
+        return states.map(torch.Tensor.detach), average_metrics(metrics)
 
     def loss(self, batch, state):
         """The one loss of world model, actor and critic, and of the explorer if there is one.

@@ -2,12 +2,13 @@
 
 import numpy as np
 
+from ops.collectives import place
 from tools import Ratio, UserError, derive_seed
 
 
 def make(obs_spec, act_spec, config, device, dtype):
     """Return the random agent of a configuration."""
-    return Random(act_spec, derive_seed(config.seed, 5), obs_spec)
+    return Random(act_spec, derive_seed(config.seed, 5, *place()), obs_spec)
 
 
 class Random:

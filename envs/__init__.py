@@ -70,13 +70,14 @@ def check_options(config: Any, suite: str) -> None:
             raise UserError(f"--{key} is for {', '.join(f'{name}_' for name in suites)} tasks, not for {suite}_")
 
 
-def make_envs(config: Any, mode: str, count: int, behind: int = 0) -> Envs:
+def make_envs(config: Any, mode: str, count: int, behind: int = 0, first: int = 0) -> Envs:
     """Make `count` environments of a mode that step together, each in its own process if `config.parallel`.
 
     A process that does not answer a step within `config.env_timeout` seconds is restarted. `behind`: see `make_env`.
+    `first`: index of the first of them, where other ranks have those before it.
     """
     kind = Worker if config.parallel else Local
-    makers = [functools.partial(make_env, config, mode, index, behind) for index in range(count)]
+    makers = [functools.partial(make_env, config, mode, first + index, behind) for index in range(count)]
     return Envs(kind, makers, config.env_timeout, longest_episode(config))
 
 

@@ -53,7 +53,7 @@ def record_cuda(function, generator=None):
     graph = torch.cuda.CUDAGraph()
     if generator is not None:
         graph.register_generator_state(generator)
-    with torch.cuda.graph(graph):  # records only: nothing runs yet
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # records only: nothing runs yet
         results = function()
     assert all(leaf.is_cuda for leaf in tree_leaves(results))
     return graph.replay, results

@@ -3,6 +3,8 @@ PyTorch's form and in TensorFlow's."""
 
 import torch
 
+from ops.collectives import average_
+
 # Treat smaller gradients as zero: with denormals flushed on the CPU, their squares underflow and g / eps explodes.
 TINY = 1e-17
 
@@ -47,6 +49,7 @@ class LaProp:
     @torch.no_grad()
     def step(self):
         """Update from the gradients in place; return metrics as 0-d tensors."""
+        average_([self.grad])
         grads = [param.grad for param in self.params]
         norms = torch.stack(torch._foreach_norm(grads))
         rate = self.learning_rate()
@@ -115,6 +118,7 @@ class Adams:
 
     def step(self):
         """Update from the gradients in place; return metrics as 0-d tensors."""
+        average_([p.grad for params in self.groups.values() for p in params.values() if p.grad is not None])
         metrics = {}
         for group, adam in self.adams.items():
             norm = torch.nn.utils.clip_grad_norm_(self.groups[group].values(), self.settings[group].clip)

@@ -161,6 +161,7 @@ class EpisodeWriter:
     Args:
       directory: of the files, created if missing; count: number of environments; limit: in agent steps.
       held: function that returns the names of files which are needed still.
+      mine: function of the name of a file that is there already: whether to count it, and perhaps delete it.
     """
 
     def __init__(
@@ -169,12 +170,14 @@ class EpisodeWriter:
         count: int,
         limit: int,
         held: Callable[[], Collection[str]] = frozenset,
+        mine: Callable[[str], bool] = bool,
     ):
         self.directory = pathlib.Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         self.steps: list[list[Step]] = [[] for _ in range(count)]
         self.limit, self.held = limit, held
-        found = ((path, npz.steps_in(path)) for path in by_age(episode_files(self.directory)))
+        paths = (path for path in by_age(episode_files(self.directory)) if mine(path.name))
+        found = ((path, npz.steps_in(path)) for path in paths)
         self.files = collections.deque((path, length) for path, length in found if length)
         self.total = sum(length for _, length in self.files)
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ops.collectives import count, place
 from replay import memory
 from replay.episodes import Arrays, Layout, Step, check_keys, load_episode
 from replay.memory import step_bytes
@@ -299,11 +300,13 @@ def make_replay(
     It has room for the whole run and the episode files of offline_traindir, or dataset_size steps if that is less.
 
     Args:
+      config: a rank's own, see `training.distributed.share`.
       layout: {key: (shape, dtype)} of a step; agent: with `stored` and `context`.
       paths: the episode files of offline_traindir, and those that the run has written; device: of the agent.
     """
     offline, own = (sum(map(steps_in, group)) for group in paths)
-    capacity = min(config.dataset_size, max(room_for_run(config, layout), own) + offline)
+    room = max(room_for_run(config, layout), own) + offline
+    capacity = min(config.dataset_size, -(-room // count()))
     return Replay(
         layout,
         agent.stored,
@@ -311,7 +314,7 @@ def make_replay(
         capacity=capacity,
         length=config.batch_length,
         context=agent.context,
-        seed=derive_seed(config.seed, 4),
+        seed=derive_seed(config.seed, 4, *place()),
         windows=config.replay_window,
         device=resident(device, {**layout, **agent.stored}, capacity),
     )
@@ -330,14 +333,14 @@ def stored_by_episode(stream):
 
 
 def room_for_run(config: Any, layout: Layout) -> int:
-    """Return an upper bound of the steps that the run of a configuration adds to a replay.
+    """Return an upper bound of the steps that the run of a configuration adds to the replays of all ranks.
 
     An episode has one step more than actions. A tenth more is enough for all but very short episodes, twice as many
     for any; the latter is used if steps are small, as those of bandits are.
     """
     room = 2.0 if step_bytes(layout) < SMALL_STEP else 1.1
     actions = config.steps / config.action_repeat + config.prefill
-    return math.ceil(room * actions) + config.envs * (config.batch_length + 2)
+    return math.ceil(room * actions) + config.envs * count() * (config.batch_length + 2)
 
 
 def resident(device: torch.device, layout: Layout, capacity: int) -> torch.device | None:

@@ -14,6 +14,7 @@ from training.archive import check_archive
 from training.rng import fits_generator, fits_global_generators
 
 NUMBER = int | float
+MOST_RANKS = 65536
 CLOCK = {"next": NUMBER, "step?": NUMBER}
 
 
@@ -43,7 +44,8 @@ RESUMED = LEARNED | {  # and what a run needs to go on
     },
     "rng": fits_global_generators,
     "random": fits_generator,
-    "replay": lambda name: isinstance(name, str) and re.fullmatch(r"replay-\d+\.pt", name),
+    "replay": lambda name: isinstance(name, str) and re.fullmatch(r"replay-\d+(-0)?\.pt", name),
+    "ranks?": lambda count: is_count(count) and 0 < count <= MOST_RANKS,
 }
 
 
@@ -79,6 +81,14 @@ def load_stored(path: pathlib.Path, warn: Callable[[str], None]) -> dict[str, An
         return None
 
 
+def load_states(
+    logdir: pathlib.Path, saved: Mapping[str, Any], warn: Callable[[str], None]
+) -> list[dict[str, Any] | None]:
+    """Read what the replays of all ranks saved beside a checkpoint; see `load_stored`."""
+    count, updates = saved.get("ranks", 1), int(re.findall(r"\d+", saved["replay"])[0])  # older ones had one
+    return [load_stored(logdir / stored_file(updates, count, rank), warn) for rank in range(count)]
+
+
 def reason_of(error: Exception) -> str:
     """Return in a few words why a file could not be read."""
     if isinstance(error, OSError):
@@ -104,22 +114,27 @@ def not_finite(tree: Any, name: str) -> str | None:
     return None
 
 
-def save_checkpoint(logdir: pathlib.Path, checkpoint: dict[str, Any], stored: Any, updates: int) -> None:
+def save_checkpoint(logdir: pathlib.Path, checkpoint: dict[str, Any], stored: Any, ranks: Any, updates: int) -> None:
     """Write latest.pt, and what the replay stores to a file of its own beside it, each atomically.
 
+    Each of the `training.distributed.Ranks` writes the latter, and the first of them the former when all have done so.
     Raises OSError where the logdir cannot take them; what was there before is still good then.
     """
-    name = stored_file(updates)
-    atomic_save(logdir / name, stored)
-    atomic_save(logdir / "latest.pt", checkpoint)
-    for old in logdir.glob("replay-*.pt"):
-        if old.name != name:
-            old.unlink(missing_ok=True)
+    atomic_save(logdir / stored_file(updates, ranks.count, ranks.rank), stored)
+    ranks.agree()
+    if ranks.rank == 0:
+        atomic_save(logdir / "latest.pt", checkpoint)
+    ranks.agree()  # before any rank removes what the checkpoint before needs
+    if ranks.rank == 0:
+        kept = {stored_file(updates, ranks.count, rank) for rank in range(ranks.count)}
+        for old in logdir.glob("replay-*.pt"):
+            if old.name not in kept:
+                old.unlink(missing_ok=True)
 
 
-def stored_file(updates: int) -> str:
-    """Return the name of the file of what the replay stored when a checkpoint was written."""
-    return f"replay-{updates}.pt"
+def stored_file(updates: int, ranks: int, rank: int) -> str:
+    """Return the name of the file of what a rank's replay stored when a checkpoint was written."""
+    return f"replay-{updates}-{rank}.pt" if ranks > 1 else f"replay-{updates}.pt"
 
 
 def atomic_save(path: pathlib.Path, state: Any) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from replay.episodes import EpisodeWriter
 from specs import ActionSpec, ObsSpec, step_layout
 from tools import UserError
+from training.distributed import Ranks
 from training.driver import Driver, Episode
 from training.outputs import Outputs, endless
 from training.protocol import Agent
@@ -22,6 +23,7 @@ OPEN_LOOPS = 6  # sequences whose predictions are shown
 LONGEST = 500  # frames of an evaluation's first episode that are kept for its video
 FILM = 2000  # steps of an episode that are filmed
 FPS = 30  # of them, in a second
+ALONE = Ranks()
 
 
 class Evaluation:
@@ -100,13 +102,15 @@ def evaluate(
     step: int,
     going: Callable[[], bool] = lambda: True,
     replay: Any = None,
+    ranks: Ranks = ALONE,
 ) -> float | None:
     """Play `eval_episode_num` episodes and log their returns and videos; return their mean, None if it ended early.
 
     Args:
-      envs: evaluation environments; step: environment frames that training has seen.
+      envs: evaluation environments; config: as this rank acts on it; step: environment frames that training has seen.
       going: the evaluation ends early when this is false.
       replay: from which open-loop predictions are shown; None shows them from the episodes just played.
+      ranks: that play as many each.
     """
     obs_spec, act_spec = specs
     layout = step_layout(envs.obs_space, act_spec)
@@ -122,7 +126,10 @@ def evaluate(
         on_step=[lambda index, obs, stored: writer.add(index, obs), beginnings],
         on_episode=[lambda episode: out.score(step, "eval", episode)],
     )
-    episodes = evaluation.play(agent, going)
+    parts = ranks.gather(evaluation.play(agent, going))
+    for episode in (episode for rank, part in enumerate(parts) if rank != ranks.rank for episode in part):
+        out.score(step, "eval", episode)
+    episodes = [episode for part in parts for episode in part]
     out.say_restarts(envs)
     if evaluation.cut:
         out.say("warning", f"{endless(envs.longest)}; the evaluation has counted {evaluation.cut} as they were then")
@@ -134,22 +141,27 @@ def evaluate(
     result |= {f"eval_{name}": np.mean([episode.logs.get(name, 0.0) for episode in episodes]) for name in names}
     out.logger.scalars(result, step)
     if config.video_pred_log:
-        start = time.monotonic()
-        for key, frames in evaluation.frames.items():
-            video = visible(np.stack(frames), config.frame_stack)
-            out.logger.video(f"eval_policy/{key}", board_film(video, evaluation.scores), step, fps=20)
         if replay is None:
             arrays = beginnings.arrays()
-        elif replay.ready():
-            arrays, _ = replay.sample(min(OPEN_LOOPS, config.batch_size), fresh=False)
         else:
-            arrays = None
-        if show_open_loop(agent, config, out, step, arrays) or evaluation.frames:
-            out.logger.scalars({"video_seconds": time.monotonic() - start}, step)
+            arrays = replay.sample(min(OPEN_LOOPS, config.batch_size), fresh=False)[0] if replay.ready() else None
+        show(evaluation, agent, config, out, step, arrays)
     out.logger.flush()
     spread = f"std {np.std(scores):.1f}, min {min(scores):.1f}, max {max(scores):.1f}"
     out.say("info", f"step {step:,}: eval_return {np.mean(scores):.1f} over {len(scores)} episodes ({spread})")
-    return float(np.mean(scores)) if len(scores) == config.eval_episode_num else None
+    return float(np.mean(scores)) if len(scores) == config.eval_episode_num * ranks.count else None
+
+
+def show(
+    evaluation: Evaluation, agent: Agent, config: Any, out: Outputs, step: int, arrays: Mapping[str, Any] | None
+) -> None:
+    """Log what an evaluation watched, and open-loop predictions of sequences {key: (B, T, ...)}, if there are any."""
+    start = time.monotonic()
+    for key, frames in evaluation.frames.items():
+        video = visible(np.stack(frames), config.frame_stack)
+        out.logger.video(f"eval_policy/{key}", board_film(video, evaluation.scores), step, fps=20)
+    if show_open_loop(agent, config, out, step, arrays) or evaluation.frames:
+        out.logger.scalars({"video_seconds": time.monotonic() - start}, step)
 
 
 class Beginnings:

@@ -86,6 +86,20 @@ class Logger:
             self.flush()
 
 
+class NoLogger:
+    """Write nothing, with the methods of a Logger: what all ranks of a run know is written by the first."""
+
+    def scalars(self, values, step): ...
+
+    def video(self, name, frames, step, fps=20): ...
+
+    def score(self, step, mode, score, length, **extra): ...
+
+    def flush(self): ...
+
+    def close(self): ...
+
+
 class _JsonLines:
     """A file of one JSON object per line. A kill can truncate only the last line; opening removes such a line.
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tools import UserError
+from training.distributed import environment
 from training.rng import seed_everything
 
 
@@ -41,13 +42,24 @@ def prepare_cpu(threads: int) -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the torch.device of auto, cpu, cuda or cuda:N. Raises UserError if it does not exist."""
+    """Return the torch.device of auto, cpu, cuda or cuda:N, made the current one. Raises UserError if there is none.
+
+    Of several processes that torchrun has started on a machine, each takes the CUDA device of its number there.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
+    device, found = torch.device(name), torch.cuda.device_count()
+    if device.type != "cuda":
+        return device
+    beside, local = environment("LOCAL_WORLD_SIZE", 1), environment("LOCAL_RANK", 0)
+    if beside > 1 and device.index is not None and found > 1:
+        raise UserError(f"--device {name} would be that of all {beside} ranks of this machine: leave it at auto")
+    index = device.index or (local if found > 1 else 0)  # a scheduler may show each process its own device alone
+    if index >= found:
+        ranks = f" and {beside} ranks" if beside > 1 else ""
+        raise UserError(f"--device {name}: this machine has {found} CUDA devices{ranks}")
+    torch.cuda.set_device(index)
+    return torch.device(device.type, index)
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:

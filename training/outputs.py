@@ -13,7 +13,7 @@ from replay.episodes import EpisodeWriter
 from training.console import is_printed, warn_at
 from training.driver import Episode
 from training.logdir import best_return
-from training.logger import Logger
+from training.logger import Logger, NoLogger
 from training.progress import Ahead, Progress
 
 
@@ -22,14 +22,16 @@ class Outputs:
 
     Args:
       config: the whole configuration; step, updates: where the run goes on, 0 for a fresh one.
-      ahead: function that returns what the run has before it.
+      ahead: function that returns what the run has before it; mute: True to write no files, as ranks but the first.
     Raises UserError, with nothing written, if an output is not to be had; OSError if the logdir cannot be written.
     """
 
-    def __init__(self, config: Any, step: int, updates: int, ahead: Callable[[], Ahead] = Ahead):
+    def __init__(self, config: Any, step: int, updates: int, ahead: Callable[[], Ahead] = Ahead, mute: bool = False):
         self.config, self.warned = config, False
         self.logdir = pathlib.Path(config.logdir).expanduser()
-        self.logger = Logger(self.logdir, step, config.logger, config.to_dict(), config.explicit)
+        self.logger: Any = (
+            NoLogger() if mute else Logger(self.logdir, step, config.logger, config.to_dict(), config.explicit)
+        )
         self.evaluated = 0  # episodes of the evaluation under way
         self.progress = Progress(config.steps, step, updates, best_return(self.logdir), ahead)
 

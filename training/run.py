@@ -10,18 +10,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from replay.dealing import deal
 from replay.episodes import EpisodeWriter, by_age, episode_files
-from tools import Every, Rates, UserError, locked, sweep
+from tools import Every, Lost, Rates, UserError, locked, sweep
 from training.checkpoint import (
     RESUMED,
     checkpoint_file,
     load_agent_state,
     load_checkpoint,
-    load_stored,
+    load_states,
     save_checkpoint,
     stored_file,
 )
 from training.console import warn_at
+from training.distributed import Agreed, Ranks, settle, share
 from training.driver import Episode
 from training.keep import Keeper
 from training.logdir import SAME, check_logdir, named, save_config
@@ -41,21 +43,26 @@ class Run:
     Args:
       config: the whole configuration.
       agent: Agent; replay: Replay, empty; random: the agent that collects before there is enough to learn from.
+      ranks: the processes that share the run, of which agent and replay are one's.
     Attributes:
       agent_steps, updates, episodes: counters of what was collected and learned in all.
       stopped: number of the signal that asked the run to end, or None.
-      save_asked: True if a signal asked for a checkpoint.
+      save_asked: True if a signal asked for a checkpoint; log_due, save_due: True if the time for it has come.
+      agreed: what holds for all ranks where there are several, else None.
       resumed: True if it goes on from a checkpoint.
     """
 
-    def __init__(self, config: Any, agent: Agent, replay: Any, random: Agent):
+    def __init__(self, config: Any, agent: Agent, replay: Any, random: Agent, ranks: Ranks | None = None):
         self.config, self.agent, self.replay, self.random = config, agent, replay, random
+        self.ranks = ranks or Ranks()
+        self.agreed: Agreed | None = None
         self.logdir = pathlib.Path(config.logdir).expanduser()
         self.offline = config.script == "train_offline" or bool(config.offline_traindir)
         self.agent_steps = self.updates = self.episodes = 0
         self.stopped: int | None = None
-        self.save_asked = False
-        self.keeper = Keeper(self.logdir, config.keep, functools.partial(checkpoint_of, self))
+        self.save_asked = self.log_due = self.save_due = False
+        self.times = functools.partial(asked_by_time, self)
+        self.keeper = Keeper(self.logdir, share(config, self.ranks).keep, functools.partial(checkpoint_of, self))
         self.saved_names: set[str] = set()  # of the episode files that the last checkpoint needs
         self.resumed = self.learning = False  # the latter after the first update in this process
         self.metrics = Metrics()
@@ -83,7 +90,8 @@ class Run:
 
     def filled(self) -> bool:
         """True if enough was collected to learn from."""
-        return (self.agent_steps >= self.config.prefill or self.offline) and self.replay.ready()
+        ready = self.agreed.ready if self.agreed else self.replay.ready()
+        return ready and (self.agent_steps >= self.config.prefill or self.offline)
 
     def collector(self) -> tuple[Agent, str]:
         """Return who collects now, and its mode of acting."""
@@ -109,11 +117,10 @@ class Run:
         self.updates += 1
         self.metrics.add(metrics, self.step)
         self.out.show(*stage_of(self))
-        now, save = time.monotonic(), self.clocks["save"]
-        if now - self.logged_at > LONGEST_UNLOGGED:
+        settle(self, learning=True)
+        if self.log_due:
             self.log()
-        overdue = now - self.saved_at > LONGEST_UNSAVED and self.config.save_every
-        if overdue or (save.by_time and save(self.step)) or self.save_asked:
+        if self.save_due or self.save_asked:
             self.save()
 
     def finished(self, episode: Episode) -> None:
@@ -129,13 +136,14 @@ class Run:
         self.out.show(*stage_of(self))
         if self.clocks["log"](self.step):
             self.log()
-        if self.clocks["save"](self.step) or self.save_asked:
+        timed = self.ranks.count > 1 and self.clocks["save"].by_time  # the first rank's time is that of all: `settle`
+        if self.save_due or self.save_asked or (not timed and self.clocks["save"](self.step)):
             self.save()
         self.keeper.serve(self.step)
 
     def log(self) -> None:
         """Write the means of the metrics since the last log."""
-        self.logged_at = time.monotonic()
+        self.logged_at, self.log_due = time.monotonic(), False
         soon = self.config.envs * (self.config.batch_length + 1)  # when what each environment gave is that long
         if self.agent_steps > max(self.config.prefill, soon) and not self.replay.ready():
             what = "an episode" if self.config.replay_window.startswith("episode") else "what an environment gave"
@@ -143,7 +151,8 @@ class Run:
             self.out.say("warning", f"nothing is learned before {what} is as long as {need}, and a step more")
         self.metrics.drain()
         scalars = self.metrics.means()
-        scalars |= {"updates": self.updates, "replay_steps": len(self.replay), "env_restarts": self.restarts()}
+        steps, restarts = self.agreed[1:] if self.agreed else (len(self.replay), self.restarts())
+        scalars |= {"updates": self.updates, "replay_steps": steps, "env_restarts": restarts}
         scalars |= self.rates(fps=self.step, updates_per_second=self.updates)
         self.out.logger.scalars(scalars, self.step)
         self.out.logger.flush()
@@ -156,13 +165,18 @@ class Run:
         def held() -> set[str]:  # by memory, now or in the checkpoint that a run would go on from
             return self.replay.names() | self.saved_names
 
+        own, first = share(self.config, self.ranks), self.ranks.rank == 0
+        others = set().union(*self.ranks.gather(self.replay.names())) - self.replay.names()  # of which they take care
+        mine = (lambda name: name not in others) if first else self.replay.names().__contains__
         try:
-            self.out = Outputs(self.config, self.step, self.updates, functools.partial(ahead_of, self))
+            config = self.config if first else own
+            self.out = Outputs(config, self.step, self.updates, functools.partial(ahead_of, self), not first)
             stack.callback(self.out.close)
-            save_config(self.config, self.logdir)
+            if first:
+                save_config(self.config, self.logdir)
             if self.config.eval_episode_num:
                 (self.logdir / "eval_eps").mkdir(exist_ok=True)
-            writer = EpisodeWriter(self.logdir / "train_eps", self.config.envs, self.config.dataset_size, held)
+            writer = EpisodeWriter(self.logdir / "train_eps", own.envs, own.dataset_size, held, mine)
         except OSError as error:
             raise UserError(f"--logdir {self.config.logdir}: {error.strerror}") from None
         self.recorder = Recorder(self.replay, writer)
@@ -171,10 +185,11 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint that `restore` goes on from."""
-        with self.out.stage("saving"):
-            save_checkpoint(self.logdir, checkpoint_of(self), self.replay.state_dict(), self.updates)
+        with self.out.stage("saving"), self.ranks.telling():
+            stored = self.replay.state_dict() | ({"generators": generators_of(self)} if self.ranks.count > 1 else {})
+            save_checkpoint(self.logdir, checkpoint_of(self), stored, self.ranks, self.updates)
         self.saved_names = self.replay.names()
-        self.saved_at = time.monotonic()
+        self.saved_at, self.save_due = time.monotonic(), False
         if self.save_asked:
             self.save_asked = False
             self.out.say("info", f"saved at step {self.step:,}, as a signal asked")
@@ -188,7 +203,10 @@ class Run:
     def saving_on_error(self) -> Iterator[None]:
         """Save everything collected so far if the body raises, whatever it is that environments raise."""
         try:
-            yield
+            with self.ranks.telling():
+                yield
+        except Lost:  # without it there is nothing to save
+            raise
         except BaseException:
             self.save_all()
             raise
@@ -205,9 +223,10 @@ class Run:
         if saved and not goes_on(self.agent, saved, config, warn):
             saved = None
         self.resumed = saved is not None
-        stored = load_stored(self.logdir / saved["replay"], warn) if saved else None
+        states = load_states(self.logdir, saved, warn) if saved else [None]
         if self.replay.tight:
             warn(self.replay.tight)
+        stored, paths = deal(states, paths, self.ranks.rank, self.ranks.count, config.envs, self.replay)
         self.replay.restore(stored, paths, warn)
         self.saved_names = self.replay.names()
         if self.offline and not self.replay.ready():
@@ -222,9 +241,12 @@ class Run:
             setattr(self, name, value)
         for name, clock in self.clocks.items():
             clock.load_state_dict(saved["clocks"][name])
-        set_rng_state(saved["rng"])
-        set_generator_states(self.agent.generators, saved["rng"].get("agent", {}))  # older ones lack them
-        set_generator_states(self.random.generators, {"act": saved["random"]})
+        if self.ranks.rank:
+            saved = (states[self.ranks.rank] or {}).get("generators") if self.ranks.rank < len(states) else None
+        if saved:  # else this is a rank that was not there before
+            set_rng_state(saved["rng"])
+            set_generator_states(self.agent.generators, saved["rng"].get("agent", {}))  # older ones lack them
+            set_generator_states(self.random.generators, {"act": saved["random"]})
 
 
 def checkpoint_of(run: Run) -> dict[str, Any]:
@@ -235,9 +257,9 @@ def checkpoint_of(run: Run) -> dict[str, Any]:
         "agent": run.agent.state_dict(),
         "counters": {"agent_steps": run.agent_steps, "updates": run.updates, "episodes": run.episodes},
         "clocks": {name: clock.state_dict() for name, clock in run.clocks.items()},
-        "rng": get_rng_state() | {"agent": generator_states(run.agent.generators)},
-        "random": generator_states(run.random.generators)["act"],
-        "replay": stored_file(run.updates),
+        **generators_of(run),
+        "replay": stored_file(run.updates, run.ranks.count, 0),
+        "ranks": run.ranks.count,
         "spaces": run.spaces,
         **{key: run.config[key] for key in SAME},
     }
@@ -256,6 +278,23 @@ def goes_on(agent: Agent, saved: Mapping[str, Any], config: Any, warn: Callable[
         warn(f"{config.logdir}: begins anew at step 0, as nothing was learned there yet: {error}")
         return False
     return True
+
+
+def generators_of(run: Run) -> dict[str, Any]:
+    """Return the states of all generators of this process."""
+    rng = get_rng_state() | {"agent": generator_states(run.agent.generators)}
+    return {"rng": rng, "random": generator_states(run.random.generators)["act"]}
+
+
+def asked_by_time(run: Run, learning: bool) -> tuple[bool, bool]:
+    """Return whether the time has come for a log, and for a checkpoint; where frames pass, `serve` sees to the rest.
+
+    learning: True after a learn call, False after steps in the environments.
+    """
+    now, save = time.monotonic(), run.clocks["save"]
+    timed = (learning or run.ranks.count > 1) and save.by_time and save(run.step)
+    late = learning and now - run.saved_at > LONGEST_UNSAVED and run.config.save_every
+    return learning and now - run.logged_at > LONGEST_UNLOGGED, bool(timed or late)
 
 
 def stage_of(run: Run) -> tuple[str, int, int, float | None]:
@@ -279,15 +318,22 @@ def count_of(period: float, step: int, end: int) -> int:
     return max(0, math.ceil(end / period) - 1 - math.floor(step / period)) if period > 0 else 0
 
 
-def open_logdir(config: Any, stack: contextlib.ExitStack) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+def open_logdir(
+    config: Any, stack: contextlib.ExitStack, ranks: Ranks | None = None
+) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """Keep other runs out of the logdir, which is made for that, and look at what a run before has left there.
 
-    `stack` removes it again if nothing comes to stand there. What a killed run has left behind is swept away.
+    `stack` removes it again if nothing comes to stand there. What a killed run has left behind is swept away. The first
+    of the ranks does so while the others wait, and then only look.
 
     Returns: its checkpoint, or None, and what has changed since, {key: (value before, value now)}. Raises UserError if
     the logdir cannot be made, is another run's, or holds what no run can go on from.
     """
-    logdir = pathlib.Path(config.logdir).expanduser()
+    ranks, logdir = ranks or Ranks(), pathlib.Path(config.logdir).expanduser()
+    path = logdir / "latest.pt"
+    if ranks.rank:
+        ranks.agree()
+        return load_checkpoint(path, RESUMED) if path.exists() else None, {}
     try:
         new = [folder for folder in (logdir, *logdir.parents) if not folder.exists()]
         logdir.mkdir(parents=True, exist_ok=True)
@@ -296,9 +342,10 @@ def open_logdir(config: Any, stack: contextlib.ExitStack) -> tuple[dict[str, Any
     stack.callback(_remove_empty, new)
     if stack.enter_context(locked(logdir)):
         sweep([logdir, logdir / "train_eps", logdir / "eval_eps"])
-    path = logdir / "latest.pt"
     saved = load_checkpoint(path, RESUMED) if path.exists() else None
-    return saved, check_logdir(config, saved, functools.partial(warn_at, config.log_level))
+    changed = check_logdir(config, saved, functools.partial(warn_at, config.log_level))
+    ranks.agree()
+    return saved, changed
 
 
 def _remove_empty(folders: Sequence[pathlib.Path]) -> None:

@@ -25,11 +25,12 @@ def start_lines(
     rows = [
         ("task", f"{config.task}, {config.version}, seed {config.seed}"),
         ("runs on", machine(config, run.agent, device)),
+        *([("ranks", f"{run.ranks.count}, which share batch, environments and replay")] * (run.ranks.count > 1)),
         ("model", model(run.agent)),
         *((f"{kind}s", keys) for kind, keys in observed(obs_spec, about).items()),
         *((("left out", absent(left_out)),) if left_out else ()),
         ("actions", actions(act_spec)),
-        ("replay", memory(run.replay)),
+        ("replay", f"{memory(run.replay)}{' in each rank' if run.ranks.count > 1 else ''}"),
         ("planned", planned(run)),
         ("logdir", f"{run.logdir}: {standing(run)}"),
     ]
