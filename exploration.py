@@ -48,20 +48,22 @@ NONE: Mapping[str, Any] = MappingProxyType({})
 class Rewards:
     """What a behavior is rewarded by: called with a Rollout, the weighted sum (H + 1, N) of all its rewards.
 
-    parts: {name: function of a Rollout -> (H + 1, N)}, on arriving; `extr` is the task's, all others are intrinsic.
-    scales: {name: weight}, those that are not 1.
+    Args:
+      parts: {name: function of a Rollout -> (H + 1, N)}, on arriving; `extr` is the task's, all others are intrinsic.
+      scales: {name: weight}, those that are not 1; intr_scale: number or 0-d tensor, a factor of all intrinsic ones.
+
     A behavior of several levels takes those that each of them seeks, `rewards.only("extr", "icm")`, or all by name.
     """
 
-    def __init__(self, parts: Mapping[str, Callable[[Rollout], torch.Tensor]], scales: Mapping[str, Any] = NONE):
-        self.parts, self.scales = dict(parts), dict(scales)
+    def __init__(self, parts: Mapping[str, Callable[[Rollout], torch.Tensor]], scales: Mapping = NONE, intr_scale=1.0):
+        self.parts, self.scales, self.intr_scale = dict(parts), dict(scales), intr_scale
 
     def __call__(self, rollout: Rollout) -> torch.Tensor:
         return self.weighed({name: part(rollout) for name, part in self.parts.items()})
 
     def only(self, *names: str) -> Rewards:
         """Return the rewards of these names, one at least, weighed as they are here."""
-        return Rewards({name: self.parts[name] for name in names}, self.scales)
+        return Rewards({name: self.parts[name] for name in names}, self.scales, self.intr_scale)
 
     def unweighed(self, name: str) -> Rewards:
         """Return one of the rewards, with a weight of 1."""
@@ -69,8 +71,15 @@ class Rewards:
 
     def weighed(self, found: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """{name: tensor} of all parts -> their weighted sum."""
-        first, *rest = [self.scales[name] * reward if name in self.scales else reward for name, reward in found.items()]
+        pairs = [(self.scale(name), reward) for name, reward in found.items()]
+        first, *rest = [
+            reward if isinstance(scale, float) and scale == 1 else scale * reward for scale, reward in pairs
+        ]
         return sum(rest, first)
+
+    def scale(self, name: str) -> Any:
+        """Return the weight of a reward: a number, or a 0-d tensor where that of the intrinsic ones learns."""
+        return self.scales.get(name, 1.0) * (1.0 if name == "extr" else self.intr_scale)
 
     @torch.no_grad()
     def replayed(self, states: State, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -100,21 +109,22 @@ def task_rewards(world, explorers, config):
         raise UserError(f"--expl_extr_scale 0: --intrinsic adds to the task's reward; {instead}")
     if not config.intrinsic:
         return Rewards({"extr": world.rewards})
-    parts, scales = weighed_parts([explorers[name] for name in config.intrinsic], config)
-    return Rewards({"extr": world.rewards, **parts}, {"extr": config.expl_extr_scale or 1.0, **scales})
+    parts, scales = weighed_parts([explorers[name] for name in config.intrinsic])
+    scales["extr"] = config.expl_extr_scale or 1.0
+    return Rewards({"extr": world.rewards, **parts}, scales, config.expl_intr_scale)
 
 
 def explorer_rewards(world, explorer, config):
     """Return the Rewards of an explorer's own behavior: its own, and the task's if that has a weight there."""
-    parts, scales = weighed_parts([explorer], config)
+    parts, scales = weighed_parts([explorer])
     task = {"extr": world.rewards} if config.expl_extr_scale else {}
-    return Rewards({**parts, **task}, {**scales, "extr": config.expl_extr_scale})
+    return Rewards({**parts, **task}, {**scales, "extr": config.expl_extr_scale}, config.expl_intr_scale)
 
 
-def weighed_parts(explorers, config):
+def weighed_parts(explorers):
     """Return {name: reward} and {name: weight} of explorers, of which each may have a weight of its own."""
     parts = [(name, part, explorer) for explorer in explorers for name, part in explorer.rewards().items()]
-    scales = {name: config.expl_intr_scale * explorer.weight for name, _, explorer in parts}
+    scales = {name: explorer.weight for name, _, explorer in parts}
     return {name: part for name, part, _ in parts}, scales
 
 
@@ -131,7 +141,7 @@ def received(rewards, states, batch, outs):
             shares.setdefault(f"intrinsic/{name}_share", torch.ones_like(batch["reward"][0, 0]))
         return batch
     found = rewards.replayed(states, batch)
-    sizes = {name: (rewards.scales[name] * reward).abs().mean() for name, reward in found.items()}
+    sizes = {name: (rewards.scale(name) * reward).abs().mean() for name, reward in found.items()}
     total = sum(sizes.values()).clamp(min=1e-20)
     for name in found.keys() - {"extr"}:
         shares.setdefault(f"intrinsic/{name}_reward", found[name].mean())

@@ -74,7 +74,7 @@ class Dreamer:
         nets |= {"intrinsic": nn.ModuleDict(added)} if added else {}
         self.nets = nn.ModuleDict(nets).to(self.device)
         self.opt = make_optimizer(self.nets, config)
-        self.meta = make_meta(self.behavior, config, self.device)
+        self.meta = make_meta(self.behavior, self.rewards, config, self.device)
         self.scales = dict.fromkeys(obs_spec, config.loss_scales.rec) | config.loss_scales.to_dict()
         self.stored = self.world.rssm.layout() if config.replay_context else {}
         self.context = 1 if self.stored else 0
@@ -342,13 +342,10 @@ def with_learned_rates(opt, nets, names, config):
     return LearnedRates(opt, groups, config.rate, config.limit, config.start) if groups else opt
 
 
-def make_meta(behavior, config, device):
-    """Return the MetaGradients of a behavior's constants, which read them from then on; None if none is to learn."""
+def make_meta(behavior, rewards, config, device):
+    """Return the MetaGradients of a behavior's constants and of the weight of its intrinsic rewards; None for none."""
     names = [name for name in config.meta.learn if name in LEARNED]
-    if not names:
-        return None
-    meta = MetaGradients(behavior, names, config).to(device)
-    return meta.attach(behavior)
+    return MetaGradients(behavior, names, config).to(device).attach(behavior, rewards) if names else None
 
 
 ADAMS = {"adam": Adams, "tf_adam": TFAdams}

@@ -101,6 +101,7 @@ def make_behavior(name: str, feat_size: int, act_spec: Any, config: Any, rewards
     if not behavior.optimized():
         behavior.rewards = rewards
     elif config.expl_critics == "separate":
-        names = [part for part in rewards.parts if rewards.scales[part]]
-        return SeparateCritics(dict(zip(names, [behavior, *(make() for _ in names[1:])], strict=True)), rewards.scales)
+        names = [part for part in rewards.parts if rewards.scale(part)]
+        parts = dict(zip(names, [behavior, *(make() for _ in names[1:])], strict=True))
+        return SeparateCritics(parts, {name: rewards.scale(name) for name in names})
     return behavior

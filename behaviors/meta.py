@@ -1,6 +1,7 @@
 """Constants of the behavior that learn by the gradient through its own update (arXiv:1805.09801, 2002.12928)."""
 
 import contextlib
+import functools
 import math
 
 import torch
@@ -8,6 +9,7 @@ import torch.nn as nn
 from torch.utils._pytree import tree_map
 
 from models import frozen
+from ops.collectives import average_
 from tools import UserError
 
 # name -> (the constant as a function of the number x that is learned, x as a function of the constant)
@@ -42,7 +44,10 @@ class MetaGradients(nn.Module):
     def __init__(self, behavior, names, config):
         super().__init__()
         if not hasattr(behavior, "return_norm") or getattr(behavior, "share", 0):
-            raise UserError(f"--meta.learn {' '.join(names)}: the actor has to learn by REINFORCE (--actor.grad)")
+            what = "the actor has to learn by REINFORCE (--actor.grad), from one critic (--expl_critics)"
+            raise UserError(f"--meta.learn {' '.join(names)}: {what}")
+        if "intr_scale" in names and not config.intrinsic:
+            raise UserError("--meta.learn intr_scale: there is no intrinsic reward to weigh (--intrinsic)")
         if config.batch_size % 2:
             raise UserError(f"--meta.learn {' '.join(names)}: halves the batch, so --batch_size has to be even")
         self.names, self.lr, self.limit = list(names), config.meta.lr, math.log(config.meta.limit)
@@ -71,7 +76,7 @@ class MetaGradients(nn.Module):
 
         Args:
           rollout: Rollout (H + 1, N, ...) without gradient, from the states of `batch` {key: (B, T, ...)}, B even.
-          rewards: function of a Rollout -> (H + 1, N), whose weight is among the constants.
+          rewards: Rewards.
           opt: the optimizer of the actor, whose names begin with behavior.actor.
         """
         names = {name: f"behavior.actor.{name}" for name, _ in self.holders[0].actor.named_parameters()}
@@ -101,14 +106,20 @@ class MetaGradients(nn.Module):
         eta = {name: LEARNED[name][0](number) for name, number in zip(self.names, numbers.unbind(), strict=True)}
         first, second = halves(rollout, batch)
         loss = ActorLoss(self.holders)
+        rewards = functools.partial(with_gradient, rewards)
         inner = torch.autograd.grad(loss(theta, eta, world, *first, rewards), theta.values(), create_graph=True)
         with torch.no_grad():
-            pairs = zip(theta.items(), inner, strict=True)
+            grads = [grad.detach().clone() for grad in inner]
+            average_(grads)
+            pairs = zip(theta.items(), grads, strict=True)
             moved = {name: param - scales[name] * grad for (name, param), grad in pairs}
         moved = {name: param.requires_grad_() for name, param in moved.items()}
         outer = torch.autograd.grad(loss(moved, self.judge, world, *second, rewards), moved.values())
+        average_(outer)
         pull = sum((scales[name] * o * i).sum() for name, o, i in zip(theta, outer, inner, strict=True))
-        return -torch.autograd.grad(pull, numbers)[0]
+        gradient = -torch.autograd.grad(pull, numbers)[0]
+        average_([gradient])
+        return gradient
 
     def load_state_dict(self, state):
         """Restore the numbers and what moves them."""
@@ -144,6 +155,13 @@ class Holder(nn.Module):
 
     def forward(self, *args):
         return type(self.behavior).losses(self.behavior, *args)
+
+
+def with_gradient(rewards, rollout):
+    """Return what Rewards pay for a Rollout (H + 1, N), with a gradient towards the weight of the intrinsic ones."""
+    found = {name: part(rollout) for name, part in rewards.parts.items()}
+    with torch.enable_grad():
+        return rewards.weighed(found)
 
 
 def halves(rollout, batch):

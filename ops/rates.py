@@ -2,6 +2,8 @@
 
 import torch
 
+from ops.collectives import average_
+
 
 class LearnedRates:
     """An optimizer whose rates have factors that grow where a gradient agrees with the step before it, else shrink.
@@ -31,6 +33,7 @@ class LearnedRates:
     def step(self):
         """Move the factors by the gradients in place, then the parameters; return metrics as 0-d tensors."""
         metrics = {}
+        average_([param.grad for params in self.groups.values() for param in params if param.grad is not None])
         for group, params in self.groups.items():
             cosine = self.cosine(group)
             self.factors[group].mul_(1 - self.rate * cosine).clamp_(1 / self.limit, self.limit)

@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 
 from behaviors.meta import LEARNED, ActorLoss, MetaGradients, halves
+from exploration import Rewards
 from models import Rollout, frozen
 from networks import State
 from ops.layers import Norm, RMSNorm
@@ -214,21 +215,22 @@ def test_constants_have_the_derivative_of_differences_in_double():
     feat, action = torch.randn(6, 8, 4).double(), torch.eye(3).double()[torch.randint(3, (5, 8))]
     rollout = Rollout(State(feat, feat), action, feat)
     reward = torch.randn(6, 8).double()
-    rewards = lambda rollout: reward[:, : rollout.feat.shape[1]]  # noqa: E731
+    rewards = Rewards({"extr": lambda rollout: reward[:, : rollout.feat.shape[1]]})
     scales = {name: torch.full_like(param, 0.1) for name, param in behavior.actor.named_parameters()}
     args = None, rollout, {"reward": torch.zeros(4, 2)}, rewards, scales
     assert meta.gradient(*args).tolist() == pytest.approx(differences(meta, 1e-4, *args), rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["proprio", "pixels"])
-def test_constants_have_the_derivative_of_differences_on_the_agent(kind):
-    agent, batch = learned("entropy", "lam", kind=kind, flags=("--actor.entropy", "0.1"))
+@pytest.mark.parametrize("kind, flags", [("proprio", ()), ("pixels", ("--intrinsic", "rnd"))])
+def test_constants_have_the_derivative_of_differences_on_the_agent(kind, flags):
+    names = ("entropy", "lam", *(["intr_scale"] if flags else []))
+    agent, batch = learned(*names, kind=kind, flags=("--actor.entropy", "0.1", *flags))
     shake(agent, 0.1)  # so that values differ from state to state
     behavior, world = agent.behavior, agent.world
     rollout = behavior.rollout(world, batch_states(agent, batch).map(torch.Tensor.detach))
     scales = {name: torch.full_like(param, 1.0) for name, param in behavior.actor.named_parameters()}
     behavior.return_norm.rate = 0.0  # what it does to the normalizer is left out of the gradient
-    args = world, rollout, batch, world.rewards, scales
+    args = world, rollout, batch, agent.rewards, scales
     assert agent.meta.gradient(*args).tolist() == pytest.approx(differences(agent.meta, 0.1, *args), rel=5e-2)
 
 
@@ -236,7 +238,7 @@ def test_a_step_of_the_constants_leaves_behavior_and_normalizer_as_they_are():
     agent, batch = learned("entropy", "lam", updates=1)
     before = copy.deepcopy(agent.behavior.state_dict())
     rollout = agent.behavior.rollout(agent.world, batch_states(agent, batch).map(torch.Tensor.detach))
-    agent.meta.step(agent.world, rollout, batch, agent.world.rewards, agent.opt)
+    agent.meta.step(agent.world, rollout, batch, agent.rewards, agent.opt)
     assert equal(before, agent.behavior.state_dict())
     assert agent.behavior.entropy.data_ptr() == agent.meta.constants.data_ptr()
 
@@ -285,7 +287,9 @@ def test_an_agent_that_begins_to_learn_constants_starts_them_where_they_were():
         (("--actor.grad", "dynamics", "--meta.learn", "entropy"), "REINFORCE"),
         (("--behavior", "cem", "--optimizer", "adam", "--meta.learn", "lam"), "REINFORCE"),
         (("--behavior", "cem", "--optimizer", "adam", "--meta.learn", "actor_lr"), "no actor"),
+        (("--intrinsic", "rnd", "--expl_critics", "separate", "--meta.learn", "lam"), "one critic"),
         (("--batch_size", "3", "--meta.learn", "lam"), "even"),
+        (("--meta.learn", "intr_scale"), "no intrinsic reward"),
         (("--lam", "1", "--meta.learn", "lam"), "nothing to start from"),
         (("--actor.entropy", "0", "--meta.learn", "entropy"), "nothing to start from"),
     ],
