@@ -71,10 +71,7 @@ class Rewards:
 
     def weighed(self, found: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """{name: tensor} of all parts -> their weighted sum."""
-        pairs = [(self.scale(name), reward) for name, reward in found.items()]
-        first, *rest = [
-            reward if isinstance(scale, float) and scale == 1 else scale * reward for scale, reward in pairs
-        ]
+        first, *rest = [times(self.scale(name), reward) for name, reward in found.items()]
         return sum(rest, first)
 
     def scale(self, name: str) -> Any:
@@ -91,6 +88,11 @@ class Rewards:
         sequence, led = Rollout(states, batch["action"].transpose(0, 1)[1:], feature(states)), ~batch["is_first"]
         parts = self.parts.items()
         return {name: batch["reward"] if name == "extr" else part(sequence).T * led for name, part in parts}
+
+
+def times(scale, reward):
+    """Return scale * reward, without a product where the scale is the number 1."""
+    return reward if isinstance(scale, float) and scale == 1 else scale * reward
 
 
 def make_explorers(world, act_spec, config):
