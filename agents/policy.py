@@ -153,6 +153,7 @@ class Policy:
         spaces = self.converter.obs_space
         seen = {key: value for key, value in given.items() if value.shape != (spaces[key].shape or ())}
         own = {key: value for key, value in item.items() if key not in seen}
+        own |= {key: str(own[key]) for key in given if key in own and isinstance(spaces[key], Text)}
         try:
             return {**self.converter.plain(own), **seen}
         except UserError as error:

@@ -3,13 +3,17 @@
 python3 benchmarks/modalities.py --out logdir/modalities --write docs/modalities.md
 
 Runs dreamer.py for every case and seed, with what tells and without it, one after the other: finished runs are left
-alone, others begin or go on. Prints a table, and puts it between its markers in a page. `--cases tone` runs one alone.
+alone, others begin or go on. Prints a table, and puts it between its markers in a page; beside the page it draws the
+spectrum of a tone and of its prediction, modalities.png. `--cases tone` runs one alone.
 """
 
 import contextlib
 import pathlib
 import sys
+import wave
 from typing import NamedTuple
+
+import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
@@ -24,8 +28,7 @@ from training.config import CONFIGS, load_config
 from training.evaluation import Evaluation
 
 # At the size of quickstart, so that a run takes minutes on two cores.
-SHARED = """--configs quickstart --video_pred_log false --horizon 20 --eval_every 2000 --eval_episode_num 100
---eval_envs 10 --log_every 500"""
+SHARED = """--configs quickstart --horizon 20 --eval_every 2000 --eval_episode_num 100 --eval_envs 10 --log_every 500"""
 WORDS = "--text.length 24 --text.layers 1 --text.units 32"
 TEXT, SOUND = "--encoder.text_keys $^", "--encoder.audio_keys $^"
 EPISODES = 100  # of the random agent
@@ -98,6 +101,9 @@ def main(argv=None):
         print(text)
         if args.write:
             write_between(args.write, "modalities", text)
+            sounds = sorted((logdirs(args, "tone", False)[0] / "openloop" / "tone").glob("*.wav"))
+            if sounds:
+                draw(sounds[-1], pathlib.Path(args.write).with_suffix(".png"))
     except (UserError, OSError) as error:
         print(f"modalities.py: {error}", file=sys.stderr)
         return 2
@@ -166,6 +172,25 @@ def fall(logdir, name):
     rows = [row for row in lines(logdir / "metrics.jsonl") if name in row]
     updates = max(row.get("updates", 0) for row in rows)
     return f"{rows[0][name]:.1f} → {rows[-1][name]:.1f} in {updates:,.0f} updates"
+
+
+def draw(path, out):
+    """Draw the spectra of a WAV's two channels, the truth and the model, over time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with wave.open(str(path)) as file:
+        rate, data = file.getframerate(), file.readframes(file.getnframes())
+    sound = np.frombuffer(data, "<i2").reshape(-1, 2) / 32768
+    figure, parts = plt.subplots(2, 1, figsize=(8, 4), sharex=True, layout="constrained")
+    for axes, channel, name in zip(parts, sound.T, ("truth", "model: sees, then imagines"), strict=True):
+        axes.specgram(channel + 1e-6, NFFT=256, noverlap=128, Fs=rate, vmin=-120)
+        axes.set(title=name, ylabel="Hz")
+        axes.axvline(len(sound) / rate / 2, color="white", linestyle=":")
+    parts[-1].set_xlabel("seconds")
+    figure.savefig(out, dpi=110)
 
 
 def random_return(case):

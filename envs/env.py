@@ -31,7 +31,8 @@ class Env(Protocol):
 
     Attributes:
       obs_space: images `Box(0, 255, (H, W, C), uint8)`, vectors `Box((n,), float32)`, `Discrete(n)` (an int32
-        scalar in 0..n-1) and `MultiDiscrete(nvec)` (int32 (n,)).
+        scalar in 0..n-1) and `MultiDiscrete(nvec)` (int32 (n,)), texts (int32 (n,) token ids) and sounds (uint8 or
+        float32 (n, channels)).
       act_space: `Box(-1, 1, (n,), float32)`, `Discrete(n)` or `MultiDiscrete(nvec)`; key `action` unless the
         environment has a dict of actions.
     """

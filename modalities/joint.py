@@ -115,7 +115,7 @@ class Attend(nn.Module):
             mask = there.get(name)
             mask = torch.ones_like(embed[:, 0], dtype=torch.bool) if mask is None else mask
             masks.append(mask[:, None].expand(-1, self.counts[name]))
-        count, dtype = len(tokens[0]), tokens[0].dtype
+        count, dtype = tokens[0].shape[0], tokens[0].dtype
         tokens.append(self.nothing.to(dtype).expand(count, 1, -1))
         masks.append(torch.ones_like(masks[0][:, :1]))
         seen = self.norms[1](torch.cat(tokens, 1))  # (N, L, U)

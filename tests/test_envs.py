@@ -405,7 +405,7 @@ CUSTOM = """
 
 
     class Unknown(Told):
-        observation_space = spaces.Dict(mission=spaces.Sequence(spaces.Discrete(3)), gray=Duck.observation_space)
+        observation_space = spaces.Dict(mission=spaces.Sequence(spaces.Text(9)), gray=Duck.observation_space)
 
 
     class Clashes(Duck):

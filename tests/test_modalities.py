@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from gymnasium import spaces
 from gymnasium.spaces import Box, Discrete
 
@@ -22,8 +23,20 @@ from modalities.text.space import END, PAD, Tokens, read, vocabulary
 from ops.attention import Attention, masked_mean
 from ops.layers import Conv1d, ConvTranspose1d, Style
 from ops.random import drawing_from
-from specs import Observed, ObsSpec, tagged
-from tests.factories import Section, Toy, check_conformance, env_config, make_config, make_toy, one_line_error, play
+from specs import Observed, ObsSpec, act_spec, tagged
+from tests.factories import (
+    Section,
+    Toy,
+    Watch,
+    check_conformance,
+    env_config,
+    initial,
+    make_config,
+    make_dreamer,
+    make_toy,
+    one_line_error,
+    play,
+)
 
 F32 = np.float32
 TEXT = Observed("text", (6,), (9,) * 6)
@@ -263,10 +276,14 @@ def test_the_transposed_convolution_is_the_transpose():
 def test_the_spectrum_of_a_sine_stands_at_its_frequency():
     time = torch.arange(512) / 512
     wave = torch.stack([torch.sin(2 * math.pi * 64 * time), torch.zeros(512)], -1)[None]  # 8 cycles in 64 samples
-    found = spectrum.spectrum(wave, 64)
-    assert found.shape == (1, 2, 33, 17)
-    inner = found[0, 0, :, 2:-2].mean(-1)
-    assert inner.argmax() == 8 and inner[8] == pytest.approx(1, abs=1e-3) and found[0, 1].max() < 1e-5
+    made = spectrum.Spectrum(64)
+    found = made(wave)
+    assert found.shape == (1, made.frames(512), 2, 33) == (1, 17, 2, 33)
+    inner = found[0, 2:-2, 0].mean(0)
+    assert inner.argmax() == 8 and inner[8] == pytest.approx(1, abs=1e-3) and found[0, :, 1].max() < 1e-5
+    noise = torch.randn(1, 512, 1)
+    theirs = torch.stft(noise[..., 0], 64, 32, window=torch.hann_window(64), return_complex=True).abs() * 4 / 64
+    torch.testing.assert_close(made(noise)[0, :, 0].T, theirs[0], atol=1e-5, rtol=1e-4)
     bands = spectrum.mel_bands(8, 64, 16000)
     assert bands.shape == (33, 8) and (bands >= 0).all() and bands.max() <= 1 and (bands.sum(0) > 0).all()
     assert (bands.argmax(0).diff() >= 0).all()
@@ -293,10 +310,11 @@ def test_every_parameter_of_a_sound_has_a_gradient(flags):
 def test_the_loss_of_a_sound_is_the_squared_error_and_the_distance_of_spectra():
     silence, wave = torch.zeros(1, 64, 1), torch.full((1, 64, 1), 0.5)
     assert Waveform(silence).log_prob(wave).item() == -16
-    assert Waveform(wave, 1.0).log_prob(wave).item() == 0
+    spectra = [spectrum.LogSpectrum(window) for window in (64, 256, 1024)]
+    assert Waveform(wave, 1.0, spectra).log_prob(wave).item() == 0
     time = torch.arange(256)[None, :, None] / 256
     one, moved, other = (torch.sin(2 * math.pi * (f * time + p)) for f, p in ((32, 0), (32, 0.5), (64, 0)))
-    apart = [-(Waveform(one, 1.0).log_prob(x) - Waveform(one).log_prob(x)).item() for x in (moved, other)]
+    apart = [-(Waveform(one, 1.0, spectra).log_prob(x) - Waveform(one).log_prob(x)).item() for x in (moved, other)]
     assert apart[0] < 0.05 * apart[1]  # a spectrum does not tell where a wave begins
 
 
@@ -379,6 +397,31 @@ def test_attention_sees_every_kind_and_every_parameter_of_it_learns():
         assert not torch.allclose(encoder({**obs, key: other[key]}, torch.float32), embed)
     embed.square().sum().backward()
     assert all(p.grad is not None for name, p in encoder.named_parameters() if name != "join.nothing")
+
+
+def sequences(env, count=3, length=8):
+    """Return a batch of sequences of an environment's steps with random actions, as from the replay."""
+    stream = play(env, count * length - 1)
+    keys = [*env.obs_space, "reward", "is_first", "is_last", "is_terminal"]
+    arrays = {key: np.stack([obs[key] for obs in stream]) for key in keys}
+    batch = {key: torch.from_numpy(value).unflatten(0, (count, length)) for key, value in arrays.items()}
+    spec = act_spec(env.act_space)
+    drawn = {key: torch.from_numpy(value) for key, value in spec.uniform(np.random.default_rng(0), len(stream)).items()}
+    return batch | {key: value.unflatten(0, (count, length)) for key, value in drawn.items()}
+
+
+@pytest.mark.parametrize(
+    "flags", [[], ["--text.decoder", "autoregressive", "--audio.mel", "8", "--audio.spectrum", "1"]]
+)
+def test_an_update_on_all_kinds_never_waits_for_a_number(flags, monkeypatch):
+    monkeypatch.setattr(F, "one_hot", lambda index, size: index[..., None] == torch.arange(size))
+    config = make_config("--configs", "multimodal", "debug", "--encoder.drop", "0.1", "--size", "16", "16", *flags)
+    env = make_env(config, "train", 0)
+    agent = make_dreamer(env.obs_space, env.act_space, config)
+    with Watch() as watch:
+        _, metrics = agent.update(sequences(env), initial(agent))
+    assert watch.count > 1000 and watch.found == []
+    assert all(math.isfinite(metrics[f"{key}_loss"]) for key in env.obs_space)
 
 
 # ---------------------------------------------------------------------------

@@ -191,7 +191,7 @@ class Beginnings:
 def show_open_loop(agent: Agent, config: Any, out: Outputs, step: int, arrays: Mapping[str, Any] | None) -> bool:
     """Log open-loop predictions, truth | model | error, also as GIFs under openloop/<key>/; True if there are any.
 
-    What is said and heard stands under pictures; it is logged as text and sound, too, which is a WAV beside the GIF.
+    What is said and heard stands under pictures; it is logged as text and sound, too, and beside the GIF as such files.
     """
     seen = config.batch_length // 2
     shown = agent.report(arrays, seen) if arrays else {}
@@ -201,7 +201,9 @@ def show_open_loop(agent: Agent, config: Any, out: Outputs, step: int, arrays: M
         path.parent.mkdir(parents=True, exist_ok=True)
         frames = list(open_loop(panels, seen, config.frame_stack, told if len(panels) > 1 else ()))
         if lines := said(panels):
-            out.logger.text(f"openloop/{key}", read_aloud(lines, seen), step)
+            table = read_aloud(lines, seen)
+            path.with_suffix(".md").write_text(table + "\n", encoding="utf-8")
+            out.logger.text(f"openloop/{key}", table, step)
         if sound := heard(panels):
             rate, waves = sound
             path.with_suffix(".wav").write_bytes(wav(waves[0], rate))

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from modalities.audio import strips
-from modalities.audio.spectrum import LogMel, log_spectrum
+from modalities.audio.spectrum import LogMel, LogSpectrum
 from ops.layers import Conv1d, ConvTranspose1d, Linear, Style, norm_act
 from tools import UserError
 
@@ -93,7 +93,8 @@ class AudioDecoder(nn.Module):
     def __init__(self, shapes, inputs, config, style):
         super().__init__()
         depths = [config.depth * mult for mult in config.mults][::-1]
-        self.shapes, self.depth, self.spectrum = shapes, depths[0], config.spectrum
+        self.shapes, self.depth, self.weight = shapes, depths[0], config.spectrum
+        self.spectra = nn.ModuleList(map(LogSpectrum, WINDOWS if config.spectrum else ()))
         kind = {"kernel": config.kernel, "stride": config.stride}
         bias = style.norm != "layer"
         self.starts, self.convs, self.norms, self.outs = (nn.ModuleList() for _ in range(4))
@@ -121,19 +122,19 @@ class AudioDecoder(nn.Module):
 
     def dist(self, key, out):
         """Mean (..., n, C) of a key -> distribution over such waveforms."""
-        return Waveform(out, self.spectrum)
+        return Waveform(out, self.weight, self.spectra)
 
 
 class Waveform:
     """A waveform; log_prob is minus the squared error summed over its samples, and minus what differs in its spectra.
 
     Args:
-      mean: (..., n, C); spectrum: weight of the mean distance of log-spectra, over windows of several lengths; 0 for
-        the waveform alone.
+      mean: (..., n, C); weight: of the mean distance of each of `spectra`, LogSpectrum of windows of several lengths,
+        those that are longer than the sound left out.
     """
 
-    def __init__(self, mean, spectrum=0.0):
-        self.mean, self.spectrum = mean.float(), spectrum
+    def __init__(self, mean, weight=0.0, spectra=()):
+        self.mean, self.weight, self.spectra = mean.float(), weight, spectra
 
     def mode(self):
         return self.mean
@@ -141,12 +142,9 @@ class Waveform:
     def log_prob(self, value):
         """Return minus the loss (...) of value (..., n, C), in [-1, 1]."""
         loss = (self.mean - value).square().sum((-2, -1))
-        for window in WINDOWS if self.spectrum else ():
-            if window <= value.shape[-2]:
-                loss = loss + self.spectrum * self.apart(value, window)
+        for spectrum in self.spectra:
+            if spectrum.window <= value.shape[-2]:
+                ours, theirs = (spectrum(wave.flatten(0, -3)) for wave in (self.mean, value))  # (N, frames, C, F)
+                apart = (ours - theirs).abs().mean((-3, -2, -1))
+                loss = loss + self.weight * apart.unflatten(0, value.shape[:-2])
         return -loss
-
-    def apart(self, value, window):
-        """Return the mean distance (...) of log-spectra, of windows of so many samples."""
-        ours, theirs = (log_spectrum(wave.flatten(0, -3), window) for wave in (self.mean, value))  # (N, frames, F)
-        return (ours - theirs).abs().mean((-2, -1)).unflatten(0, value.shape[:-2])

@@ -3,6 +3,8 @@
 Letters: N sounds, n samples, C channels, F frequencies.
 """
 
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -10,19 +12,39 @@ import torch.nn.functional as F
 FLOOR = 1e-3  # added to magnitudes before their logarithm is taken: what is softer counts as silence
 
 
-def spectrum(wave, window):
-    """Return magnitudes (N, C, F = window / 2 + 1, frames) of (N, n, C): Hann windows, half over each other, scaled so
-    that a full sine has 1."""
-    hann = torch.hann_window(window, device=wave.device)
-    flat = wave.float().transpose(1, 2).flatten(0, 1)
-    parts = torch.stft(flat, window, window // 2, window=hann, pad_mode="reflect", return_complex=True)
-    power = torch.view_as_real(parts).square().sum(-1)
-    return (power + 1e-12).sqrt().unflatten(0, (len(wave), -1)) * (4 / window)  # a root has no slope at 0
+class Spectrum(nn.Module):
+    """Waveforms (N, n, C) -> magnitudes (N, frames, C, F = window / 2 + 1) of Hann windows, half over each other.
+
+    They are scaled so that a full sine has 1. A product with cosines and sines, which can be exported, as a Fourier
+    transform cannot.
+    """
+
+    def __init__(self, window):
+        super().__init__()
+        self.window = window
+        place = torch.arange(window, dtype=torch.float64)
+        angle = 2 * math.pi / window * place[:, None] * torch.arange(window // 2 + 1)
+        hann = torch.hann_window(window, dtype=torch.float64)[:, None] * (4 / window)
+        waves = torch.cat([hann * angle.cos(), hann * angle.sin()], -1)  # (window, 2 F)
+        self.register_buffer("waves", waves.float(), persistent=False)
+
+    def frames(self, length):
+        """Return the number of frames of so many samples."""
+        return length // (self.window // 2) + 1
+
+    def forward(self, wave):
+        half = self.window // 2
+        padded = F.pad(wave.float().transpose(1, 2), (half, half), "reflect")  # (N, C, n + window)
+        parts = (padded.unfold(-1, self.window, half) @ self.waves).unflatten(-1, (2, -1))
+        power = parts.square().sum(-2)
+        return (power + 1e-12).sqrt().transpose(1, 2)  # a root has no slope at 0
 
 
-def log_spectrum(wave, window):
-    """Return log-magnitudes (N, frames, C F) of (N, n, C)."""
-    return torch.log(spectrum(wave, window) + FLOOR).permute(0, 3, 1, 2).flatten(2)
+class LogSpectrum(Spectrum):
+    """Waveforms (N, n, C) -> log-magnitudes (N, frames, C, F)."""
+
+    def forward(self, wave):
+        return torch.log(super().forward(wave) + FLOOR)
 
 
 class LogMel(nn.Module):
@@ -34,16 +56,15 @@ class LogMel(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.window = config.window
+        self.spectrum = Spectrum(config.window)
         self.register_buffer("bands", mel_bands(config.mel, config.window, config.rate), persistent=False)
 
     def size(self, length):
         """Return the number of frames of so many samples."""
-        return length // (self.window // 2) + 1
+        return self.spectrum.frames(length)
 
     def forward(self, wave):
-        found = torch.einsum("ncft,fm->ntcm", spectrum(wave, self.window), self.bands)
-        return torch.log(found + FLOOR).flatten(2)
+        return torch.log(self.spectrum(wave) @ self.bands + FLOOR).flatten(2)
 
 
 def mel_bands(count, window, rate):
