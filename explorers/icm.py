@@ -36,7 +36,7 @@ class ICM(nn.Module):
     def __init__(self, world, act_spec, config):
         super().__init__()
         c, style = config.icm, Style(config.norm, config.act, config.init)
-        self.spec, self.eta = act_spec, c.eta
+        self.spec, self.size, self.eta = act_spec, c.features, c.eta
         self.weight = c.scale
 
         def net(inputs, outputs):
@@ -81,7 +81,7 @@ class ICM(nn.Module):
 
     def bonus(self, error):
         """Half the squared errors (B, T - 1) of replayed steps -> the bonus that they pay (B, T - 1)."""
-        return self.eta * error if self.eta else self.scale(2 * error / self.forward_model[-1].bias.numel())
+        return self.eta * error if self.eta else self.scale(2 * error / self.size)
 
     def rewards(self):
         """Return the one reward of ICM."""
