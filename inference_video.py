@@ -34,13 +34,13 @@ from training.checkpoint import checkpoint_file, load_agent_state, load_checkpoi
 from training.config import CONFIGS, load_config
 from training.console import print_line, shown
 from training.driver import Driver
-from training.evaluation import heard, hearing, said
+from training.evaluation import heard, hearing, pictures_of, said
 from training.foreign import check_foreign
 from training.outputs import endless
 from training.progress import Line, number
 from training.rng import seed_everything
 from training.sounds import add_sound, together
-from training.videos import BORDER, as_rgb, bordered, caption, check_mp4, with_below
+from training.videos import BORDER, as_rgb, beside, bordered, caption, check_mp4, with_below
 
 FORMATS = {"mp4": ["mp4"], "gif": ["gif"], "both": ["mp4", "gif"]}
 PANEL = 192  # least height of an open-loop panel in pixels
@@ -261,13 +261,14 @@ def play(player, films, line, name):
     layout = step_layout(player.envs.obs_space, player.specs[1])
     ears = hearing(player.agent)
     driver = Driver(player.envs, player.specs[1], layout, on_episode=[finished.append])
+    frames = []
 
     def show(obs):
         frame, on = player.frame(), not obs["is_first"][0]
         if player.options.caption:
             step, score = (driver.lengths[0] + 1) * on, (driver.returns[0] + obs["reward"][0]) * on
             frame = caption(frame, step, score)
-        films.add("", frame, obs[ears[0]][0] if ears else None)
+        frames.append((frame, obs[ears[0]][0] if ears else None))
 
     driver.on_obs = [show]
     open_loop = OpenLoop(player.agent, player.config.batch_length, films)
@@ -276,6 +277,8 @@ def play(player, films, line, name):
         driver.on_step = [lambda index, step, stored: open_loop.add(step)]
     while not finished and driver.lengths[0] < player.envs.longest:
         driver.step(player.agent, player.mode)
+        frame, sound = frames.pop()
+        films.add("", beside(frame, pictures_of(player.agent, driver.carry)), sound)
         if finished or line.due():
             score = f"score={number(driver.returns[0])}"
             line.show([(0, name), (3, player.name), (2, f"step {driver.lengths[0]:,}"), (1, score)])

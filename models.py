@@ -181,6 +181,10 @@ class ImagBehavior(nn.Module):
         """Return {name of an optimizer's group: module}."""
         return {"actor": self.actor, "critic": self.critic}
 
+    def policies(self):
+        """Return {name: module} of what acts."""
+        return {"actor": self.actor}
+
     def compile_parts(self):
         """Compile the policy's step in imagination and the losses."""
         self.policy = torch.compile(self.policy, dynamic=False)
@@ -264,12 +268,13 @@ class ImagBehavior(nn.Module):
         return -critic.log_prob(target) - self.slow_reg * critic.log_prob(slow)
 
     @torch.no_grad()
-    def improve(self, rollout):
+    def improve(self, rollout, outs=None):
         """After a gradient step: move the slow critic towards the critic, at every `slow_every`-th call."""
         slow, fast = list(self.slow.parameters()), list(self.critic.parameters())
         rate = self.slow_rate * (self.updates % self.slow_every == 0)
         torch._foreach_lerp_(slow, fast, [rate] * len(slow))
         self.updates += 1
+        return {}
 
     def metrics(self, outs):
         """Return metrics of what `losses` returned, mostly means over the imagined trajectories: 0-d tensors."""

@@ -52,13 +52,13 @@ class ModeOnly:
 def certain(agent):
     """Let a Dreamer act without chance in the body: latents are modes, and what else is drawn is always the same.
 
-    A behavior without parameters, which plans, draws its plans and what follows from them as it always does, but from
+    A behavior without a policy, which plans, draws its plans and what follows from them as it always does, but from
     the same stream at every step.
     """
     rssm, generators = agent.world.rssm, agent.generators
     latent, generator = rssm.latent, generators["act"]
     generators["act"] = make_generator(STREAM, agent.device)
-    rssm.latent = Certain(latent) if agent.behavior.optimized() else latent
+    rssm.latent = Certain(latent) if agent.behavior.policies() else latent
     try:
         yield
     finally:
@@ -87,9 +87,9 @@ class ActingStep(nn.Module):
             if hasattr(agent, "vision"):
                 raise UserError("World Models have no exported form; load_agent lets them act")
             raise UserError("the random agent has nothing to export: it draws its actions")
-        if not agent.behavior.optimized():
+        if not agent.behavior.policies():
             raise UserError("an agent that plans in its world model has no policy to export; load_agent lets it act")
-        parts = {"encoder": agent.world.encoder, "rssm": agent.world.rssm, "actor": agent.behavior.actor}
+        parts = {"encoder": agent.world.encoder, "rssm": agent.world.rssm, **agent.behavior.policies()}
         self.parts = nn.ModuleDict(parts)
         self.agent, self.mode, self.decoders = agent, mode, decoders
         leaves, self.tree = tree_flatten(agent.initial(1))

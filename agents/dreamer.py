@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import modalities
 from agents.older import modernize
+from agents.showing import pictures
 from behaviors import make_behavior
 from behaviors.meta import LEARNED, MetaGradients
 from exploration import EXPLORERS, explorer_rewards, make_explorers, perturb, received, task_rewards
@@ -66,7 +67,7 @@ class Dreamer:
         self.explorer = self.expl_behavior = None
         nets = {"world": self.world, "behavior": self.behavior}
         if config.expl_behavior in EXPLORERS:
-            learned = config.behavior if self.behavior.optimized() else "actor_critic"
+            learned = config.behavior if self.behavior.policies() else "actor_critic"
             self.explorer = nets["explorer"] = self.explorers[config.expl_behavior]
             self.expl_rewards = explorer_rewards(self.world, self.explorer, config)
             self.expl_behavior = nets["expl_behavior"] = make(learned, rewards=self.expl_rewards)
@@ -107,9 +108,10 @@ class Dreamer:
         total.backward()
         metrics = self.meta.step(self.world, outs["rollout"], batch, self.rewards, self.opt) if self.meta else {}
         metrics |= self.opt.step()
-        self.behavior.improve(outs["rollout"])
+        metrics |= self.behavior.improve(outs["rollout"], outs["imagined"])
         if self.expl_behavior:
-            self.expl_behavior.improve(outs["expl_rollout"])
+            own = self.expl_behavior.improve(outs["expl_rollout"], outs["expl_imagined"])
+            metrics |= {f"expl_{name}": value for name, value in own.items()}
         metrics |= summarize(outs, self.behavior, self.expl_behavior)
         metrics |= {f"{name}_loss": loss.detach().mean() for name, loss in losses.items()}
         metrics["loss"] = total.detach()
@@ -269,6 +271,8 @@ class Dreamer:
         pairs = {key: (batch[key].cpu().numpy(), model[key].float().cpu().numpy()) for key in self.drawers}
         return {key: draw(*pairs[key], seen) for key, draw in self.drawers.items()}
 
+    pictures = pictures  # of what its behavior is after
+
     # -- saving
 
     def state_dict(self):
@@ -314,15 +318,19 @@ def make(obs_spec, act_spec, config, device, dtype):
 
 
 def make_optimizer(nets, config):
-    """Return one LaProp for all parameters, or an Adam for each group: model, actor, critic, and the explorer's."""
-    names = {param: name for name, param in nets.named_parameters() if param.requires_grad}
-    if config.optimizer == "laprop":
-        opt = LaProp({name: param for param, name in names.items()}, **config.opt.to_dict())
-        return with_learned_rates(opt, nets, names, config.meta)
+    """Return one LaProp for all parameters, or an Adam for each group: model, actor, critic, and the explorer's.
+
+    What a behavior trains by itself is in neither.
+    """
     modules = {"model": nets["world"], **nets["behavior"].optimized()}
     explorers = nn.ModuleDict({name: nets[name] for name in ("explorer", "intrinsic") if name in nets})
     own = nets["expl_behavior"].optimized().items() if "expl_behavior" in nets else ()
     modules |= {"expl_model": explorers, **{f"expl_{group}": module for group, module in own}}
+    trained = {param for module in modules.values() for param in module.parameters()}
+    names = {param: name for name, param in nets.named_parameters() if param.requires_grad and param in trained}
+    if config.optimizer == "laprop":
+        opt = LaProp({name: param for param, name in names.items()}, **config.opt.to_dict())
+        return with_learned_rates(opt, nets, names, config.meta)
     groups = {g: {names[p]: p for p in module.parameters() if p in names} for g, module in modules.items()}
     groups = {group: params for group, params in groups.items() if params}  # an explorer may only count
     sections = {"model": config.model_opt, "critic": config.critic_opt, "expl_model": config.expl_opt}

@@ -22,18 +22,25 @@ BEHAVIORS = {
     "dreamerv2": ("behaviors.dreamerv2", "DreamerV2"),
     "dreamerv1": ("behaviors.dreamerv1", "DreamerV1"),
     "cem": ("behaviors.cem", "CEM"),
+    "ppo": ("behaviors.ppo", "PPO"),
+    "hierarchical_ppo": ("behaviors.hierarchy", "HierarchicalPPO"),
 }
 
 
 class Behavior(Protocol):
     """A way to act in a world model, and to learn that: a torch module, perhaps without parameters.
 
-    Letters as in models.py. The agent freezes the world model around `rollout` and `losses`. So that an update can be
+    Letters as in models.py. One that is after recurrent states may have a method `goal` that returns those of a carry,
+    (N, D), for films to show. The agent freezes the world model around `rollout` and `losses`. So that an update can be
     recorded as a CUDA graph, state changes in place and nothing waits for the host.
     """
 
     def optimized(self) -> dict[str, torch.nn.Module]:
-        """Return {name of an optimizer's group: module}; with Adam, `critic` has its own settings, others actor_opt."""
+        """Return {name of a group of the agent's optimizer: module}; with Adam, `critic` has its own settings, others
+        actor_opt. What is in none of them is left alone by the agent, for `improve` to train."""
+
+    def policies(self) -> dict[str, torch.nn.Module]:
+        """Return {name: module} of what `act` computes with; {} for a behavior that plans."""
 
     def compile_parts(self) -> None:
         """Compile what learning spends its time in."""
@@ -79,8 +86,11 @@ class Behavior(Protocol):
     def metrics(self, outs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return 0-d metrics of the second of what `losses` returned."""
 
-    def improve(self, rollout: Rollout | None) -> None:
-        """Do what follows the gradient step: slow critics, or epochs of an optimizer of the behavior's own."""
+    def improve(self, rollout: Rollout | None, outs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Do what follows the gradient step: slow critics, or epochs of an optimizer of the behavior's own.
+
+        outs: the second of what `losses` returned. Returns: {name: 0-d metric}.
+        """
 
 
 def make_behavior(name: str, feat_size: int, act_spec: Any, config: Any, rewards: Rewards | None = None) -> Behavior:

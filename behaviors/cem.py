@@ -34,6 +34,10 @@ class CEM(nn.Module):
         """There is nothing to optimize."""
         return {}
 
+    def policies(self):
+        """There is no policy: it plans."""
+        return {}
+
     def compile_parts(self):
         """There is nothing to compile: acting stays as it is written."""
 
@@ -90,8 +94,9 @@ class CEM(nn.Module):
         """Nothing is learned."""
         return {}
 
-    def improve(self, rollout):
+    def improve(self, rollout, outs=None):
         """There is no critic."""
+        return {}
 
 
 def search(score, shape, iterations, elites, device="cpu"):

@@ -17,10 +17,11 @@ class DreamerV3of2023(DynamicsBehavior):
         return torch.cat([alive[None], cont[1:]]).cumprod(0)
 
     @torch.no_grad()
-    def improve(self, rollout):
+    def improve(self, rollout, outs=None):
         """Move the slow critic as DreamerV3 does, but make it a copy at the very first update (SlowUpdater)."""
         slow, fast = list(self.slow.parameters()), list(self.critic.parameters())
         rate = self.slow_rate * (self.updates % self.slow_every == 0)
         rate = torch.maximum(rate, (self.updates == 0).to(rate))
         torch._foreach_lerp_(slow, fast, [rate] * len(slow))
         self.updates += 1
+        return {}

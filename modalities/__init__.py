@@ -54,7 +54,10 @@ class Space(Protocol):
 
 
 class Nets(Protocol):
-    """The interface of `modalities/<kind>/nets.py`. N = B T; config is the whole configuration."""
+    """The interface of `modalities/<kind>/nets.py`. N = B T; config is the whole configuration.
+
+    A kind may have `picture`, a function of one predicted observation (...) that draws it, uint8 (H, W, 3).
+    """
 
     def make_encoder(self, observed: Mapping[str, Observed], config: Any) -> Any:
         """Return a module with `size`, the width of what it gives; `prepare({key: (B, T, ...)})`, observations as the

@@ -1,7 +1,8 @@
 """LaProp with adaptive gradient clipping and warm-up, on one flat buffer, without a host sync; and several Adams, in
-PyTorch's form and in TensorFlow's."""
+PyTorch's form and in TensorFlow's, and in one that a behavior can own."""
 
 import torch
+import torch.nn as nn
 
 from ops.collectives import average_
 
@@ -214,6 +215,52 @@ class TFAdams(Adams):
 
     def make(self, params, settings):
         return TFAdam(params, settings.lr, settings.eps, settings.decay)
+
+
+class OwnAdam(nn.Module):
+    """Adam of a module that learns by itself: its moments are buffers, saved with that module; a step can be masked.
+
+    Nothing waits for the host, so that a fixed number of steps can be captured as a CUDA graph, however many count.
+
+    Args:
+      params: parameters, all of which have a gradient; lr, eps: learning rate, floor of the denominator.
+      clip: greatest norm of the gradient; beta1, beta2: decay of the moments.
+    """
+
+    def __init__(self, params, lr, eps=1e-5, clip=0.5, beta1=0.9, beta2=0.999):
+        super().__init__()
+        self.params = list(params)
+        self.lr, self.eps, self.clip, self.beta1, self.beta2 = lr, eps, clip, beta1, beta2
+        size = sum(param.numel() for param in self.params)
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("square", torch.zeros(size))
+
+    def step(self, loss, going=None):
+        """Take a step down a 0-d loss, in place; none if `going`, a 0-d bool tensor, is false.
+
+        Returns: the norm of the gradient, 0-d.
+        """
+        grads = torch.autograd.grad(loss, self.params)
+        with torch.no_grad():
+            grad = torch.cat([part.reshape(-1).float() for part in grads])
+            norm = torch.linalg.vector_norm(grad)
+            grad = grad * (self.clip / norm.clamp(min=1e-6)).clamp(max=1)
+            count = self.count + 1
+            mean = torch.lerp(self.mean, grad, 1 - self.beta1)
+            square = torch.lerp(self.square, grad.square(), 1 - self.beta2)
+            unbiased = square / (1 - self.beta2**count)
+            step = -self.lr / (1 - self.beta1**count) * mean / (unbiased.sqrt() + self.eps)
+            if going is not None:
+                count, mean, square = (
+                    torch.where(going, new, old)
+                    for new, old in ((count, self.count), (mean, self.mean), (square, self.square))
+                )
+                step = torch.where(going, step, 0.0)
+            self.count.copy_(count), self.mean.copy_(mean), self.square.copy_(square)
+            parts = step.split([param.numel() for param in self.params])
+            torch._foreach_add_(self.params, [p.view_as(param) for p, param in zip(parts, self.params, strict=True)])
+        return norm
 
 
 def check_state(state, kind, params):

@@ -13,6 +13,8 @@ VERSIONS = {
     "dreamerv2": ("--configs", "dreamerv2", "debug"),
     "dreamerv1": ("--configs", "dreamerv1", "debug"),
     "planet": ("--configs", "planet", "debug"),
+    "ppo": ("--behavior", "ppo"),
+    "hierarchical": ("--configs", "hierarchical", "debug", "--expl_behavior", "plan2explore"),
     "plan2explore": ("--expl_behavior", "plan2explore", "--expl_noise", "0.1"),
 }
 

@@ -680,7 +680,7 @@ def test_every_key_and_preset_of_configs_yaml_has_help_and_a_screen_is_wide_enou
     ],
 )
 def test_sizes_set_these_keys_and_no_others(preset, units, depth, deter, hidden, classes):
-    parts = ("encoder", "decoder", "text", "reward_head", "cont_head", "actor", "critic")
+    parts = ("encoder", "decoder", "text", "reward_head", "cont_head", "actor", "critic", "hierarchy")
     expected = dict.fromkeys((f"{part}.units" for part in parts), units)
     expected |= dict.fromkeys(("encoder.depth", "decoder.depth", "audio.depth"), depth)
     expected |= {"rssm.deter": deter, "rssm.hidden": hidden, "rssm.classes": classes}

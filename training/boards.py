@@ -25,7 +25,8 @@ from tools import UserError, atomic_write
 GROUPS = {
     "eval": r"eval_return",
     "train": r"train_return|log_.*",
-    "policy": r"(expl_)?(actor_|adv|imag_|return_|policy_|value_|repval_|critic_).*|(disag|expl_model)_.*",
+    "policy": r"(expl_)?(actor_|adv|imag_|return_|policy_|value_|repval_|critic_|worker_|manager_|goal_).*"
+    r"|(disag|expl_model)_.*",
     "time": r".*(_|^)(episodes|length|steps|restarts|seconds|second|fps|updates)",
     "world": r".*",
 }

@@ -17,7 +17,7 @@ from training.driver import Driver, Episode
 from training.outputs import Outputs, endless
 from training.protocol import Agent
 from training.sounds import add_sound, together, wav
-from training.videos import as_rgb, board_film, captioned, open_loop, visible, write_mp4
+from training.videos import as_rgb, beside, board_film, captioned, open_loop, visible, write_mp4
 
 OPEN_LOOPS = 6  # sequences whose predictions are shown
 LONGEST = 500  # frames of an evaluation's first episode that are kept for its video
@@ -35,7 +35,8 @@ class Evaluation:
       watched: image keys whose frames are kept, for the video of the first environment's first episode.
       on_step, on_episode: as the Driver's, for the steps and episodes that count.
     Attributes:
-      frames: {key: [(H, W, C)]} of `watched`; scores: [the sum of rewards up to there].
+      frames: {key: [(H, W, C)]} of `watched`; scores: [the sum of rewards up to there]; pictures: [what the agent then
+        was after].
       cut: how many episodes were broken off because they took longer than `envs.longest`; they count as they are.
     """
 
@@ -57,6 +58,7 @@ class Evaluation:
         self.cut = 0
         self.frames: dict[str, list[np.ndarray]] = {key: [] for key in watched}
         self.scores: list[float] = []
+        self.pictures: list[list[np.ndarray]] = []
         self.on_step, self.on_episode = on_step, on_episode
         self.driver = Driver(envs, act_spec, layout, [self._watch], [self._step], [self._finish])
 
@@ -64,6 +66,8 @@ class Evaluation:
         """Play the episodes, as long as `going()`; return those that were finished."""
         while (self.done < self.quota).any() and going():
             self.driver.step(agent, self.mode)
+            if len(self.scores) > len(self.pictures):
+                self.pictures.append(pictures_of(agent, self.driver.carry))
         self.driver.rest()
         return self.played
 
@@ -158,10 +162,16 @@ def show(
     """Log what an evaluation watched, and open-loop predictions of sequences {key: (B, T, ...)}, if there are any."""
     start = time.monotonic()
     for key, frames in evaluation.frames.items():
-        video = visible(np.stack(frames), config.frame_stack)
+        shown = zip(visible(np.stack(frames), config.frame_stack), evaluation.pictures, strict=True)
+        video = [beside(frame, pictures) for frame, pictures in shown]
         out.logger.video(f"eval_policy/{key}", board_film(video, evaluation.scores), step, fps=20)
     if show_open_loop(agent, config, out, step, arrays) or evaluation.frames:
         out.logger.scalars({"video_seconds": time.monotonic() - start}, step)
+
+
+def pictures_of(agent: Agent, carry: Any) -> list[np.ndarray]:
+    """Return what an agent is after in the first environment, drawn: [uint8 (H, W, 3)], [] of one that cannot tell."""
+    return agent.pictures(carry) if hasattr(agent, "pictures") else []
 
 
 class Beginnings:
@@ -271,8 +281,9 @@ def film(
 ) -> tuple[list[np.ndarray], list[float]]:
     """Return pictures of an episode of the first of `envs`, or of its first `longest` steps, and the scores so far.
 
-    The last score is that of the end, which has no picture. `sounds` gets what the agent hears in each step, if it can.
-    Raises UserError if the environment cannot be filmed, or only in pictures of several sizes.
+    What the agent is after stands beside them. The last score is that of the end, which has no picture. `sounds` gets
+    what the agent hears in each step, if it can. Raises UserError if the environment cannot be filmed, or only in
+    pictures of several sizes.
     """
     frames: list[np.ndarray] = []
     scores: list[float] = []
@@ -293,7 +304,10 @@ def film(
     driver = Driver(envs, act_spec, {"reward": (), "is_first": (), "is_last": ()}, on_obs=[watch])
     try:
         while not (over and over[-1]) and len(frames) < longest:
+            count = len(frames)
             driver.step(agent, mode)
+            if len(frames) > count:
+                frames[-1] = beside(frames[-1], pictures_of(agent, driver.carry))
     except Exception:
         with contextlib.suppress(RuntimeError, UserError):
             driver.rest()

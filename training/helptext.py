@@ -67,6 +67,8 @@ def table(rows: Sequence[tuple[str, str]], aligned: Sequence[tuple[str, str]]) -
     wide = max(len(left) for left, _ in aligned) + 4
     lines = []
     for left, right in rows:
-        first, *more = textwrap.wrap(right, WIDTH - wide, break_long_words=False, break_on_hyphens=False) or [""]
+        words = (word.replace("|", "| ") if len(word) > WIDTH - wide else word for word in right.split(" "))
+        fit = {"width": WIDTH - wide, "break_long_words": False, "break_on_hyphens": False}
+        first, *more = textwrap.wrap(" ".join(words), **fit) or [""]  # a long list of choices goes over several lines
         lines += [f"  {left:{wide - 2}}{first}".rstrip(), *(" " * wide + line for line in more)]
     return lines

@@ -18,7 +18,7 @@ SIZES = re.compile(  # keys that the shapes of networks depend on
     r"agent|size|frame_stack|encoder\.(layers|units|cnn|depth|mults|kernel)|rssm\.(deter|hidden|stoch|classes|blocks)"
     r"|rssm\.\w+_layers|decoder\.(layers|units|cnn|depth|mults|kernel|blocks)|(reward|cont)_head\.(layers|units|bins)"
     r"|(actor|critic)\.(layers|units|bins)|disag_(models|layers|units)"
-    r"|(icm|rnd|empowerment)\.(layers|width|features|steps)"
+    r"|(icm|rnd|empowerment)\.(layers|width|features|steps)|hierarchy\.(groups|classes|layers|units)"
     r"|encoder\.fusion|text\.(length|tokenizer|embeddings|layers|units|decoder|decoder_layers)"
     r"|audio\.(depth|mults|kernel|stride|mel|window)"
     r"|stages\.(z|hidden|mixtures|inputs|population)"

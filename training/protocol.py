@@ -36,6 +36,8 @@ class Agent(Protocol):
 
     stored: {key: (shape, dtype)} that the replay keeps beside each step; {} for nothing.
     context: steps that precede a trained window and only lend it what is stored with them.
+    pictures: an agent that is after something may have this function of a carry that draws it for the first
+      environment: [uint8 (H, W, 3)], [] for nothing.
     generators: {name: torch or NumPy generator} that it draws from, whose states are saved with a run and which an
       evaluation leaves as they were.
     """

@@ -40,6 +40,23 @@ def enlarge(image, least=LEAST):
     return image.repeat(factor, 0).repeat(factor, 1)
 
 
+def beside(frame, pictures):
+    """Put pictures [(H', W', 3)] beside a frame (H, W, 3), as high as that; it is enlarged for them if it is small."""
+    import cv2
+
+    if not pictures:
+        return frame
+    frame = enlarge(frame)
+    height = len(frame)
+    shown = [frame]
+    for picture in pictures:
+        grows = len(picture) < height
+        size = max(1, round(picture.shape[1] * height / len(picture))), height
+        resized = cv2.resize(picture, size, interpolation=cv2.INTER_NEAREST if grows else cv2.INTER_AREA)
+        shown += [np.full((height, BORDER, 3), IMAGINED, np.uint8), resized]
+    return np.concatenate(shown, 1)
+
+
 def bordered(image, color, width=BORDER):
     """Put a border around a picture (H, W, 3)."""
     framed = np.empty((image.shape[0] + 2 * width, image.shape[1] + 2 * width, 3), np.uint8)

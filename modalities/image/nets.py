@@ -51,6 +51,12 @@ def draw(truth, model, seen):
     return tuple((np.clip(panel, 0, 1) * 255).astype(np.uint8) for panel in panels)
 
 
+def picture(image):
+    """Draw a predicted image (H, W, C), 0 to 1: the last of those stacked along C."""
+    image = (np.clip(image[..., -3:] if image.shape[-1] % 3 == 0 else image[..., -1:], 0, 1) * 255).astype(np.uint8)
+    return image.repeat(3, -1) if image.shape[-1] == 1 else image
+
+
 class ImageEncoder(nn.Module):
     """Stages of [Conv, norm, activation] on all images, joined on channels; each stage halves the image.
 

@@ -26,6 +26,26 @@ def draw(truth, model, seen):
     return np.stack([film(*pair, seen, ranges, total) for pair in zip(truth, model, strict=True)])
 
 
+def bars(values):
+    """Draw the numbers of a vector (n,), or one number, as bars from the middle, x / (1 + |x|) of the way to the edge.
+
+    Returns: uint8 (H, W, 3), with the number beside each of the first bars.
+    """
+    import cv2
+
+    values = np.nan_to_num(np.asarray(values, np.float64).reshape(-1))[:ROWS]
+    page = np.full((STRIP + ROW * len(values), MARGIN + WIDTH, 3), PAPER, np.uint8)
+    middle = MARGIN + WIDTH // 2
+    for row, value in enumerate(values):
+        top, end = STRIP + row * ROW, middle + round(value / (1 + abs(value)) * WIDTH / 2)
+        page[top + ROW // 2 : top + ROW - 8, min(middle, end) : max(middle, end) + 1] = IMAGINED
+        page[top : top + ROW, middle] = FAINT
+        text = f"[{row}] {value:.3g}"
+        cv2.putText(page, text, (3, top + ROW // 2 - 6), cv2.FONT_HERSHEY_SIMPLEX, 0.5, TRUTH, 1, cv2.LINE_AA)
+    cv2.putText(page, "goal", (3, 15), cv2.FONT_HERSHEY_SIMPLEX, 0.42, IMAGINED, 1, cv2.LINE_AA)
+    return page
+
+
 def limits(truth, model):
     """Return the numbers at the lower and upper edge of a row: they hold the truth, and the model where it is near."""
     low, high = truth.min(), truth.max()

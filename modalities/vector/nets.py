@@ -24,6 +24,11 @@ def drawer(config):
     return lambda truth, model, seen: (curves.draw(truth, model, seen),)
 
 
+def picture(vector):
+    """Draw a predicted vector (n,), or one number, as bars: see `curves.bars`."""
+    return curves.bars(vector)
+
+
 def width(seen):
     """Return how many numbers a network sees of an Observed: those of the vector, or of its one-hots."""
     return sum(seen.classes) or seen.shape[0]

@@ -1,0 +1,155 @@
+"""Behavior that learns by proximal policy optimization from what it imagines (PPO, arXiv:1707.06347)."""
+
+import torch
+
+from models import ImagBehavior
+from ops.math import lambda_return
+from ops.optim import OwnAdam
+from ops.random import rand
+
+
+class PPO(ImagBehavior):
+    """DreamerV3's actor and critic, learned in several epochs over the same imagined trajectories.
+
+        delta[t] = r[t+1] + c[t+1] v[t+1] - v[t]                      c: predicted continuation times 1 - 1 / horizon
+        A[t] = delta[t] + lam c[t+1] A[t+1]                           (GAE, arXiv:1506.02438, eq. 16)
+        ratio = pi(a[t] | s[t]) / pi_old(a[t] | s[t])                 pi_old: the policy that imagined
+        policy = -E w[t] (min(ratio A, clip(ratio, 1 - e, 1 + e) A) + entropy bonus)   (PPO, eq. 7 and 9)
+
+    As v[t] + A[t] is the lambda-return that DreamerV3's critic predicts, this one does the same; its slow copy, too,
+    does what it does there. Each state weighs w[t], the probability to have come so far. All learning is in `improve`,
+    by Adams of its own after the world model's step, so that no gradient reaches the world model; the critic learns at
+    imagined states alone, without `loss_scales.repval`, and `actor.grad` says nothing here.
+
+    The number of minibatches is fixed. From the first one on in which the policy has gone further than `ppo.kl_stop`
+    from the one that imagined, the actor stays as it is, and the critic learns on (as in Spinning Up's PPO).
+
+    Args: as for ImagBehavior.
+    """
+
+    def __init__(self, feat_size, act_spec, config):
+        super().__init__(feat_size, act_spec, config)
+        c = config.ppo
+        self.clip, self.epochs, self.minibatches = c.clip, c.epochs, c.minibatches
+        self.kl_stop, self.value_clip = c.kl_stop or float("inf"), c.value_clip
+        self.normalize = ADVANTAGES[c.advantage]
+        self.actor_opt = OwnAdam(self.actor.parameters(), c.actor_lr, c.eps, c.grad_clip)
+        self.critic_opt = OwnAdam(self.critic.parameters(), c.critic_lr, c.eps, c.grad_clip)
+
+    def optimized(self):
+        """There is nothing for the agent's optimizer."""
+        return {}
+
+    def compile_parts(self):
+        """Compile the policy's step in imagination, the estimates, and what a minibatch costs."""
+        for name in ("policy", "estimate", "policy_loss", "value_loss"):
+            setattr(self, name, torch.compile(getattr(self, name), dynamic=False))
+
+    def losses(self, world, rollout, batch, rewards):
+        """Return no loss, and {name: tensor} of what `improve` learns from; see ImagBehavior."""
+        with torch.no_grad():
+            reward, cont = rewards(rollout), world.discounts(rollout.feat)  # (H + 1, N)
+            return {}, self.estimate(rollout.feat, rollout.actions, reward, cont, cont.cumprod(0))
+
+    def estimate(self, feat, actions, reward, cont, weight):
+        """Return {name: tensor} of what is known about trajectories before anything is learned from them.
+
+        Args:
+          feat: (H + 1, N, F); actions: (H, N, A); reward: (H + 1, N) on arriving, the first is not used.
+          cont: (H + 1, N) discount of what follows; weight: (H + 1, N) of each state in the losses.
+        """
+        value, slow = self.critic(feat).mode(), self.slow(feat).mode()  # (H + 1, N)
+        ret = lambda_return(torch.zeros_like(cont.T), 1 - cont.T, reward.T, value.T, 1.0, self.lam).T  # (H, N)
+        offset, scale = self.return_norm(ret)
+        adv = self.normalize(ret - value[:-1], weight[:-1], scale)  # (H, N)
+        policy = self.actor(feat[:-1])
+        logpi, entropy = policy.log_prob(actions), policy.entropy()  # (H, N)
+        outs = {"reward": reward, "cont": cont, "weight": weight, "value": value, "slow": slow, "ret": ret, "adv": adv}
+        return outs | {"logpi": logpi, "entropy": entropy, "ret_offset": offset, "ret_scale": scale}
+
+    def replay_losses(self, world, states, batch, outs):
+        """Nothing is learned from replayed rewards."""
+        return {}
+
+    def improve(self, rollout, outs=None):
+        """Learn from the trajectories; return {name: 0-d metric}."""
+        return self.learn(rollout.feat, rollout.actions, outs)
+
+    def learn(self, feat, actions, outs):
+        """Pass `epochs` times over trajectories in minibatches of random steps, then move the slow critic.
+
+        Args:
+          feat: (H + 1, N, F); actions: (H, N, A); outs: what `estimate` returned of them.
+        Returns: {name: 0-d metric}, means over all minibatches; actor_steps is the share that the actor learned from.
+        """
+        length = len(actions)
+        names = ("logpi", "adv", "weight", "ret", "value", "slow")
+        data = {"feat": feat, "actions": actions, **{name: outs[name] for name in names}}
+        data = {name: value[:length].flatten(0, 1) for name, value in data.items()}  # (H N, ...)
+        going, seen = torch.ones((), dtype=torch.bool, device=feat.device), []
+        for _ in range(self.epochs):
+            for index in rand(data["adv"].shape, feat.device).argsort().chunk(self.minibatches):
+                part = {name: value[index] for name, value in data.items()}
+                metrics, going = self.learn_part(part, going)
+                seen.append(torch.stack(list(metrics.values())))
+        super().improve(None)
+        return dict(zip(metrics, torch.stack(seen).mean(0), strict=True))
+
+    def learn_part(self, part, going):
+        """Take a step of the actor, if it is still `going`, and one of the critic on a minibatch {name: (M, ...)}.
+
+        Returns: {name: 0-d metric}, and the 0-d bool tensor that says whether the actor is going on.
+        """
+        loss, kl, clipped = self.policy_loss(*(part[name] for name in ("feat", "actions", "logpi", "adv", "weight")))
+        going = going & (kl <= self.kl_stop)
+        norm = self.actor_opt.step(loss, going)
+        names = ("feat", "ret", "value", "slow", "weight")
+        value_loss = self.value_loss(*(part[name] for name in names))
+        metrics = {"policy_loss": loss.detach(), "value_loss": value_loss.detach(), "actor_kl": kl}
+        metrics |= {"actor_clipped": clipped, "actor_steps": going.float(), "actor_grad_norm": norm}
+        return {**metrics, "critic_grad_norm": self.critic_opt.step(value_loss)}, going
+
+    def policy_loss(self, feat, actions, logpi, adv, weight):
+        """Return the policy's loss on a minibatch, how far it has gone from the one that imagined, and the share of
+        ratios that were clipped: 0-d each.
+
+        Args: feat: (M, F); actions: (M, A); logpi: (M,) their log-probabilities then; adv, weight: (M,).
+        """
+        policy = self.actor(feat)
+        change = policy.log_prob(actions) - logpi
+        ratio = change.exp()
+        gain = torch.minimum(ratio * adv, ratio.clamp(1 - self.clip, 1 + self.clip) * adv)
+        loss = -(weight * (gain + self.entropy * policy.entropy())).mean()
+        with torch.no_grad():  # the KL by its estimate E[ratio - 1 - log ratio], which is never negative
+            kl = (weight * (ratio - 1 - change)).sum() / weight.sum().clamp(min=1e-8)
+            clipped = ((ratio - 1).abs() > self.clip).float().mean()
+        return loss, kl, clipped
+
+    def value_loss(self, feat, ret, value, slow, weight):
+        """Return the critic's loss on a minibatch, 0-d. Where `ppo.value_clip` says so, a value that has moved so far
+        towards its return has nothing to gain, as in the authors' code of PPO.
+
+        Args: feat: (M, F); ret, value, slow: (M,) returns, and the critics' values then; weight: (M,).
+        """
+        critic = self.critic(feat)
+        loss = self.critic_loss(critic, ret, slow)
+        if self.value_clip:
+            now = critic.mode().detach()
+            clipped = value + (now - value).clamp(-self.value_clip, self.value_clip)
+            loss = loss * ((now - ret).square() >= (clipped - ret).square())
+        return (weight * loss).mean()
+
+
+def standardized(adv, weight, scale):
+    """Return advantages with a weighted mean of 0 and a weighted variance of 1 over all trajectories."""
+    share = weight / weight.sum().clamp(min=1e-8)
+    centered = adv - (share * adv).sum()
+    return centered / ((share * centered.square()).sum().sqrt() + 1e-8)
+
+
+# `ppo.advantage` -> function of advantages and weights (H, N), and of the scale of the returns, 0-d.
+ADVANTAGES = {
+    "std": standardized,
+    "range": lambda adv, weight, scale: adv / scale,
+    "none": lambda adv, weight, scale: adv,
+}
