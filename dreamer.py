@@ -156,7 +156,6 @@ def wire(config, stack, saved=None, changed=(), ranks=None):
     """
     from modalities import describe
     from training import evaluation
-    from training.driver import Driver
     from training.logdir import changed_line
     from training.rng import undisturbed
     from training.startup import start_lines
@@ -172,11 +171,10 @@ def wire(config, stack, saved=None, changed=(), ranks=None):
     about = describe(spaces.obs_space)
     for line in [*start_lines(run, specs, about, spaces.left_out, device), changed_line(dict(changed))]:
         out.say("info", line) if line else None
-    driver = None
-    if envs.collecting:
-        heard = run.finished if ranks.count == 1 else played.append
-        driver = Driver(envs.collecting, specs[1], layout, on_step=[run.recorder], on_episode=[heard])
+    heard = run.finished if ranks.count == 1 else played.append
+    driver = make_driver(run, envs.collecting, specs, layout, heard) if envs.collecting else None
     settle(run)
+    beat = getattr(driver, "beat", lambda: True)  # an actor hears that the learner is there
 
     def collect(agent, mode):
         played.clear()
@@ -191,7 +189,7 @@ def wire(config, stack, saved=None, changed=(), ranks=None):
         if not config.eval_episode_num or (film and ranks.rank):
             return
         with undisturbed({**agent.generators, "replay": replay.rng}):
-            played, going = envs.evaluating(), lambda: not noted.stopped
+            played, going = envs.evaluating(), lambda: not noted.stopped and beat()
             if film:
                 with out.stage("filming"):
                     evaluation.record_film(agent, played, specs[1], config.eval_mode, out, run.step)
@@ -204,6 +202,23 @@ def wire(config, stack, saved=None, changed=(), ranks=None):
     return SimpleNamespace(
         run=run, agent=agent, replay=replay, collect=collect, evaluate=evaluate, envs=envs, noted=noted
     )
+
+
+def make_driver(run, envs, specs, layout, heard):
+    """Return what collects: its `step(agent, mode)` returns the agent steps; `lengths` are those of episodes so far.
+
+    Args:
+      envs: to collect in; specs: of observations and actions; layout: {key: (shape, dtype)} of a stored step.
+      heard: function of an Episode that ended.
+    """
+    from agents import make_agent
+    from training.driver import Driver
+
+    if run.config.collect != "async":
+        return Driver(envs, specs[1], layout, on_step=[run.recorder], on_episode=[heard])
+    envs.begin(run, make_agent, specs, layout, [run.recorder], [heard])
+    run.extras, run.ending = envs.metrics, envs.stop
+    return envs
 
 
 def make_run(config, spaces, saved, ranks):
@@ -238,6 +253,7 @@ def make_run(config, spaces, saved, ranks):
 
 def finish(run, evaluate):
     """Write the final log and checkpoint; evaluate and film unless interrupted."""
+    run.agent_steps += run.ending()
     run.log()
     if not run.stopped:
         run.clocks["eval"](run.step)  # what follows: a run that is extended does not evaluate here again
@@ -263,11 +279,15 @@ def open_envs(config, stack, behind, rank=0):
     """
     from envs import make_envs
     from envs.checks import check_same
+    from training.async_learner import RealTime
 
     made = []
 
     def make(mode, count, behind=0):
-        made.append(make_envs(config, mode, count, behind, rank * count))
+        if config.collect == "async" and mode == "train":
+            made.append(RealTime(functools.partial(make_envs, config, mode, count), behind, config))
+        else:
+            made.append(make_envs(config, mode, count, behind, rank * count))
         stack.callback(close_envs, config, made[-1])
         return made[-1]
 

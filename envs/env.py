@@ -35,6 +35,8 @@ class Env(Protocol):
         float32 (n, channels)).
       act_space: `Box(-1, 1, (n,), float32)`, `Discrete(n)` or `MultiDiscrete(nvec)`; key `action` unless the
         environment has a dict of actions.
+      safe_action: {key: array} as `step` takes it, or None: what to do when nobody decides (`--collect async`). An
+        environment may lack it. In a user's own environment it has the form of the space there.
     """
 
     obs_space: dict[str, spaces.Space]

@@ -194,6 +194,12 @@ class FromGym:
         self._closed = True
 
     @property
+    def safe_action(self):
+        """Return {key: array} of what the environment calls safe, None if it names nothing."""
+        own = getattr(self._env, "safe_action", getattr(getattr(self._env, "unwrapped", None), "safe_action", None))
+        return None if own is None else flatten(self._actions, own, "action")
+
+    @property
     def _name(self):
         return type(getattr(self._env, "unwrapped", self._env)).__name__
 

@@ -78,6 +78,7 @@ class Envs:
     Attributes:
       events: a line about each restart, for the caller to log and clear.
       left_out: {observation that is dropped: the key of the configuration that says so}.
+      safe_action: {key: (width,)} in the form of agents' actions, or None; see `Env`.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class Envs:
             answers, failures = self._answers(range(len(makers)), self._start_timeout)
             for index, failure in failures.items():
                 raise _fatal(index, failure)
-            self.obs_space, self.act_space, self.own, self.left_out = answers[0]
+            self.obs_space, self.act_space, self.own, self.left_out, self.safe_action = answers[0]
             self._check_spaces(answers)
             layout = _layout(self.obs_space, self.act_space)
             self._file = _anonymous_file(layout.itemsize * len(makers))
@@ -307,8 +308,10 @@ class SharedEnv:
 
 
 def _spaces(env):
-    """Return the spaces of observations and actions, the environment's own as `make_env` says, and what is left out."""
-    return env.obs_space, env.act_space, getattr(env, "own", None), getattr(env, "left_out", {})
+    """Return the spaces of observations and actions, the environment's own as `make_env` says, what is left out, and
+    the action that is safe."""
+    own, left_out = getattr(env, "own", None), getattr(env, "left_out", {})
+    return env.obs_space, env.act_space, own, left_out, getattr(env, "safe_action", None)
 
 
 class Local:

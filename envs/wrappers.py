@@ -18,7 +18,7 @@ from gymnasium import spaces
 import modalities
 from envs.env import Env
 from modalities.image.space import too_small
-from specs import is_optional, named, presence, step_dtype
+from specs import act_spec, is_optional, named, presence, step_dtype
 from tools import UserError
 
 MOST_INTEGERS = 256  # values of a whole number in a box of actions
@@ -234,6 +234,26 @@ class PlainActions(Wrapper):
 
     def step(self, action):
         return self.env.step({key: native(action[key]) for key, native in self._native.items()})
+
+    @property
+    def safe_action(self):
+        """Return the action that the environment calls safe as an agent would give it, None if it names none."""
+        safe = getattr(self.env, "safe_action", None)
+        if safe is None:
+            return None
+        spec = act_spec(self.act_space)
+        zeros = {key: vector[0] for key, vector in spec.zeros(1).items()}
+        return {key: _as_given(spec, key, safe[key], self._native[key], zeros[key]) for key in spec.widths}
+
+
+def _as_given(spec, key, value, native, zeros):
+    """Return the float32 vector that `native` carries to an action of the environment's own form."""
+    if key in spec.classes:
+        counts = np.asarray(value) - np.asarray(native(spec.one_hot(key, np.zeros(len(spec.classes[key]), int))))
+        return spec.one_hot(key, counts.reshape(-1).astype(int))
+    middle, high = (np.asarray(native(zeros + end), np.float64).reshape(-1) for end in (0, 1))
+    wide = np.where(high == middle, 1, high - middle)
+    return ((np.asarray(value, np.float64).reshape(-1) - middle) / wide).clip(-1, 1).astype(np.float32)
 
 
 def _plain_action(key, space) -> tuple[spaces.Space, Callable[[np.ndarray], Any]]:

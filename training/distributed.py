@@ -43,8 +43,15 @@ def speaks(error: Exception) -> bool:
 
 
 def check(config: Any) -> None:
-    """Raise UserError for a configuration that several ranks cannot run."""
+    """Raise UserError for a configuration that several ranks, or an actor of its own, cannot run."""
     _, count = placed()
+    if config.collect == "async":
+        if config.script != "train":
+            raise UserError(f"--collect async: --script {config.script} collects nothing")
+        if config.agent == "world_models":
+            raise UserError("--collect async: --agent world_models learns between episodes that it waits for")
+        if count > 1:
+            raise UserError("--collect async: an actor has one learner, leave out torchrun")
     if count == 1:
         return
     if config.agent == "world_models":

@@ -21,7 +21,34 @@ class Episode(NamedTuple):
     logs: dict[str, float]
 
 
-class Driver:
+class Account:
+    """Follows the episodes of N environments, step by step, and tells what it hears on.
+
+    Args:
+      count: N; on_step: functions (index, step, stored) of an environment's step {key: value} and of what the agent
+        stores with it, {key: value} or None; on_episode: functions of an Episode.
+    Attributes:
+      returns, lengths: (N,) sum of the rewards and number of actions of the episodes under way.
+    """
+
+    def __init__(self, count: int, on_step: Sequence[Callable], on_episode: Sequence[Callable]):
+        self.on_step, self.on_episode = on_step, on_episode
+        self.returns, self.lengths = np.zeros(count), np.zeros(count, int)
+
+    def note(self, index: int, step: Mapping[str, Any], stored: Any, logs: Mapping[str, float]) -> None:
+        """Account for a step of environment `index`; logs: its `log_*` entries, which count in an episode's end."""
+        going_on = not step["is_first"]
+        self.returns[index] = step["reward"] + self.returns[index] * going_on
+        self.lengths[index] = (self.lengths[index] + 1) * going_on
+        for function in self.on_step:
+            function(index, step, stored)
+        if step["is_last"] and going_on:
+            episode = Episode(index, float(self.returns[index]), int(self.lengths[index]), dict(logs))
+            for function in self.on_episode:
+                function(episode)
+
+
+class Driver(Account):
     """Steps environments with an agent, one step in all of them at a time.
 
     The environments act on while the caller does something else: what they come to is received at the next step.
@@ -30,11 +57,7 @@ class Driver:
       envs: `envs.parallel.Envs`, with N environments; act_spec: ActionSpec.
       layout: {key: (shape, dtype)} of a stored step.
       on_obs: functions of the observations {key: (N, ...)}, called before the agent acts on them.
-      on_step: functions (index, step, stored) of an environment's step {key: value} and of what the agent stores with
-        it, {key: value} or None.
-      on_episode: functions of an Episode.
-    Attributes:
-      returns, lengths: (N,) sum of the rewards and number of actions of the episodes under way.
+      on_step, on_episode: see `Account`.
     """
 
     def __init__(
@@ -46,13 +69,12 @@ class Driver:
         on_step: Sequence[Callable] = (),
         on_episode: Sequence[Callable] = (),
     ):
-        self.envs, self.layout = envs, layout
-        self.on_obs, self.on_step, self.on_episode = on_obs, on_step, on_episode
+        super().__init__(len(envs), on_step, on_episode)
+        self.envs, self.layout, self.on_obs = envs, layout, on_obs
         self.obs: dict[str, np.ndarray] | None = None
         self.agent: Agent | None = None
         self.carry: Any = None
         self.actions = act_spec.zeros(len(envs))
-        self.returns, self.lengths = np.zeros(len(envs)), np.zeros(len(envs), int)
 
     def step(self, agent: Agent, mode: str) -> int:
         """Let the agent act once everywhere; return how many agent steps that were: the ends of episodes are none."""
@@ -63,24 +85,12 @@ class Driver:
             function(obs)
         actions, self.carry, stored = agent.act(obs, self.carry, mode)
         for index in range(len(self.envs)):
-            self._note(index, obs, stored)
+            step = stored_step(self.layout, obs, self.actions, index)
+            logs = {key: float(value[index]) for key, value in obs.items() if key.startswith("log_")}
+            self.note(index, step, stored and {key: value[index] for key, value in stored.items()}, logs)
         self.actions = actions
         self.envs.send(actions)
         return int((~obs["is_last"]).sum())
-
-    def _note(self, index, obs, stored):
-        """Account for one environment's current step, and tell it on."""
-        step = stored_step(self.layout, obs, self.actions, index)
-        going_on = not step["is_first"]
-        self.returns[index] = step["reward"] + self.returns[index] * going_on
-        self.lengths[index] = (self.lengths[index] + 1) * going_on
-        for function in self.on_step:
-            function(index, step, stored and {key: value[index] for key, value in stored.items()})
-        if step["is_last"] and going_on:
-            logs = {key: float(value[index]) for key, value in obs.items() if key.startswith("log_")}
-            episode = Episode(index, float(self.returns[index]), int(self.lengths[index]), logs)
-            for function in self.on_episode:
-                function(episode)
 
     def rest(self) -> None:
         """Receive the step under way, so that the environments can be asked for something else."""

@@ -109,22 +109,27 @@ class Recorder:
 
     Args:
       replay: Replay; writer: EpisodeWriter.
+    Attributes:
+      on_file: function (index, first) that hears when an episode of environment `index` stands in a file; `first` is
+        true if the step in hand begins another and so is not in it.
     """
 
     def __init__(self, replay: Any, writer: EpisodeWriter):
         self.replay, self.writer = replay, writer
+        self.on_file: Callable[[int, bool], None] = lambda index, first: None
 
     def __call__(self, index: int, step: dict[str, Any], stored: dict[str, Any] | None) -> None:
         """Store one step of environment `index`."""
         if step["is_first"]:  # what is unfinished then was cut off by the end of its worker
-            self.close_episode(index, self.writer.flush(index))
+            self.close_episode(index, self.writer.flush(index), True)
         self.replay.add(index, step, stored)
         self.close_episode(index, self.writer.add(index, step))
 
-    def close_episode(self, index: int, file: tuple[str, int] | None) -> None:
-        """Tell the replay that an episode stands in a file (name, length); None for no file."""
+    def close_episode(self, index: int, file: tuple[str, int] | None, first: bool = False) -> None:
+        """Tell the replay that an episode stands in a file (name, length); None for no file. first: see `on_file`."""
         if file:
             self.replay.close_episode(index, *file)
+            self.on_file(index, first)
 
     def flush(self) -> None:
         """Write unfinished episodes as far as they went."""

@@ -13,6 +13,7 @@ from typing import Any
 from replay.dealing import deal
 from replay.episodes import EpisodeWriter, by_age, episode_files
 from tools import Every, Lost, Rates, UserError, locked, sweep
+from training.async_learner import Bounded
 from training.checkpoint import (
     RESUMED,
     checkpoint_file,
@@ -25,6 +26,7 @@ from training.checkpoint import (
 from training.console import warn_at
 from training.distributed import Agreed, Ranks, settle, share
 from training.driver import Episode
+from training.journal import recover
 from training.keep import Keeper
 from training.logdir import SAME, check_logdir, named, save_config
 from training.logger import Metrics
@@ -66,7 +68,7 @@ class Run:
         self.saved_names: set[str] = set()  # of the episode files that the last checkpoint needs
         self.resumed = self.learning = False  # the latter after the first update in this process
         self.metrics = Metrics()
-        self.clock = agent.clock(config)
+        self.clock = Bounded(agent.clock(config)) if config.collect == "async" else agent.clock(config)
         self.clocks: dict[str, Any] = {
             "ratio": self.clock,
             "log": Every(config.log_every),
@@ -75,6 +77,8 @@ class Run:
         }
         self.logged_at = self.saved_at = time.monotonic()  # or when last nothing was due
         self.restarts: Callable[[], int] = lambda: 0  # of environments
+        self.extras: Callable[[], dict[str, float]] = dict  # metrics of how steps are collected
+        self.ending: Callable[[], int] = int  # ends what collects by itself; returns its last agent steps
         self.spaces: Mapping[str, Any] | None = None  # the environments' own, as envs/spaces.py describes them
 
     # -- where the run stands
@@ -153,7 +157,7 @@ class Run:
         scalars = self.metrics.means()
         steps, restarts = self.agreed[1:] if self.agreed else (len(self.replay), self.restarts())
         scalars |= {"updates": self.updates, "replay_steps": steps, "env_restarts": restarts}
-        scalars |= self.rates(fps=self.step, updates_per_second=self.updates)
+        scalars |= self.extras() | self.rates(fps=self.step, updates_per_second=self.updates)
         self.out.logger.scalars(scalars, self.step)
         self.out.logger.flush()
 
@@ -342,6 +346,10 @@ def open_logdir(
     stack.callback(_remove_empty, new)
     if stack.enter_context(locked(logdir)):
         sweep([logdir, logdir / "train_eps", logdir / "eval_eps"])
+    if count := recover(logdir):
+        warn_at(
+            config.log_level, f"{count} steps that an actor had left in the journal are in {logdir / 'train_eps'} now"
+        )
     saved = load_checkpoint(path, RESUMED) if path.exists() else None
     changed = check_logdir(config, saved, functools.partial(warn_at, config.log_level))
     ranks.agree()

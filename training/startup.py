@@ -26,6 +26,7 @@ def start_lines(
         ("task", f"{config.task}, {config.version}, seed {config.seed}"),
         ("runs on", machine(config, run.agent, device)),
         *([("ranks", f"{run.ranks.count}, which share batch, environments and replay")] * (run.ranks.count > 1)),
+        *([("actor", f"on a clock of {config.control_hz:g} Hz, in real time")] * (config.collect == "async")),
         ("model", model(run.agent)),
         *((f"{kind}s", keys) for kind, keys in observed(obs_spec, about).items()),
         *((("left out", absent(left_out)),) if left_out else ()),
@@ -87,7 +88,8 @@ def planned(run: Any) -> str:
     ahead, config = run.out.progress.ahead(), run.config
     prefill = 0 if run.offline else max(0, config.prefill - run.agent_steps)
     start = f"{prefill:,} agent steps of prefill, " if prefill else ""
-    return f"{start}{ahead.updates:,} updates until frame {config.steps:,}"
+    updates = "as many updates as there is time for" if config.collect == "async" else f"{ahead.updates:,} updates"
+    return f"{start}{updates} until frame {config.steps:,}"
 
 
 def standing(run: Any) -> str:
