@@ -397,7 +397,7 @@ def test_disagreement_is_the_variance_on_arriving_and_the_scales_weigh_the_rewar
     torch.testing.assert_close(agent.explorer.disagreement(rollout)[1:], stddev[1:].log())
     agent.explorer.spread, agent.explorer.log = SPREADS["variance"], False
     agent.world.rewards = lambda rollout: torch.full((4, 2), 2.0)
-    assert agent.expl_rewards.scales == {"disag": 2.0, "extr": 3.0}
+    assert {name: agent.expl_rewards.scale(name) for name in ("disag", "extr")} == {"disag": 2.0, "extr": 3.0}
     rewards = explorer_rewards(agent.world, agent.explorer, make_config("dreamerv1", EXPLORE | scales))
     torch.testing.assert_close(rewards(rollout), 2 * novelty + 6)
 
@@ -408,7 +408,7 @@ def test_the_2023_form_rewards_the_standard_deviation_of_its_models():
     predicted = agent.explorer.predict(feat[:-1], actions)
     expected = predicted.std(0, unbiased=False).mean(-1)
     torch.testing.assert_close(agent.explorer.disagreement(Rollout(None, actions, feat))[1:], expected)
-    assert agent.expl_rewards.scales == {"disag": 0.1, "extr": 1.0}
+    assert {name: agent.expl_rewards.scale(name) for name in ("disag", "extr")} == {"disag": 0.1, "extr": 1.0}
     assert [group["eps"] for group in agent.opt.adams["expl_model"].param_groups] == [5e-6]
 
 
