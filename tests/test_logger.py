@@ -6,19 +6,22 @@ import struct
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard import SummaryWriter
 
 from tools import UserError
-from training.boards import MAIN, tag
+from training.boards import MAIN, WeightsAndBiases, tag
 from training.logger import Logger, Metrics, NonFiniteLoss
+from training.sounds import wav
 
 HPARAMS = "experiment", "session_start_info"
 
@@ -342,6 +345,28 @@ def test_wandb_offline_has_the_same_names_and_a_resumed_run_goes_on(tmp_path, mo
         assert json.loads(config["seed"]) == 3 and json.loads(config["actor"]) == {"layers": 2}
     assert set(map(tag, metrics)) <= set(events(logdir).Tags()["scalars"])
     assert set(metrics) <= set(lines(logdir / "metrics.jsonl")[0])
+
+
+def test_texts_and_sounds_go_to_the_boards(tmp_path):
+    sound = tmp_path / "sound.wav"
+    sound.write_bytes(wav(np.zeros((8, 2), np.float32), 8000))
+    logger = Logger(tmp_path / "run")
+    logger.text("openloop/said", "| left |", 3)
+    logger.audio("openloop/heard", sound, 3)
+    logger.close()
+    (path,) = (tmp_path / "run").glob("events.*")
+    values = {value.tag: value for event in EventFileLoader(str(path)).Load() for value in event.summary.value}
+    assert "openloop/said/text_summary" in values
+    heard = values["openloop/heard"]
+    assert sound.read_bytes() in (heard.audio.encoded_audio_string, *heard.tensor.string_val)
+
+    wandb, logged = pytest.importorskip("wandb"), []
+    board = object.__new__(WeightsAndBiases)
+    board._run, board._audio, board._html = SimpleNamespace(log=logged.append), wandb.Audio, wandb.Html
+    board.text("openloop/said", "| <left> |", 3)
+    board.audio("openloop/heard", sound, 3)
+    assert [set(entry) for entry in logged] == [{"step", "openloop/said"}, {"step", "openloop/heard"}]
+    assert "&lt;left&gt;" in logged[0]["openloop/said"].html
 
 
 def test_wandb_is_imported_only_when_asked_for(tmp_path, monkeypatch):

@@ -43,8 +43,8 @@ class Embedding(nn.Module):
 
     def __init__(self, size, lengths, units, vectors=None):
         super().__init__()
-        self.size = size if vectors is None else FIRST
-        self.tokens = nn.Parameter(init_(torch.empty(self.size, units), 1, 1))
+        own = size if vectors is None else FIRST
+        self.tokens = nn.Parameter(init_(torch.empty(own, units), 1, 1))
         self.places = nn.ParameterList(init_(torch.empty(length, units), 1, 1) for length in lengths.values())
         self.keys = list(lengths)
         self.known = None
