@@ -255,6 +255,9 @@ def finish(run, evaluate):
     """Write the final log and checkpoint; evaluate and film unless interrupted."""
     run.agent_steps += run.ending()
     run.log()
+    stage = run.clock.stage()
+    if stage and not (run.stopped or run.clock.finished()):
+        run.out.say("warning", f"the last frame came at {stage[1]:.0%} of {stage[0]}: raise --steps to go on from here")
     if not run.stopped:
         run.clocks["eval"](run.step)  # what follows: a run that is extended does not evaluate here again
     run.save_all()  # before anything that an environment could break

@@ -11,6 +11,8 @@ import torch
 from gymnasium.spaces import Box, Discrete
 
 import dreamer
+import export
+import inference_video
 from agents.world_models import Carry, WorldModels
 from agents.world_models.controller import Controller, Evolution
 from agents.world_models.memory import LEAST_LOGSTD, MDNRNN, Memory, Prediction, log_density, sample
@@ -19,6 +21,7 @@ from agents.world_models.vision import draw, kl
 from modalities import obs_spec
 from specs import act_spec
 from tests.test_run import checkpoint, differ
+from tools import UserError
 from training.config import CONFIGS, load_config
 
 TINY = """--size 64 64 --encoder.layers 1 --encoder.units 8 --decoder.layers 1 --decoder.units 8 --stages.z 3
@@ -327,6 +330,33 @@ def test_a_generation_in_the_environment_goes_on_with_its_candidates_and_finishe
     assert run(tmp_path, "--stages.train_in", "env") == 0
     assert np.array_equal(told[0].weights, saved["weights"].numpy())
     assert np.array_equal(told[0].scores[saved["played"].numpy()], saved["scores"].numpy()[saved["played"].numpy()])
+
+
+def test_a_finished_run_ends_early_is_filmed_and_acts_and_says_that_it_has_no_export(tmp_path, capfd):
+    logdir = tmp_path / "run"
+    words = ("--stages.train_in", "dream", "--stages.generations", "1", "--task", "dummy_pixels")
+    assert run(logdir, *words, steps=100_000) == 0
+    saved = checkpoint(logdir)
+    assert saved["agent"]["stages"]["name"] == "done" and saved["counters"]["agent_steps"] < 1000
+    assert run(logdir, *words, steps=100_000) == 0 and "already finished" in capfd.readouterr().err
+    policy = dreamer.load_agent(logdir)
+    action, state = policy.act({"image": np.zeros((64, 64, 3), np.uint8)})
+    again, _ = policy.act({"image": np.zeros((64, 64, 3), np.uint8)}, state)
+    assert action.keys() == again.keys()
+    flags = ["--checkpoint", str(logdir), "--output", str(tmp_path / "film"), "--openloop", "--episodes", "1"]
+    assert inference_video.main(flags) == 0
+    assert any("openloop_image" in path.name for path in (tmp_path / "film").iterdir())
+    assert export.main(["--checkpoint", str(logdir), "--format", "torch"]) == 2
+    assert capfd.readouterr().err.splitlines()[-1].endswith("load_agent lets them act")
+
+
+def test_a_checkpoint_of_other_generations_is_refused_in_one_line():
+    saved, other = make().state_dict(), make("--stages.population", "6")
+    with pytest.raises(UserError, match=r"a generation is \(4,\) there and \(6,\) here"):
+        other.load_state_dict(saved)
+    other = make("--stages.inputs", "z")
+    with pytest.raises(UserError, match="C is"):
+        other.load_state_dict(saved)
 
 
 def test_images_are_reconstructed_and_dreamt(tmp_path):
