@@ -154,17 +154,19 @@ def wire(config, stack, saved=None, changed=(), ranks=None):
     Returns: namespace of run, agent, replay, collect, evaluate, envs, and noted, what signals set attributes of;
       `stack` closes what is opened.
     """
+    from envs import opengl
     from modalities import describe
-    from training import evaluation
+    from training import evaluation, machine
     from training.logdir import changed_line
     from training.rng import undisturbed
     from training.startup import start_lines
 
     ranks = ranks or Ranks()
-    own, played = share(config, ranks), []
+    own, played, device = share(config, ranks), [], machine.prepare(config)
+    opengl.draw_beside(device)
     envs = open_envs(own, stack, saved["counters"]["agent_steps"] if saved else 0, ranks.rank)
     spaces = envs.collecting or envs.evaluating()
-    run, specs, layout, device = make_run(config, spaces, saved, ranks)
+    run, specs, layout = make_run(config, spaces, saved, ranks, device)
     agent, replay, noted = run.agent, run.replay, run if ranks.count == 1 else ranks
     run.spaces, run.restarts = spaces.own, envs.restarts
     out = run.open(stack)
@@ -221,10 +223,10 @@ def make_driver(run, envs, specs, layout, heard):
     return envs
 
 
-def make_run(config, spaces, saved, ranks):
+def make_run(config, spaces, saved, ranks, device):
     """Make agent and replay for the spaces of environments, and restore them.
 
-    Returns: the Run, the ObsSpec and the ActionSpec, the layout of a stored step, the device.
+    Returns: the Run, the ObsSpec and the ActionSpec, the layout of a stored step.
     """
     from agents import make_agent
     from agents.random import Random
@@ -232,12 +234,10 @@ def make_run(config, spaces, saved, ranks):
     from ops import collectives
     from replay.sampling import make_replay
     from specs import act_spec, step_layout
-    from training import machine
     from training.rng import seed_everything
     from training.run import Run, episode_paths
 
     own = share(config, ranks)
-    device = machine.prepare(config)
     specs = obs_spec(spaces.obs_space), act_spec(spaces.act_space)
     agent, layout, paths = make_agent(own, *specs), step_layout(spaces.obs_space, specs[1]), episode_paths(config)
     if ranks.rank:  # environments of this process may draw from the global generators
@@ -248,7 +248,7 @@ def make_run(config, spaces, saved, ranks):
     run.restore(saved, [*paths[0], *paths[1]])  # before anything is written: it may find that nothing fits
     check_same_place(ranks, config.logdir, (run.agent_steps, run.updates))
     collectives.broadcast_([*agent.nets.state_dict().values()] if hasattr(agent, "nets") else [])
-    return run, specs, layout, device
+    return run, specs, layout
 
 
 def finish(run, evaluate):
@@ -327,7 +327,7 @@ def close_envs(config, envs):
 def eval_only(config, stack):
     """Evaluate the agent of --from_checkpoint, or else of the logdir, as the config.yaml beside it describes it."""
     from agents import make_agent
-    from envs import make_envs
+    from envs import make_envs, opengl
     from modalities import obs_spec
     from specs import act_spec
     from training import evaluation, machine
@@ -343,7 +343,7 @@ def eval_only(config, stack):
     check_foreign(config, path.parent, config.explicit)
     if not min(config.eval_episode_num, config.eval_envs):
         raise UserError("--script eval_only needs an --eval_episode_num of at least 1 and an --eval_envs of at least 1")
-    machine.prepare(config)
+    opengl.draw_beside(machine.prepare(config))
     saved = load_checkpoint(path)
     envs = make_envs(config, "eval", min(config.eval_envs, config.eval_episode_num))
     stack.callback(close_envs, config, envs)

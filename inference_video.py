@@ -152,7 +152,7 @@ class Player:
 
     def load(self, saved):
         """Return the agent of a checkpoint."""
-        agent = make_agent(self.config.replace(compile=False), *self.specs)
+        agent = make_agent(self.config.replace(compile=False, graphs="false"), *self.specs)
         try:
             load_agent_state(agent, saved, self.config)
         except UserError as error:

@@ -19,12 +19,13 @@ from exploration import EXPLORERS, explorer_rewards, make_explorers, perturb, re
 from models import WorldModel, frozen
 from networks import State
 from ops.collectives import average_metrics, place
-from ops.graphs import Captured
+from ops.graphs import Graphs
 from ops.optim import Adams, LaProp, TFAdams
 from ops.random import drawing_from, make_generator
 from ops.rates import LearnedRates
 from tools import Ratio, UserError, derive_seed
-from training.machine import check_compiler
+from training.console import warn_at
+from training.machine import check_compiler, choose_graphs
 
 MODES = ("mode", "sample", "noisy", "explore")  # of acting; the last two collect data
 # What is_first (B, T) says of windows without stored latents: that each begins an episode, so that the action that led
@@ -191,15 +192,19 @@ class Dreamer:
         """Compile what an update spends its time in: one step of each scan, and the behaviors' losses.
 
         The scans themselves stay Python loops, whose compilation would take minutes. Acting stays as it is written.
-        On CUDA the kernels of a whole update, and those of acting, then become one graph each.
         """
         self.world.rssm.compile_parts()
         for behavior in (self.behavior, self.expl_behavior):
             if behavior:
                 behavior.compile_parts()
-        if self.device.type == "cuda":
-            self.capture = Captured
-            self.update = Captured(self.update, self.generators["learn"])
+
+    def capture_parts(self, graphs):
+        """Let the kernels of a whole update, and those of acting, become one CUDA graph each.
+
+        graphs: `ops.graphs.Graphs`, or a function that it can stand for.
+        """
+        self.capture = graphs
+        self.update = graphs(self.update, self.generators["learn"])
 
     # -- acting
 
@@ -309,11 +314,14 @@ class Dreamer:
 
 
 def make(obs_spec, act_spec, config, device, dtype):
-    """Return the Dreamer of a configuration, compiled if it says so."""
+    """Return the Dreamer of a configuration, compiled and recorded as CUDA graphs if it says so."""
+    recorded = choose_graphs(config.graphs, device)
     agent = Dreamer(obs_spec, act_spec, config, device, dtype)
     if config.compile:
         check_compiler()
         agent.compile_parts()
+    if recorded:
+        agent.capture_parts(Graphs(functools.partial(warn_at, config.log_level) if config.graphs == "auto" else None))
     return agent
 
 

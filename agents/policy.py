@@ -246,7 +246,8 @@ def load_policy(path, device="auto", **changes):
     if "specs" not in saved:
         raise UserError(f"{path} does not tell its spaces, being of an older version: resume its run to write it anew")
     written = pathlib.Path(path).parent / "config.yaml"
-    config = load_config(["--compile", "false"], CONFIGS, written, functools.partial(warn_at, "warning"))
+    plain = ["--compile", "false", "--graphs", "false"]
+    config = load_config(plain, CONFIGS, written, functools.partial(warn_at, "warning"))
     config = config.replace(device=str(device), **changes)
     agent = make_agent(config, *read_specs(saved))
     load_agent_state(agent, checkpoint, config)

@@ -17,13 +17,14 @@ from agents import make_agent
 from benchmarks.pages import processor
 from envs import make_envs
 from modalities import obs_spec
+from ops import graphs
 from ops.random import drawing_from
 from replay.sampling import make_replay
 from specs import act_spec, step_layout
 from tools import UserError
 from training import machine
 
-WARMUP = 3  # updates before the measured ones
+WARMUP = graphs.WARMUP + 1  # updates before the measured ones: the last of them may be recorded as a CUDA graph
 ROTATION = 4  # batches
 HELD = 10_000  # steps in the replay
 EPISODE = 100  # steps
@@ -104,7 +105,7 @@ class Subject:
 
     def flops(self):
         """Return the FLOPs of an update, counted on a separate agent, as this one may be compiled."""
-        agent = make_agent(self.config.replace(compile=False), *self.specs)
+        agent = make_agent(self.config.replace(compile=False, graphs="false"), *self.specs)
         return count_flops(lambda: update(agent, next(self.batches)))
 
     def peak(self):
@@ -127,6 +128,7 @@ class Subject:
             "threads": self.config.threads,
             "precision": "bf16" if self.agent.dtype == torch.bfloat16 else "32",
             "compile": self.config.compile,
+            "graphs": machine.choose_graphs(self.config.graphs, self.device),
             "torch": torch.__version__,
         }
 

@@ -10,11 +10,13 @@ import threading
 import weakref
 from ctypes.util import find_library
 from types import ModuleType
+from typing import Any
 
 from envs.env import Env
 from envs.errors import one_line
 from tools import UserError
 
+MUJOCO_DEVICE = "MUJOCO_EGL_DEVICE_ID"  # which of EGL's devices it draws on; the first that works if it is not set
 NO_RENDERER = "dm_control finds no headless OpenGL: apt-get install libosmesa6 (or libegl1 libgl1)"
 
 
@@ -70,15 +72,20 @@ def osmesa_works() -> bool:
 
 def egl_works() -> bool:
     """True if EGL opens a display on some device; its libraries may well be there without one."""
+    return any(egl_displays())
+
+
+def egl_displays() -> list[bool]:
+    """Return for each of EGL's devices whether a display opens there."""
     name = find_library("EGL")
     if name is None or find_library("GL") is None:
-        return False
+        return []
     egl = ctypes.CDLL(name)
     egl.eglGetProcAddress.restype = ctypes.c_void_p
     query = egl.eglGetProcAddress(b"eglQueryDevicesEXT")
     display_of = egl.eglGetProcAddress(b"eglGetPlatformDisplayEXT")
     if not query or not display_of:
-        return False
+        return []
     pointer, integer = ctypes.c_void_p, ctypes.c_int
     query = ctypes.CFUNCTYPE(integer, integer, pointer, pointer)(query)
     display_of = ctypes.CFUNCTYPE(pointer, integer, pointer, pointer)(display_of)
@@ -87,4 +94,20 @@ def egl_works() -> bool:
     query(16, devices, ctypes.byref(count))
     platform_device = 0x313F  # EGL_PLATFORM_DEVICE_EXT
     displays = [display_of(platform_device, device, None) for device in devices[: count.value]]
-    return any(display and egl.eglInitialize(display, None, None) for display in displays)
+    return [bool(display and egl.eglInitialize(display, None, None)) for display in displays]
+
+
+def draw_beside(device: Any) -> None:
+    """Let MuJoCo draw on the GPU that learns, where that is not the first, unless the user says which by its variable.
+
+    EGL counts the machine's devices, whatever CUDA_VISIBLE_DEVICES hides from CUDA. For environments that are made
+    afterwards, in processes of their own as well.
+
+    device: torch device.
+    """
+    if device.type != "cuda" or MUJOCO_DEVICE in os.environ:
+        return
+    names = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    number = names[device.index] if names and device.index < len(names) else str(device.index)
+    if number.isdigit() and int(number) and True in egl_displays()[int(number) : int(number) + 1]:
+        os.environ[MUJOCO_DEVICE] = number

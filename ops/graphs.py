@@ -5,10 +5,40 @@ bottleneck. A recorded function must do the same work on the same memory at ever
 state changed in place.
 """
 
+import contextlib
+import functools
+import gc
+
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from tools import UserError
+
 WARMUP = 3  # eager calls, in which libraries and compilers select their kernels
+
+
+class Graphs:
+    """Makes functions into `Captured` ones, until one of them cannot be recorded: from then on none is.
+
+    Args:
+      warn: function of one line, which is told why; None to raise a UserError instead.
+    """
+
+    def __init__(self, warn=None):
+        self.warn, self.on = warn, True
+
+    def __call__(self, function, generator=None):
+        """Return a Captured function; generator: torch.Generator that it draws from, or None."""
+        return Captured(function, generator, graphs=self)
+
+    def give_up(self, error):
+        """Say that something could not be recorded, once."""
+        reason = " ".join(str(error).split())[:200]
+        if self.warn is None:
+            raise UserError(f"--graphs true: an update or acting cannot be recorded: {reason}; take --graphs false")
+        if self.on:
+            self.on = False
+            self.warn(f"no CUDA graphs, so that small models are several times slower: {reason} (--graphs)")
 
 
 class Captured:
@@ -18,42 +48,113 @@ class Captured:
       function: takes and returns trees of tensors (dicts, tuples, named tuples); their shapes never change.
       generator: torch.Generator that the function draws from, or None.
       record: `record_cuda`, or a substitute for it without a GPU.
+      graphs: Graphs, to be told of a failure; None lets its error pass.
     """
 
-    def __init__(self, function, generator=None, record=None):
-        self.function, self.generator = function, generator
+    def __init__(self, function, generator=None, record=None, graphs=None):
+        self.function, self.generator, self.graphs = function, generator, graphs
         self.record = record or record_cuda
         self.calls = 0
+        self.replay = None
 
     def __call__(self, *args):
         """Return copies of what the function returns, so that later calls do not overwrite them."""
+        values, structure = tree_flatten(args)
+        if self.replay is None and self.graphs is not None and not self.graphs.on:
+            return self.function(*args)
         self.calls += 1
         if self.calls <= WARMUP:
-            return self.function(*args)
-        values, structure = tree_flatten(args)
-        if self.calls == WARMUP + 1:
-            self.inputs = [value.clone() for value in values]
-            self.shapes = [(value.shape, value.dtype) for value in values]
-            arguments = tree_unflatten(self.inputs, structure)
-            self.replay, self.results = self.record(lambda: self.function(*arguments), self.generator)
+            with beside(values[0].device):
+                return self.function(*args)
+        if self.replay is None:
+            try:
+                self.begin(values, structure)
+            except RuntimeError as error:
+                self.replay = None
+                if self.graphs is None:
+                    raise
+                self.graphs.give_up(error)
+                return self.function(*args)
+        else:
+            self.launch(values)
+        leaves, structure = tree_flatten(self.results)
+        return tree_unflatten([leaf.clone() for leaf in leaves], structure)
+
+    def begin(self, values, structure):
+        """Record the function and replay it for the first time, with the leaves and structure of its arguments.
+
+        Raises RuntimeError if it cannot be recorded; then it has not run, or, on another device than the current one,
+        runs whenever it is recorded, and never when it is replayed.
+        """
+        self.inputs = [value.clone() for value in values]
+        self.shapes = [(value.shape, value.dtype) for value in values]
+        arguments, count = tree_unflatten(self.inputs, structure), values[0].new_zeros((), dtype=torch.int64)
+
+        def counted():
+            count.add_(1)
+            return self.function(*arguments)
+
+        self.replay, self.results = self.record(counted, self.generator)
+        before = int(count)
+        self.launch(values)
+        if int(count) != before + 1:
+            raise RuntimeError(f"a graph that was recorded on {count.device} does nothing when it is launched")
+
+    def launch(self, values):
+        """Replay the recorded kernels on the leaves of arguments."""
         assert self.shapes == [(value.shape, value.dtype) for value in values], "a captured function's inputs changed"
         for memory, value in zip(self.inputs, values, strict=True):
             memory.copy_(value, non_blocking=True)
         self.replay()
-        leaves, structure = tree_flatten(self.results)
-        return tree_unflatten([leaf.clone() for leaf in leaves], structure)
+
+
+@functools.cache
+def side_stream(device):
+    """Return the one stream of a CUDA device for all that is warmed up and recorded there.
+
+    Libraries keep workspaces by stream: what the warm-up has made is then there when the same is recorded.
+    """
+    return torch.cuda.Stream(device)
+
+
+@contextlib.contextmanager
+def beside(device):
+    """Run the body on the side stream of a CUDA device, after what was launched before and before what comes then."""
+    if device.type != "cuda":
+        yield None
+        return
+    stream, main = side_stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(main)
+    try:
+        with torch.cuda.stream(stream):  # goes back to `main` even where a recording that fails does not
+            yield stream
+    finally:
+        main.wait_stream(stream)
 
 
 def record_cuda(function, generator=None):
     """Record the kernels of a function; return a function that launches them again, and the results that it overwrites.
 
+    It is recorded on the current device, and nothing runs. Other threads, such as one that writes files, may go on
+    using the device meanwhile. Python's garbage is collected before and left alone meanwhile: to free a graph or a
+    generator of another agent would end the recording.
+
     generator: torch.Generator that the function draws from, so that each replay draws other numbers.
     """
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
     if generator is not None:
         graph.register_generator_state(generator)
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # records only: nothing runs yet
-        results = function()
-    assert all(leaf.is_cuda for leaf in tree_leaves(results))
+    gc.collect()
+    gc.disable()
+    try:
+        with (
+            beside(torch.cuda.current_stream().device) as stream,
+            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+        ):
+            results = function()
+    finally:
+        if collects:
+            gc.enable()
+    if not all(leaf.is_cuda for leaf in tree_leaves(results)):
+        raise RuntimeError("a part of the results does not lie on the GPU")
     return graph.replay, results

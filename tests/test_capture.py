@@ -1,11 +1,19 @@
 """Requirements of CUDA graphs on an update, as far as they can be checked without a GPU."""
 
+import contextlib
+import gc
+import itertools
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from networks import State
-from ops.graphs import WARMUP, Captured
+from ops import graphs
+from ops.graphs import WARMUP, Captured, Graphs
 from tests.factories import Watch, act, initial, make_agent, make_batch, make_obs
+from tools import UserError
 
 VERSIONS = {
     "dreamerv3": (),
@@ -53,6 +61,106 @@ def test_the_fourth_call_records_and_later_ones_replay():
     assert [y.tolist() for y in results] == [[2 * n + 1.0] * 2 for n in range(WARMUP + 3)]  # each of its own memory
     with pytest.raises(AssertionError, match="inputs changed"):
         captured({"x": torch.zeros(3)}, State(torch.ones(3), torch.zeros(3)))
+
+
+def test_what_cannot_be_recorded_is_one_warning_and_the_run_goes_on_as_it_is_written():
+    said, calls = [], []
+
+    def fails(function, generator):
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    together = Graphs(said.append)
+    one, other = (Captured(lambda x: calls.append(x) or {"y": x + 1}, record=fails, graphs=together) for _ in range(2))
+    for number in range(WARMUP + 3):
+        for captured in (one, other):
+            assert captured(torch.tensor(float(number)))["y"] == number + 1
+    assert len(calls) == 2 * (WARMUP + 3)  # each call once, the one whose recording failed included
+    assert len(said) == 1 and "\n" not in said[0] and "operation not permitted when" in said[0]
+    strict = Captured(lambda x: {"y": x}, record=fails, graphs=Graphs())  # --graphs true
+    with pytest.raises(UserError, match=r"--graphs true.*--graphs false"):
+        [strict(torch.zeros(())) for _ in range(WARMUP + 1)]
+
+
+def test_a_graph_that_does_nothing_when_it_is_launched_is_found_at_once():
+    """As one whose stream is on another device than its tensors: they run at once, and the graph stays empty."""
+    said, total = [], torch.zeros(())
+    empty = lambda function, generator: (lambda: None, function())  # noqa: E731
+    captured = Captured(lambda x: {"total": total.add_(x).clone()}, record=empty, graphs=Graphs(said.append))
+    seen = [float(captured(torch.ones(()))["total"]) for _ in range(WARMUP + 3)]
+    assert len(said) == 1 and "does nothing" in said[0]
+    assert [later - now for now, later in itertools.pairwise(seen)] == [1, 1, 2, 1, 1]  # none was left out
+
+
+class Card:
+    """Stands in for torch.cuda where there is no GPU: notes what is asked of streams and graphs, and runs nothing."""
+
+    def __init__(self, monkeypatch, current=1):
+        self.notes, self.now = [], SimpleNamespace(name="main", device=torch.device("cuda", current))
+        self.now.wait_stream = lambda other: self.notes.append(f"main waits for {other.name}")
+        graphs.side_stream.cache_clear()
+        for name in ("Stream", "stream", "current_stream", "CUDAGraph", "graph"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+
+    def Stream(self, device):
+        stream = SimpleNamespace(name=f"side of {device}", device=device)
+        stream.wait_stream = lambda other: self.notes.append(f"side waits for {other.name}")
+        return stream
+
+    def current_stream(self, device=None):
+        return self.now
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        before, self.now = self.now, stream
+        try:
+            yield
+        finally:
+            self.now = before
+
+    def CUDAGraph(self):
+        note = lambda what: lambda *args: self.notes.append(what)  # noqa: E731
+        return SimpleNamespace(replay=note("replay"), register_generator_state=note("register"))
+
+    @contextlib.contextmanager
+    def graph(self, graph, stream, capture_error_mode):
+        self.notes.append(f"record on {stream.name}, {capture_error_mode}")
+        self.now = stream
+        yield  # an error leaves the stream as it is, as in PyTorch
+        self.notes.append("recorded")
+
+
+def test_warm_up_and_recording_take_one_side_stream_of_the_current_device(monkeypatch):
+    card = Card(monkeypatch)
+    with FakeTensorMode():
+        captured = Captured(lambda x: {"y": x + 1, "stream": torch.tensor(0)})
+        x = torch.zeros(2, device="cuda:1")
+        for _ in range(WARMUP):
+            captured(x)
+        results = {"y": torch.zeros(2, device="cuda:1")}
+    around = ["side waits for main", "main waits for side of cuda:1"]
+    assert card.notes == around * WARMUP
+    card.notes.clear()
+    seen = []
+
+    def function():
+        seen.append((card.now.name, gc.isenabled()))
+        return results
+
+    replay, same = graphs.record_cuda(function, generator=torch.Generator())
+    assert same is results and seen == [("side of cuda:1", False)] and gc.isenabled()
+    assert card.notes == ["register", around[0], "record on side of cuda:1, thread_local", "recorded", around[1]]
+    replay()
+    assert card.notes[-1] == "replay"
+
+
+def test_a_recording_that_fails_leaves_stream_and_garbage_collector_as_they_were(monkeypatch):
+    card = Card(monkeypatch)
+    with pytest.raises(RuntimeError, match="capturing"):
+        graphs.record_cuda(lambda: (_ for _ in ()).throw(RuntimeError("not while capturing")))
+    assert card.now.name == "main" and gc.isenabled()
+    assert card.notes[-1] == "main waits for side of cuda:1"
+    with pytest.raises(RuntimeError, match="does not lie on the GPU"):
+        graphs.record_cuda(lambda: {"count": torch.zeros(())})
 
 
 def state_of(agent):

@@ -34,7 +34,7 @@ HEADING = re.compile(
     r"^(?:[ \t]*|\S.*)\n  # (.*)(?:\n  #.*)*\n  ([\w.]+):", re.MULTILINE
 )  # a comment behind an empty line, and a key
 WORDS = ("include", "last")  # what a preset may say beside keys
-HERE = ("logdir", "script", "device", "threads", "from_checkpoint", "offline_traindir", "log_level", "logger")
+HERE = ("logdir", "script", "device", "graphs", "threads", "from_checkpoint", "offline_traindir", "log_level", "logger")
 LARGEST, DEEPEST = 10_000, 100  # values of a file that has aliases; brackets within brackets
 RETIRED = {  # keys of older versions: their defaults
     "imag_weight": "predicted",

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import pathlib
+import re
 import shutil
 import sysconfig
 from typing import Any
@@ -11,8 +12,11 @@ from typing import Any
 import torch
 
 from tools import UserError
+from training.console import warn_at
 from training.distributed import environment
 from training.rng import seed_everything
+
+DRIVER = pathlib.Path("/proc/driver/nvidia/version")  # is there where an NVIDIA driver is
 
 
 def prepare(config: Any) -> torch.device:
@@ -20,7 +24,11 @@ def prepare(config: Any) -> torch.device:
     prepare_cpu(config.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision != "32"
     seed_everything(config.seed)
-    return choose_device(config.device)
+    device = choose_device(config.device)
+    unused = config.device == "auto" and device.type == "cpu" and unused_gpu()
+    if unused:
+        warn_at(config.log_level, unused)
+    return device
 
 
 def prepare_cpu(threads: int) -> None:
@@ -42,32 +50,87 @@ def prepare_cpu(threads: int) -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the torch.device of auto, cpu, cuda or cuda:N, made the current one. Raises UserError if there is none.
+    """Return the torch.device of auto, cpu, cuda or cuda:N, and make a CUDA device the current one.
 
-    Of several processes that torchrun has started on a machine, each takes the CUDA device of its number there.
+    What does not name a device, such as a new stream and so a CUDA graph, is on the current one. Of several processes
+    that torchrun has started on a machine, each takes the device of its number there. Raises UserError if there is no
+    such device, or none that this PyTorch has kernels for.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() and too_old(torch.cuda.current_device()) is None else "cpu"
     device, found = torch.device(name), torch.cuda.device_count()
     if device.type != "cuda":
         return device
     beside, local = environment("LOCAL_WORLD_SIZE", 1), environment("LOCAL_RANK", 0)
     if beside > 1 and device.index is not None and found > 1:
         raise UserError(f"--device {name} would be that of all {beside} ranks of this machine: leave it at auto")
-    index = device.index or (local if found > 1 else 0)  # a scheduler may show each process its own device alone
+    index = torch.cuda.current_device() if device.index is None and found and beside == 1 else device.index or 0
+    if beside > 1 and found > 1:  # a scheduler may show each process its own device alone
+        index = local
     if index >= found:
+        why = unused_gpu() if not found else None
         ranks = f" and {beside} ranks" if beside > 1 else ""
-        raise UserError(f"--device {name}: this machine has {found} CUDA devices{ranks}")
+        raise UserError(f"--device {name}: {why or f'this machine has {found} CUDA devices{ranks}'}")
+    reason = too_old(index)
+    if reason:
+        raise UserError(f"--device {name}: {reason}")
     torch.cuda.set_device(index)
     return torch.device(device.type, index)
 
 
+def too_old(index: int) -> str | None:
+    """Return why this PyTorch has no kernels for a CUDA device, by its number, or None."""
+    known = [int(arch[3:]) for arch in torch.cuda.get_arch_list() if re.fullmatch(r"sm_\d+", arch)]
+    major, minor = torch.cuda.get_device_capability(index)
+    if not known or 10 * major + minor >= min(known):
+        return None
+    lowest = f"{min(known) // 10}.{min(known) % 10}"
+    return (
+        f"{torch.cuda.get_device_name(index)} has compute capability {major}.{minor}, and PyTorch {torch.__version__} "
+        f"needs {lowest}: install a build for an older CUDA (pytorch.org), or take --device cpu"
+    )
+
+
+def unused_gpu() -> str | None:
+    """Return what keeps PyTorch from the NVIDIA GPU of this machine, or None if there is none, or it was hidden."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return None
+    try:
+        found = re.search(r"(?:Kernel Module|for \w+)\s+([\d.]+)", DRIVER.read_text())
+    except (OSError, ValueError):
+        return None
+    if torch.version.cuda is None:
+        return f"the GPU is not used: PyTorch {torch.__version__} is a build without CUDA"
+    if torch.cuda.is_available():
+        return too_old(torch.cuda.current_device())
+    driver = f"driver {found[1]}" if found else "the driver"
+    need = f"PyTorch {torch.__version__} needs one for CUDA {torch.version.cuda}"
+    return f"the GPU is not used: {driver} is too old ({need}), or no GPU is visible: see nvidia-smi"
+
+
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Return the compute dtype: bfloat16 for bf16, and for auto if the hardware supports it."""
+    """Return the compute dtype: bfloat16 for bf16, and for auto if the hardware multiplies it.
+
+    Older GPUs, up to compute capability 7.5, only emulate it.
+    """
     if precision == "auto":
-        fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+        if device.type == "cuda":
+            with torch.cuda.device(device):  # the one that is asked about
+                fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            fast = torch.cpu._is_avx512_bf16_supported()
         precision = "bf16" if fast else "32"
     return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def choose_graphs(graphs: str, device: torch.device) -> bool:
+    """True if updates and acting are to be recorded as CUDA graphs: for auto, on every GPU.
+
+    Raises UserError where they are asked for and there is no GPU.
+    """
+    if graphs == "true" and device.type != "cuda":
+        raise UserError("--graphs true: CUDA graphs need a GPU, and this runs on the CPU; take --graphs auto")
+    return graphs != "false" and device.type == "cuda"
 
 
 def check_compiler() -> None:

@@ -41,8 +41,9 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"].cpu())
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    here = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    for index, own in zip(here, state["cuda"], strict=False):  # there may be more or fewer devices than there were
+        torch.cuda.set_rng_state(own.cpu(), index)
 
 
 def fits_global_generators(state: Any) -> bool:

@@ -70,6 +70,8 @@ class Setting(NamedTuple):
             value = kind(value)
         if kind is str and type(value) in (int, float) and str(value) in map(str, self.choices):
             value = str(value)  # precision: 32, which YAML takes for a number
+        if kind is str and type(value) is bool and str(value).lower() in self.choices:
+            value = str(value).lower()  # graphs: true
         if kind not in EXPECTED or type(value) is not kind:
             time = " or a time such as 10m" * self.time
             raise ValueError(f"expected {EXPECTED.get(kind, 'a single value or a list')}{time}, got {value!r}")

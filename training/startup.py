@@ -43,7 +43,7 @@ def machine(config: Any, agent: Any, device: Any) -> str:
     """Say where networks compute, in which type, and in what form."""
     dtype = str(getattr(agent, "dtype", "")).removeprefix("torch.")
     compiled = "compiled" if config.compile else "not compiled"
-    form = [dtype, compiled, *(["CUDA graphs"] if config.compile and device.type == "cuda" else [])]
+    form = [dtype, compiled, *(["CUDA graphs"] if config.graphs != "false" and device.type == "cuda" else [])]
     return ", ".join([str(device), *(form if dtype else [])])
 
 
