@@ -20,9 +20,11 @@ from models import WorldModel, frozen
 from networks import State
 from ops.collectives import average_metrics, place
 from ops.graphs import Graphs
+from ops.layers import MLP
 from ops.optim import Adams, LaProp, TFAdams
 from ops.random import drawing_from, make_generator
 from ops.rates import LearnedRates
+from ops.remat import checkpointed, rematerialize
 from tools import Ratio, UserError, derive_seed
 from training.console import warn_at
 from training.machine import check_compiler, choose_graphs
@@ -171,8 +173,8 @@ class Dreamer:
         """Move a replay batch to the device; the stored latent of its context step becomes the initial state.
 
         Args:
-          arrays: {key: (B, T + 1, ...)} with what `stored` names, or {key: (B, T, ...)} without it, in which case
-            every sequence starts from the initial state; or such tensors.
+          arrays: {key: (B, T + 1, ...)} with what `stored` names {key: (B, 1 or more, ...)}, or {key: (B, T, ...)}
+            without it, in which case every sequence starts from the initial state; or such tensors.
         Returns: {key: (B, T, ...)}, State (B, ...).
         """
         tensors = {key: torch.as_tensor(value).to(self.device, non_blocking=True) for key, value in arrays.items()}
@@ -197,14 +199,6 @@ class Dreamer:
         for behavior in (self.behavior, self.expl_behavior):
             if behavior:
                 behavior.compile_parts()
-
-    def capture_parts(self, graphs):
-        """Let the kernels of a whole update, and those of acting, become one CUDA graph each.
-
-        graphs: `ops.graphs.Graphs`, or a function that it can stand for.
-        """
-        self.capture = graphs
-        self.update = graphs(self.update, self.generators["learn"])
 
     # -- acting
 
@@ -320,9 +314,33 @@ def make(obs_spec, act_spec, config, device, dtype):
     if config.compile:
         check_compiler()
         agent.compile_parts()
+    if config.remat:
+        remat_parts(agent)
     if recorded:
-        agent.capture_parts(Graphs(functools.partial(warn_at, config.log_level) if config.graphs == "auto" else None))
+        capture_parts(agent, Graphs(functools.partial(warn_at, config.log_level) if config.graphs == "auto" else None))
     return agent
+
+
+def remat_parts(agent):
+    """Let what takes most of an update's memory keep only its inputs for the backward pass, which computes it anew.
+
+    That are the steps of the scan, encoder and decoder, and the behavior's networks on what was imagined.
+    """
+    behaviors = [behavior for behavior in (agent.behavior, agent.expl_behavior) if behavior]
+    nets = [net for behavior in behaviors for net in behavior.optimized().values()]
+    parts = [*agent.world.encoder.parts.values(), *agent.world.decoder.parts.values()]
+    for module in [*parts, *(module for net in nets for module in net.modules() if isinstance(module, MLP))]:
+        rematerialize(module)
+    agent.world.rssm.call_step = functools.partial(checkpointed, agent.world.rssm.call_step)
+
+
+def capture_parts(agent, graphs):
+    """Let the kernels of a whole update, and those of acting, become one CUDA graph each.
+
+    graphs: `ops.graphs.Graphs`, or a function that stands for it.
+    """
+    agent.capture = graphs
+    agent.update = graphs(agent.update, agent.generators["learn"])
 
 
 def make_optimizer(nets, config):

@@ -18,6 +18,7 @@ environment and ends, a parent starts another worker.
 from __future__ import annotations
 
 import contextlib
+import functools
 import mmap
 import multiprocessing
 import os
@@ -315,24 +316,27 @@ def _spaces(env):
 
 
 class Local:
-    """An environment of this process, with the methods of a `Worker`. It is never restarted: errors pass."""
+    """An environment of this process, with the methods of a `Worker`. It is never restarted: errors pass.
+
+    It does what it is asked for when the answer is waited for, so that a GPU has work meanwhile.
+    """
 
     def __init__(self, make: Callable[[int], Env], restart: int):
         self._foreign = Foreign("an environment")
         with self._foreign:
             self._env = AutoReset(make(restart))
-        self._answer = _spaces(self._env)
+        self._answer = lambda: _spaces(self._env)
 
     def attach(self, descriptor: int, records: np.ndarray, index: int) -> None:
         self._shared = SharedEnv(self._env, records, index)
         self._foreign.name = getattr(self._env, "name", f"environment {index}")
 
     def send(self, command: bytes, *args: Any) -> None:
-        with self._foreign:
-            self._answer = self._shared.obey(command, *args)
+        self._answer = functools.partial(self._shared.obey, command, *args)
 
     def receive(self, seconds: float) -> Any:
-        return self._answer
+        with self._foreign:
+            return self._answer()
 
     def stop(self) -> None:
         """Close the environment. Raises Failure if that fails."""

@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import collections
 import datetime
+import functools
 import pathlib
 import uuid
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,12 +62,17 @@ def check_keys(keys: Iterable[str]) -> None:
             raise UserError(f"the environment calls an observation or action {shown}, which can name no file")
 
 
-def save_episode(directory: str | pathlib.Path, episode: Mapping[str, Any]) -> pathlib.Path:
-    """Write {key: (T, ...)} as one compressed .npz, atomically; return its path."""
-    now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SF%f")
-    path = pathlib.Path(directory) / f"{now}-{uuid.uuid4().hex}-{len(episode['reward'])}.npz"
+def save_episode(directory: str | pathlib.Path, episode: Mapping[str, Any], name: str = "") -> pathlib.Path:
+    """Write {key: (T, ...)} as one compressed .npz, of a new name if none is given, atomically; return its path."""
+    path = pathlib.Path(directory) / (name or new_name(len(episode["reward"])))
     atomic_write(path, lambda file: npz.write(file, episode))
     return path
+
+
+def new_name(length: int) -> str:
+    """Return the name of a new file of an episode of so many steps."""
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SF%f")
+    return f"{now}-{uuid.uuid4().hex}-{length}.npz"
 
 
 def load_episode(path: pathlib.Path, layout: Layout) -> dict[str, np.ndarray]:
@@ -162,6 +168,8 @@ class EpisodeWriter:
       directory: of the files, created if missing; count: number of environments; limit: in agent steps.
       held: function that returns the names of files which are needed still.
       mine: function of the name of a file that is there already: whether to count it, and perhaps delete it.
+      later: function that is given what is to be done on disk, in order, as a function without arguments; by default it
+        is done at once.
     """
 
     def __init__(
@@ -171,18 +179,19 @@ class EpisodeWriter:
         limit: int,
         held: Callable[[], Collection[str]] = frozenset,
         mine: Callable[[str], bool] = bool,
+        later: Callable[[Callable[[], object]], object] = lambda job: job(),
     ):
         self.directory = pathlib.Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         self.steps: list[list[Step]] = [[] for _ in range(count)]
-        self.limit, self.held = limit, held
+        self.limit, self.held, self.later = limit, held, later
         paths = (path for path in by_age(episode_files(self.directory)) if mine(path.name))
         found = ((path, npz.steps_in(path)) for path in paths)
         self.files = collections.deque((path, length) for path, length in found if length)
         self.total = sum(length for _, length in self.files)
 
     def add(self, index: int, step: Step) -> tuple[str, int] | None:
-        """Append {key: value} of one environment; return (name, length) of the file if it is the last, else None."""
+        """Append {key: value} of one environment; return (name, length) of its file if it is the last, else None."""
         if step["is_first"]:
             self.steps[index] = []
         self.steps[index].append(step)
@@ -193,7 +202,8 @@ class EpisodeWriter:
         steps, self.steps[index] = self.steps[index], []
         if len(steps) < 2:
             return None
-        path = save_episode(self.directory, {key: np.stack([step[key] for step in steps]) for key in steps[0]})
+        path = self.directory / new_name(len(steps))
+        self.later(functools.partial(_write_steps, path, steps))
         self.files.append((path, len(steps)))
         self.total += len(steps)
         if self.total > self.limit:
@@ -210,8 +220,13 @@ class EpisodeWriter:
                 kept.append((path, length))
             else:
                 self.total -= length
-                path.unlink(missing_ok=True)
+                self.later(functools.partial(path.unlink, missing_ok=True))
         self.files = kept + self.files
+
+
+def _write_steps(path: pathlib.Path, steps: Sequence[Step]) -> None:
+    """Write the steps of an episode as one compressed .npz, atomically."""
+    save_episode(path.parent, {key: np.stack([step[key] for step in steps]) for key in steps[0]}, path.name)
 
 
 def episode_files(folder: str | pathlib.Path) -> list[pathlib.Path]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import collections
 import itertools
+import math
 
 import numpy as np
 import torch
 
 from replay.episodes import Arrays, Layout, Step
+
+PACKED = 2**26  # bytes that are copied to the device at once, about
+ALIGNED = 16  # bytes at a multiple of which an array begins among others
 
 
 class Stream:
@@ -103,11 +107,13 @@ class Stream:
             yield slice(index, index + length), slice(position - begin, position - begin + length)
             position += length
 
-    def gather(self, position, length, out, row):
-        """Copy {key: (length, ...)} from a position into row `row` of the arrays of `out`."""
-        for ring, window in self.pieces(position, position + length):
-            for key, value in out.items():
-                value[row, window] = self.data[key][ring]
+    def gather(self, position, out, row):
+        """Copy the steps from a position on into row `row` of {key: (B, T, ...)}, each key's T of them."""
+        for length in {value.shape[1] for value in out.values()}:
+            keys = [key for key, value in out.items() if value.shape[1] == length]
+            for ring, window in self.pieces(position, position + length):
+                for key in keys:
+                    out[key][row, window] = self.data[key][ring]
 
 
 class Mirror:
@@ -135,12 +141,30 @@ class Mirror:
         self.done = [0] * len(streams)  # position up to which each stream was copied
 
     def push(self):
-        """Copy the new steps to the device."""
-        for index, stream in enumerate(self.streams):
-            for ring, _ in stream.pieces(max(self.done[index], stream.start), stream.stop):
-                for key, value in self.rings[index].items():
-                    value[ring].copy_(torch.from_numpy(stream.data[key][ring]))
-            self.done[index] = stream.stop
+        """Copy the new steps of all streams to the device, all keys in one transfer."""
+        spans = [(max(done, s.start), s.stop) for done, s in zip(self.done, self.streams, strict=True)]
+        self.done = [stop for _, stop in spans]
+        most = max(1, PACKED // sum(value[0].nbytes for value in self.data.values()))  # steps
+        together, count = [], 0
+        for index, (begin, stop) in enumerate(spans):
+            for at in range(begin, stop, most):
+                end = min(at + most, stop)
+                if count + end - at > most:
+                    self._upload(together)
+                    together, count = [], 0
+                together.append((index, at, end))
+                count += end - at
+        if together:
+            self._upload(together)
+
+    def _upload(self, spans):
+        """Copy the steps [begin, stop) of streams, [(stream, begin, stop)], to the device."""
+        places = [(i, np.arange(begin, stop) % self.streams[i].capacity) for i, begin, stop in spans]
+        arrays = {key: np.concatenate([self.streams[i].data[key][at] for i, at in places]) for key in self.data}
+        rows = np.concatenate([self.bases[i] + at for i, at in places])
+        rows, *values = upload([rows, *arrays.values()], self.device)
+        for key, value in zip(arrays, values, strict=True):
+            self.data[key].index_copy_(0, rows, value)
 
     def end_episode(self, index):
         """Mark the newest step of a stream as its episode's last, if it was already copied."""
@@ -148,13 +172,18 @@ class Mirror:
         if self.done[index] == stream.stop:
             self.rings[index]["is_last"][(stream.stop - 1) % stream.capacity] = True
 
-    def gather(self, places, length):
-        """Return {key: (B, length, ...)} tensors of windows (stream, position)."""
+    def gather(self, places, lengths):
+        """Return {key: (B, T, ...)} tensors of windows (stream, position); lengths: {key: T}."""
         self.push()
-        steps = np.arange(length)
-        rows = [self.bases[i] + (position + steps) % self.streams[i].capacity for i, position in places]
-        rows = torch.from_numpy(np.stack(rows)).to(self.device, non_blocking=True)
-        return {key: value[rows] for key, value in self.data.items()}
+        rows = rows_of(self.streams, places, np.arange(max(lengths.values())))
+        rows = torch.from_numpy(rows).to(self.device, non_blocking=True)
+        return {key: self.data[key][rows[:, :length]] for key, length in lengths.items()}
+
+    def write(self, rows, places, stored):
+        """Write what an agent stores: {key: (M, ...)} tensors, of which those at `places` (n,) go to `rows` (n,)."""
+        rows, places = upload([rows, places], self.device)
+        for key, value in stored.items():
+            self.data[key].index_copy_(0, rows, value[places].to(self.data[key].dtype))
 
     def pull(self):
         """Write what agents stored back into the streams."""
@@ -162,3 +191,23 @@ class Mirror:
             for ring, _ in stream.pieces(stream.start, self.done[index]):
                 for key in stream.stored:
                     stream.data[key][ring] = self.rings[index][key][ring].cpu().numpy()
+
+
+def rows_of(streams, places, steps):
+    """Return the rows (B, T) of windows [(stream, position)] in all rings one after the other; steps: (T,) offsets."""
+    bases = np.cumsum([0, *(stream.capacity for stream in streams)])
+    return np.stack([bases[i] + (position + steps) % streams[i].capacity for i, position in places])
+
+
+def upload(arrays, device):
+    """Return arrays as tensors on a device, carried there in one transfer."""
+    sizes = [math.ceil(array.nbytes / ALIGNED) * ALIGNED for array in arrays]
+    places = np.cumsum([0, *sizes])
+    packed = torch.empty(int(places[-1]), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    memory = packed.numpy()
+    for array, begin in zip(arrays, places[:-1], strict=True):
+        memory[begin : begin + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    there = packed.to(device, non_blocking=True)
+    parts = (there[begin : begin + array.nbytes] for array, begin in zip(arrays, places[:-1], strict=True))
+    dtypes = (torch.from_numpy(np.empty(0, array.dtype)).dtype for array in arrays)
+    return [part.view(dtype).view(array.shape) for part, dtype, array in zip(parts, dtypes, arrays, strict=True)]

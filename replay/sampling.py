@@ -17,7 +17,7 @@ from replay import memory
 from replay.episodes import Arrays, Layout, Step, check_keys, load_episode
 from replay.memory import step_bytes
 from replay.npz import steps_in
-from replay.rings import Mirror, Stream
+from replay.rings import Mirror, Stream, rows_of
 from tools import UserError, accepts, derive_seed, misfit
 
 Places = list[tuple[int, int]]  # (stream, position of a window's first step)
@@ -113,21 +113,20 @@ class Replay:
         """Sample `batch` windows, fresh ones first unless `fresh` is false.
 
         Returns:
-          {key: (B, context + T, ...)} arrays, with what is stored, or tensors on `device` if there is one; and
-          their places: list of (stream, position).
+          {key: (B, context + T, ...)} arrays, or tensors on `device` if there is one, and of what is stored that of the
+          context steps alone, {key: (B, context, ...)}; and their places: list of (stream, position).
         """
         draw = self.draw_episode if self.windows.startswith("episode") else self.draw
         places: list[tuple[int, int]] = []
         while len(places) < batch:
             places.append((fresh and self.next_fresh()) or draw())
+        lengths = {key: self.context if key in self.stored else self.window for key in self.streams[0].data}
         if self.mirror:
-            return self.mirror.gather(places, self.window), places
-        out = {
-            key: np.empty((batch, self.window, *value.shape[1:]), value.dtype)
-            for key, value in self.streams[0].data.items()
-        }
+            return self.mirror.gather(places, lengths), places
+        data = self.streams[0].data
+        out = {key: np.empty((batch, n, *data[key].shape[1:]), data[key].dtype) for key, n in lengths.items()}
         for row, (index, position) in enumerate(places):
-            self.streams[index].gather(position, self.window, out, row)
+            self.streams[index].gather(position, out, row)
         return out, places
 
     def next_fresh(self):
@@ -160,14 +159,19 @@ class Replay:
 
     def refresh(self, places: Places, stored: Mapping[str, torch.Tensor]) -> None:
         """Write back what the agent stores with the trained steps: {key: tensor (B, T, ...)}."""
-        if not self.mirror:
-            stored = {key: value.cpu().numpy() for key, value in stored.items()}
-        rings = self.mirror.rings if self.mirror else [stream.data for stream in self.streams]
-        for row, (index, position) in enumerate(places):  # one by one, as windows may overlap
-            begin = position + self.context
-            for ring, window in self.streams[index].pieces(begin, begin + self.length):
-                for key, value in stored.items():
-                    rings[index][key][ring] = value[row, window]
+        rows = rows_of(self.streams, places, np.arange(self.context, self.window)).reshape(-1)
+        rows, first = np.unique(rows[::-1], return_index=True)
+        newest = len(places) * self.length - 1 - first  # windows may overlap: the last one's is kept
+        flat = {key: value.flatten(0, 1) for key, value in stored.items()}
+        if self.mirror:
+            self.mirror.write(rows, newest, flat)
+            return
+        arrays = {key: value.cpu().numpy() for key, value in flat.items()}
+        bases = np.cumsum([0, *(stream.capacity for stream in self.streams)])
+        cuts = np.searchsorted(rows, bases)  # the rows are sorted, so that a stream's stand together
+        for stream, base, part in zip(self.streams, bases, map(slice, cuts, cuts[1:]), strict=False):
+            for key, value in arrays.items():
+                stream.data[key][rows[part] - base] = value[newest[part]]
 
     def close_episode(self, index: int, name: str, length: int) -> None:
         """Record that the last `length` steps of stream `index` are in an episode file."""

@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 
+from agents.dreamer import capture_parts
 from envs import opengl
 from tests.factories import SPACES, make_config, make_dreamer, make_obs, one_line_error
 from training import machine, rng
@@ -110,7 +111,7 @@ def test_graphs_have_a_flag_of_their_own():
 
 def test_graphs_are_recorded_without_a_compiler_too():
     agent, recorded = make_dreamer(*SPACES["proprio"], make_config()), []
-    agent.capture_parts(lambda function, generator: recorded.append(generator) or function)
+    capture_parts(agent, lambda function, generator: recorded.append(generator) or function)
     agent.act(make_obs("proprio", 1), agent.initial(1))
     assert recorded == [agent.generators["learn"], agent.generators["act"]]
 

@@ -98,6 +98,12 @@ class Outputs:
             self.progress.tell(f"{self.evaluated}/{self.config.eval_episode_num}")
         self.say("debug", f"step {step:,}: {mode} episode of {episode.length} steps, return {episode.score:.1f}")
 
+    def trained(self, step: int, number: int, episode: Episode) -> None:
+        """Log the training episode of a number, which ended at a step."""
+        self.score(step, "train", episode)
+        scalars = {"train_return": episode.score, "train_length": episode.length, "train_episodes": number}
+        self.logger.scalars({**scalars, **episode.logs}, step)
+
 
 def endless(steps: int) -> str:
     """Return what to say of an episode that has taken more than a number of agent steps."""

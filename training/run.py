@@ -14,6 +14,7 @@ from replay.dealing import deal
 from replay.episodes import EpisodeWriter, by_age, episode_files
 from tools import Every, Lost, Rates, UserError, locked, sweep
 from training.async_learner import Bounded
+from training.background import Background
 from training.checkpoint import (
     RESUMED,
     checkpoint_file,
@@ -80,6 +81,7 @@ class Run:
         self.extras: Callable[[], dict[str, float]] = dict  # metrics of how steps are collected
         self.ending: Callable[[], int] = int  # ends what collects by itself; returns its last agent steps
         self.spaces: Mapping[str, Any] | None = None  # the environments' own, as envs/spaces.py describes them
+        self.background = Background()  # which writes the episodes
 
     # -- where the run stands
 
@@ -121,6 +123,7 @@ class Run:
         self.updates += 1
         self.metrics.add(metrics, self.step)
         self.out.show(*stage_of(self))
+        self.background.look()
         settle(self, learning=True)
         if self.log_due:
             self.log()
@@ -128,14 +131,13 @@ class Run:
             self.save()
 
     def finished(self, episode: Episode) -> None:
-        """Count and log a training episode."""
+        """Count a training episode, which is logged as soon as its file is written: what is logged is not lost."""
         self.episodes += 1
-        self.out.score(self.step, "train", episode)
-        scalars = {"train_return": episode.score, "train_length": episode.length, "train_episodes": self.episodes}
-        self.out.logger.scalars({**scalars, **episode.logs}, self.step)
+        self.background.then(functools.partial(self.out.trained, self.step, self.episodes, episode))
 
     def serve(self) -> None:
-        """Show, log and save what is due."""
+        """Show, log and save what is due. Raises OSError if the disk did not take an episode."""
+        self.background.look()
         self.logged_at = self.saved_at = time.monotonic()
         self.out.show(*stage_of(self))
         if self.clocks["log"](self.step):
@@ -180,9 +182,10 @@ class Run:
                 save_config(self.config, self.logdir)
             if self.config.eval_episode_num:
                 (self.logdir / "eval_eps").mkdir(exist_ok=True)
-            writer = EpisodeWriter(self.logdir / "train_eps", own.envs, own.dataset_size, held, mine)
+            writer = EpisodeWriter(self.logdir / "train_eps", own.envs, own.dataset_size, held, mine, self.background)
         except OSError as error:
             raise UserError(f"--logdir {self.config.logdir}: {error.strerror}") from None
+        stack.callback(self.background.close)
         self.recorder = Recorder(self.replay, writer)
         self.rates = Rates(fps=self.step, updates_per_second=self.updates)
         return self.out
@@ -190,6 +193,7 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint that `restore` goes on from."""
         with self.out.stage("saving"), self.ranks.telling():
+            self.background.wait()  # it names the episodes that it needs
             stored = self.replay.state_dict() | ({"generators": generators_of(self)} if self.ranks.count > 1 else {})
             save_checkpoint(self.logdir, checkpoint_of(self), stored, self.ranks, self.updates)
         self.saved_names = self.replay.names()

@@ -1,0 +1,51 @@
+"""Gradient checkpointing: the same update from less that is kept."""
+
+import pytest
+import torch
+
+from agents.dreamer import remat_parts
+from ops.random import drawing_from
+from tests.factories import family_agent, initial, make_sequences
+
+
+class Kept:
+    """Counts the bytes of distinct memory that autograd keeps for the backward pass."""
+
+    def __init__(self):
+        self.sizes = {}
+
+    def note(self, tensor):
+        self.sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    @property
+    def total(self):
+        return sum(self.sizes.values())
+
+
+def update(agent, batch):
+    """Return losses and gradients of one update with fixed random numbers, and the bytes kept for its backward pass."""
+    agent.opt.zero_grad()
+    kept = Kept()
+    with drawing_from(torch.Generator().manual_seed(3)):
+        with torch.autograd.graph.saved_tensors_hooks(kept.note, lambda tensor: tensor):
+            losses, _, _ = agent.loss(batch, initial(agent))
+            total = agent.total(losses)
+        total.backward()
+    found = {f"loss {name}": loss.detach() for name, loss in losses.items()}
+    found |= {name: param.grad.clone() for name, param in agent.nets.named_parameters() if param.grad is not None}
+    return found, kept.total
+
+
+# Dreamer's actor has its gradient through the world model, whose heads are frozen then.
+@pytest.mark.parametrize("version, kind", [("dreamerv3", "pixels"), ("dreamerv1", "proprio")])
+def test_losses_and_gradients_are_equal_and_less_is_kept(version, kind):
+    plain, remat = (family_agent(version, kind) for _ in range(2))
+    remat_parts(remat)
+    assert list(remat.nets.state_dict()) == list(plain.nets.state_dict())
+    batch = make_sequences(kind)
+    (expected, much), (found, less) = update(plain, batch), update(remat, batch)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (found[name] - value).abs().max() <= 1e-5 * value.abs().max(), name
+    assert less < (0.6 if kind == "pixels" else 0.9) * much
