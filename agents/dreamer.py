@@ -109,7 +109,10 @@ class Dreamer:
         losses, states, outs = self.loss(batch, state)
         total = self.total(losses)
         total.backward()
-        metrics = self.meta.step(self.world, outs["rollout"], batch, self.rewards, self.opt) if self.meta else {}
+        metrics = {}
+        if self.meta:
+            found = outs["rollout"], outs["imagined"]
+            metrics |= self.meta.step(self.world, *found, batch, self.rewards, self.opt)
         metrics |= self.opt.step()
         metrics |= self.behavior.improve(outs["rollout"], outs["imagined"])
         if self.expl_behavior:
@@ -371,8 +374,9 @@ def with_learned_rates(opt, nets, names, config):
         modules = [nets[net].optimized().get(kind) for net in ("behavior", "expl_behavior") if net in nets]
         if f"{kind}_lr" in config.learn:
             groups[kind] = {names[p]: p for module in modules if module for p in module.parameters() if p in names}
-            if not groups[kind]:
+            if not groups[kind] and not nets["behavior"].policies():
                 raise UserError(f"--meta.learn {kind}_lr: the behavior has no {kind} with a rate")
+    groups = {kind: params for kind, params in groups.items() if params}  # others have optimizers of their own
     return LearnedRates(opt, groups, config.rate, config.limit, config.start) if groups else opt
 
 

@@ -126,11 +126,23 @@ class HierarchicalPPO(nn.Module):
         states, actions = world.rssm.imagine(start, act, self.horizon)
         return Plan(states, actions, feature(states), torch.stack(codes), torch.stack(goals))
 
+    def actor_loss(self, world, rollout, rewards, outs):
+        """Return the manager's loss over whole trajectories, as `PPO.actor_loss`."""
+        with torch.no_grad():
+            reward, cont, novelty = rewards(rollout), world.discounts(rollout.feat), self.novelty(self.error(rollout))
+        mixed, weight, k = self.extr_scale * reward + self.expl_scale * novelty, cont.cumprod(0), self.every
+        estimated = rollout.feat[::k], rollout.codes, *decisions(mixed, cont, k), weight[::k]
+        return self.manager.whole_loss(*estimated, outs["manager_logpi"])
+
+    def error(self, rollout):
+        """Return the autoencoder's error in each state of a Plan: (H + 1, N)."""
+        return self.goals.error(rollout.states.deter.float())
+
     @torch.no_grad()
     def losses(self, world, rollout, batch, rewards):
         """Return no loss, and {name: tensor} of what `improve` learns from, by names that begin with whose it is."""
         feat, deter, k = rollout.feat, rollout.states.deter.float(), self.every
-        reward, cont, error = rewards(rollout), world.discounts(feat), self.goals.error(deter)  # (H + 1, N)
+        reward, cont, error = rewards(rollout), world.discounts(feat), self.error(rollout)  # (H + 1, N)
         mixed, weight = self.extr_scale * reward + self.expl_scale * self.novelty(error), cont.cumprod(0)
         manager = self.manager.estimate(feat[::k], rollout.codes, *decisions(mixed, cont, k), weight[::k])
         near = max_cosine(rollout.goals.flatten(0, 1), pieces(deter, k))  # (k + 1, P N)

@@ -43,7 +43,7 @@ class MetaGradients(nn.Module):
 
     def __init__(self, behavior, names, config):
         super().__init__()
-        if not hasattr(behavior, "return_norm") or getattr(behavior, "share", 0):
+        if not hasattr(learner_of(behavior), "return_norm") or getattr(behavior, "share", 0):
             what = "the actor has to learn by REINFORCE (--actor.grad), from one critic (--expl_critics)"
             raise UserError(f"--meta.learn {' '.join(names)}: {what}")
         if "intr_scale" in names and not config.intrinsic:
@@ -51,7 +51,7 @@ class MetaGradients(nn.Module):
         if config.batch_size % 2:
             raise UserError(f"--meta.learn {' '.join(names)}: halves the batch, so --batch_size has to be even")
         self.names, self.lr, self.limit = list(names), config.meta.lr, math.log(config.meta.limit)
-        self.judge = {"entropy": config.meta.entropy, "lam": config.lam, "intr_scale": 0.0}
+        self.judge = {"entropy": config.meta.entropy, "lam": config.lam, "intr_scale": 0.0, "expl_scale": 0.0}
         start = {"entropy": config.actor.entropy, "lam": config.lam, "intr_scale": config.expl_intr_scale}
         for name in names:
             if not (start[name] > 0 and (name != "lam" or start[name] < 1)):
@@ -63,27 +63,34 @@ class MetaGradients(nn.Module):
         self.register_buffer("constants", torch.tensor([float(start[name]) for name in names]), persistent=False)
 
     def attach(self, behavior, *others):
-        """Let behavior and other objects read the constants that they have attributes for: views that change in place.
+        """Let a behavior, or its manager, and other objects read the constants that they have attributes for.
+
+        They are views that change in place.
 
         To be called on the device where it stays. Returns self.
         """
-        self.holders = behavior, *others
+        self.behavior, self.holders = (behavior,), (learner_of(behavior), *others)
         set_constants(self.holders, dict(zip(self.names, self.constants.unbind(), strict=True)))
         return self
 
-    def step(self, world, rollout, batch, rewards, opt):
+    def step(self, world, rollout, outs, batch, rewards, opt):
         """Move the constants; return metrics as 0-d tensors.
 
         Args:
           rollout: Rollout (H + 1, N, ...) without gradient, from the states of `batch` {key: (B, T, ...)}, B even.
+          outs: what the behavior's `losses` found in it.
           rewards: Rewards.
-          opt: the optimizer of the actor, whose names begin with behavior.actor.
+          opt: the optimizer of the actor, whose names begin with behavior.actor, unless it has one of its own.
         """
-        names = {name: f"behavior.actor.{name}" for name, _ in self.holders[0].actor.named_parameters()}
-        scales = opt.scales(names.values())
+        names = [name for name, _ in self.holders[0].actor.named_parameters()]
+        own = getattr(self.holders[0], "actor_opt", None)
+        if own:
+            scales = dict(zip(names, own.scales(), strict=True))
+        else:
+            found = opt.scales([f"behavior.actor.{name}" for name in names])
+            scales = {name: found[f"behavior.actor.{name}"] for name in names}
         with frozen(world):
-            scales = {name: scales[full] for name, full in names.items()}
-            gradient = self.gradient(world, rollout, batch, rewards, scales)
+            gradient = self.gradient(world, rollout, outs, batch, rewards, scales)
         with torch.no_grad():
             self.count += 1
             self.square.lerp_(gradient.square(), 1 - BETA)
@@ -99,13 +106,13 @@ class MetaGradients(nn.Module):
         for place, name in enumerate(self.names):
             self.constants[place] = LEARNED[name][0](self.numbers[place])
 
-    def gradient(self, world, rollout, batch, rewards, scales):
+    def gradient(self, world, rollout, outs, batch, rewards, scales):
         """Return d L0(theta') / d numbers, see above; scales: {name of a parameter of the actor: lr P}."""
         theta = {name: param.detach().requires_grad_() for name, param in self.holders[0].actor.named_parameters()}
         numbers = self.numbers.detach().requires_grad_()
         eta = {name: LEARNED[name][0](number) for name, number in zip(self.names, numbers.unbind(), strict=True)}
-        first, second = halves(rollout, batch)
-        loss = ActorLoss(self.holders)
+        first, second = halves(rollout, outs, batch)
+        loss = ActorLoss(self.behavior[0], self.holders)
         rewards = functools.partial(with_gradient, rewards)
         inner = torch.autograd.grad(loss(theta, eta, world, *first, rewards), theta.values(), create_graph=True)
         with torch.no_grad():
@@ -130,31 +137,41 @@ class MetaGradients(nn.Module):
 class ActorLoss:
     """The mean policy loss of a behavior with other parameters of its actor and other constants.
 
-    holders: the behavior, of which nothing changes, the normalizer included; and other objects that hold constants.
+    behavior: of which nothing changes, the normalizer included; holders: its learner, and other objects, which hold the
+    constants.
     """
 
-    def __init__(self, holders):
-        self.behavior, self.holders = Holder(holders[0]), holders
+    def __init__(self, behavior, holders):
+        self.holder, self.holders = Holder(behavior), (behavior, *holders)
+        learner = holders[0]
+        (self.actor,) = (name for name, module in self.holder.named_modules() if module is learner.actor)
+        self.buffers = {name: value for name, value in self.holder.named_buffers() if "_opt." not in name}
 
-    def __call__(self, theta, eta, world, rollout, batch, rewards):
+    def __call__(self, theta, eta, world, rollout, outs, batch, rewards):
         """Return the loss (0-d) with parameters {name: tensor} and constants {name: tensor or number}."""
-        state = {f"behavior.actor.{name}": param for name, param in theta.items()}
-        norm = self.behavior.behavior.return_norm.named_buffers()
-        state |= {f"behavior.return_norm.{name}": value.clone() for name, value in norm}
+        state = {f"{self.actor}.{name}": param for name, param in theta.items()}
+        state |= {name: value.clone() for name, value in self.buffers.items()}
         with replaced(self.holders, eta):
-            losses, _ = torch.func.functional_call(self.behavior, state, (world, rollout, batch, rewards))
-        return losses["policy"].mean()
+            return torch.func.functional_call(self.holder, state, (world, rollout, outs, batch, rewards))
 
 
 class Holder(nn.Module):
-    """A module around a behavior, whose `forward` is its losses as they are written, not compiled."""
+    """A module around a behavior, whose `forward` is its actor's loss as it is written, not compiled."""
 
     def __init__(self, behavior):
         super().__init__()
         self.behavior = behavior
 
-    def forward(self, *args):
-        return type(self.behavior).losses(self.behavior, *args)
+    def forward(self, world, rollout, outs, batch, rewards):
+        if hasattr(self.behavior, "actor_loss"):  # a behavior whose `losses` has none
+            return self.behavior.actor_loss(world, rollout, rewards, outs)
+        losses, _ = type(self.behavior).losses(self.behavior, world, rollout, batch, rewards)
+        return losses["policy"].mean()
+
+
+def learner_of(behavior):
+    """Return the part of a behavior whose constants learn: its manager, if it has one."""
+    return getattr(behavior, "manager", behavior)
 
 
 def with_gradient(rewards, rollout):
@@ -164,12 +181,14 @@ def with_gradient(rewards, rollout):
         return rewards.weighed(found)
 
 
-def halves(rollout, batch):
-    """Part trajectories (H + 1, N, ...) and the batch {key: (B, T, ...)} that they start from: two such pairs."""
+def halves(rollout, outs, batch):
+    """Part trajectories (H + 1, N, ...), what was found of their policies, and the batch {key: (B, T, ...)} that they
+    start from: two such triples."""
+    outs = {name: value for name, value in outs.items() if name.endswith("logpi")}
     count, sequences = len(batch["reward"]) // 2, rollout.actions.shape[1] // 2
     return [
         (
-            tree_map(lambda x, part=part: x[:, part * sequences :][:, :sequences], rollout),
+            *tree_map(lambda x, part=part: x[:, part * sequences :][:, :sequences], (rollout, outs)),
             {key: value[part * count :][:count] for key, value in batch.items()},
         )
         for part in (0, 1)

@@ -1,5 +1,7 @@
 """Behavior that learns by proximal policy optimization from what it imagines (PPO, arXiv:1707.06347)."""
 
+import functools
+
 import torch
 
 from models import ImagBehavior
@@ -33,8 +35,11 @@ class PPO(ImagBehavior):
         self.clip, self.epochs, self.minibatches = c.clip, c.epochs, c.minibatches
         self.kl_stop, self.value_clip = c.kl_stop or float("inf"), c.value_clip
         self.normalize = ADVANTAGES[c.advantage]
-        self.actor_opt = OwnAdam(self.actor.parameters(), c.actor_lr, c.eps, c.grad_clip)
-        self.critic_opt = OwnAdam(self.critic.parameters(), c.critic_lr, c.eps, c.grad_clip)
+        meta = config.meta
+        learned = dict.fromkeys(meta.learn, (meta.rate, meta.limit, meta.start))
+        make = functools.partial(OwnAdam, eps=c.eps, clip=c.grad_clip)
+        self.actor_opt = make(self.actor.parameters(), c.actor_lr, learned=learned.get("actor_lr"))
+        self.critic_opt = make(self.critic.parameters(), c.critic_lr, learned=learned.get("critic_lr"))
 
     def optimized(self):
         """There is nothing for the agent's optimizer."""
@@ -50,6 +55,21 @@ class PPO(ImagBehavior):
         with torch.no_grad():
             reward, cont = rewards(rollout), world.discounts(rollout.feat)  # (H + 1, N)
             return {}, self.estimate(rollout.feat, rollout.actions, reward, cont, cont.cumprod(0))
+
+    def actor_loss(self, world, rollout, rewards, outs):
+        """Return the actor's loss over whole trajectories, 0-d, with gradient towards all that it depends on.
+
+        outs: what `losses` returned of the policy that imagined.
+        """
+        with torch.no_grad():
+            reward, cont = rewards(rollout), world.discounts(rollout.feat)  # (H + 1, N)
+        return self.whole_loss(rollout.feat, rollout.actions, reward, cont, cont.cumprod(0), outs["logpi"])
+
+    def whole_loss(self, feat, actions, reward, cont, weight, logpi):
+        """Return the policy's loss, 0-d; logpi: (H, N) of the actions when they were imagined, else as `estimate`."""
+        outs = PPO.estimate(self, feat, actions, reward, cont, weight)  # as written: what is compiled has no gradient
+        parts = (feat, actions, logpi, outs["adv"], weight)  # of its gradient
+        return PPO.policy_loss(self, *(part[: len(actions)].flatten(0, 1) for part in parts))[0]
 
     def estimate(self, feat, actions, reward, cont, weight):
         """Return {name: tensor} of what is known about trajectories before anything is learned from them.
@@ -93,7 +113,13 @@ class PPO(ImagBehavior):
                 metrics, going = self.learn_part(part, going)
                 seen.append(torch.stack(list(metrics.values())))
         super().improve(None)
-        return dict(zip(metrics, torch.stack(seen).mean(0), strict=True))
+        factors = {name: getattr(self, f"{name}_opt").factor for name in ("actor", "critic") if self.learns(name)}
+        factors = {f"{name}_factor": factor.clone() for name, factor in factors.items()}
+        return dict(zip(metrics, torch.stack(seen).mean(0), strict=True)) | factors
+
+    def learns(self, name):
+        """True if the rate of the actor or the critic learns, too."""
+        return getattr(self, f"{name}_opt").learned is not None
 
     def learn_part(self, part, going):
         """Take a step of the actor, if it is still `going`, and one of the critic on a minibatch {name: (M, ...)}.
@@ -144,7 +170,8 @@ def standardized(adv, weight, scale):
     """Return advantages with a weighted mean of 0 and a weighted variance of 1 over all trajectories."""
     share = weight / weight.sum().clamp(min=1e-8)
     centered = adv - (share * adv).sum()
-    return centered / ((share * centered.square()).sum().sqrt() + 1e-8)
+    variance = (share * centered.square()).sum().clamp(min=1e-16)  # at 0 the root has no gradient
+    return centered / (variance.sqrt() + 1e-8)
 
 
 # `ppo.advantage` -> function of advantages and weights (H, N), and of the scale of the returns, 0-d.

@@ -225,16 +225,20 @@ class OwnAdam(nn.Module):
     Args:
       params: parameters, all of which have a gradient; lr, eps: learning rate, floor of the denominator.
       clip: greatest norm of the gradient; beta1, beta2: decay of the moments.
+      learned: (rate, limit, start) of a factor of lr that learns as `rates.LearnedRates` says; None for none.
     """
 
-    def __init__(self, params, lr, eps=1e-5, clip=0.5, beta1=0.9, beta2=0.999):
+    def __init__(self, params, lr, eps=1e-5, clip=0.5, beta1=0.9, beta2=0.999, learned=None):
         super().__init__()
-        self.params = list(params)
+        self.params, self.learned = list(params), learned
         self.lr, self.eps, self.clip, self.beta1, self.beta2 = lr, eps, clip, beta1, beta2
         size = sum(param.numel() for param in self.params)
         self.register_buffer("count", torch.zeros(()))
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("square", torch.zeros(size))
+        if learned:
+            self.register_buffer("factor", torch.tensor(float(learned[2])))
+            self.register_buffer("last", torch.zeros(size))
 
     def step(self, loss, going=None):
         """Take a step down a 0-d loss, in place; none if `going`, a 0-d bool tensor, is false.
@@ -244,7 +248,10 @@ class OwnAdam(nn.Module):
         grads = torch.autograd.grad(loss, self.params)
         with torch.no_grad():
             grad = torch.cat([part.reshape(-1).float() for part in grads])
+            average_([grad])
             norm = torch.linalg.vector_norm(grad)
+            going = torch.ones_like(norm, dtype=torch.bool) if self.learned and going is None else going
+            factor = self.moved_factor(grad, norm) if self.learned else None
             grad = grad * (self.clip / norm.clamp(min=1e-6)).clamp(max=1)
             count = self.count + 1
             mean = torch.lerp(self.mean, grad, 1 - self.beta1)
@@ -257,10 +264,28 @@ class OwnAdam(nn.Module):
                     for new, old in ((count, self.count), (mean, self.mean), (square, self.square))
                 )
                 step = torch.where(going, step, 0.0)
+            if self.learned:
+                self.factor.copy_(torch.where(going, factor, self.factor))
+                self.last.copy_(torch.where(going, step, self.last))
+                step = self.factor * step
             self.count.copy_(count), self.mean.copy_(mean), self.square.copy_(square)
             parts = step.split([param.numel() for param in self.params])
             torch._foreach_add_(self.params, [p.view_as(param) for p, param in zip(parts, self.params, strict=True)])
         return norm
+
+    def moved_factor(self, grad, norm):
+        """Return the factor of lr as it is after a gradient (n,) of a norm, 0-d."""
+        rate, limit, _ = self.learned
+        cosine = (grad @ self.last) / (norm * torch.linalg.vector_norm(self.last)).clamp(min=1e-30)
+        return (self.factor * (1 - rate * cosine)).clamp(1 / limit, limit)
+
+    def scales(self):
+        """Return what the gradient of each parameter is multiplied by before momentum; 0 at first."""
+        lr = self.lr * self.factor if self.learned else self.lr
+        unbiased = self.square / (1 - self.beta2**self.count).clamp(min=1e-12)
+        flat = (self.count > 0) * lr / (unbiased.sqrt() + self.eps)
+        parts = flat.split([param.numel() for param in self.params])
+        return [part.view_as(param) for part, param in zip(parts, self.params, strict=True)]
 
 
 def check_state(state, kind, params):

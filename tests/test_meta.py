@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -11,7 +12,7 @@ from exploration import Rewards
 from models import Rollout, frozen
 from networks import State
 from ops.layers import Norm, RMSNorm
-from ops.optim import Adams, LaProp
+from ops.optim import Adams, LaProp, OwnAdam
 from ops.rates import LearnedRates
 from tests.factories import initial, make_agent, make_batch, make_config, shake
 from tools import UserError
@@ -48,12 +49,11 @@ def test_the_gradient_of_the_fused_norm_has_the_gradient_of_the_plain_one():
 # Learning rates
 
 
-class Double:
-    """Adam of PyTorch in double precision, as `LearnedRates` takes it."""
+class Wrapped:
+    """An optimizer of PyTorch as `LearnedRates` takes it."""
 
-    def __init__(self, params):
-        self.opt = torch.optim.Adam(params.values(), 0.05)
-        self.zero_grad = self.opt.zero_grad
+    def __init__(self, opt):
+        self.opt, self.zero_grad = opt, opt.zero_grad
 
     def step(self):
         self.opt.step()
@@ -74,7 +74,9 @@ def toy_after(factor, steps=3):
     """Return parameters and their LearnedRates after steps of which the last was taken with a factor of the actor."""
     torch.manual_seed(0)
     params = {name: torch.randn(4, size).double().requires_grad_() for name, size in (("actor", 3), ("critic", 1))}
-    rates = LearnedRates(Double(params), {"actor": {"actor": params["actor"]}}, 0.0, 100.0)
+    rates = LearnedRates(
+        Wrapped(torch.optim.Adam(params.values(), 0.05)), {"actor": {"actor": params["actor"]}}, 0.0, 100.0
+    )
     for seed in range(steps):
         if seed == steps - 1:
             rates.factors["actor"].fill_(factor)
@@ -187,11 +189,11 @@ class Toy(nn.Module):
         return {"policy": -(logpi * adv + self.entropy * entropy)}, {}
 
 
-def judged(meta, numbers, world, rollout, batch, rewards, scales):
+def judged(meta, numbers, world, rollout, outs, batch, rewards, scales):
     """Return L0(theta'(eta)) of numbers: what `MetaGradients.gradient` is the gradient of."""
     eta = {name: LEARNED[name][0](x) for name, x in zip(meta.names, numbers, strict=True)}
     theta = {name: param.detach().requires_grad_() for name, param in meta.holders[0].actor.named_parameters()}
-    loss, (first, second) = ActorLoss(meta.holders), halves(rollout, batch)
+    loss, (first, second) = ActorLoss(meta.behavior[0], meta.holders), halves(rollout, outs, batch)
     grads = torch.autograd.grad(loss(theta, eta, world, *first, rewards), theta.values())
     moved = {name: p.detach() - scales[name] * g for (name, p), g in zip(theta.items(), grads, strict=True)}
     return float(loss(moved, meta.judge, world, *second, rewards).detach().double())
@@ -217,20 +219,31 @@ def test_constants_have_the_derivative_of_differences_in_double():
     reward = torch.randn(6, 8).double()
     rewards = Rewards({"extr": lambda rollout: reward[:, : rollout.feat.shape[1]]})
     scales = {name: torch.full_like(param, 0.1) for name, param in behavior.actor.named_parameters()}
-    args = None, rollout, {"reward": torch.zeros(4, 2)}, rewards, scales
+    args = None, rollout, {}, {"reward": torch.zeros(4, 2)}, rewards, scales
     assert meta.gradient(*args).tolist() == pytest.approx(differences(meta, 1e-4, *args), rel=1e-3)
 
 
-@pytest.mark.parametrize("kind, flags", [("proprio", ()), ("pixels", ("--intrinsic", "rnd"))])
+@pytest.mark.parametrize(
+    "kind, flags",
+    [
+        ("proprio", ()),
+        ("pixels", ("--intrinsic", "rnd")),
+        ("proprio", ("--behavior", "ppo", "--intrinsic", "icm")),
+        ("pixels", ("--behavior", "hierarchical_ppo", "--intrinsic", "icm", "--imag_horizon", "10")),
+    ],
+)
 def test_constants_have_the_derivative_of_differences_on_the_agent(kind, flags):
-    names = ("entropy", "lam", *(["intr_scale"] if flags else []))
+    names = ("entropy", "lam", *(["intr_scale"] if "--intrinsic" in flags else []))
     agent, batch = learned(*names, kind=kind, flags=("--actor.entropy", "0.1", *flags))
     shake(agent, 0.1)  # so that values differ from state to state
     behavior, world = agent.behavior, agent.world
     rollout = behavior.rollout(world, batch_states(agent, batch).map(torch.Tensor.detach))
-    scales = {name: torch.full_like(param, 1.0) for name, param in behavior.actor.named_parameters()}
-    behavior.return_norm.rate = 0.0  # what it does to the normalizer is left out of the gradient
-    args = world, rollout, batch, agent.rewards, scales
+    learner = agent.meta.holders[0]
+    scales = {name: torch.full_like(param, 0.1) for name, param in learner.actor.named_parameters()}  # no clipping
+    learner.return_norm.rate = 0.0  # what it does to the normalizer is left out of the gradient
+    with frozen(world):
+        _, outs = behavior.losses(world, rollout, batch, agent.rewards)
+    args = world, rollout, outs, batch, agent.rewards, scales
     assert agent.meta.gradient(*args).tolist() == pytest.approx(differences(agent.meta, 0.1, *args), rel=5e-2)
 
 
@@ -238,7 +251,7 @@ def test_a_step_of_the_constants_leaves_behavior_and_normalizer_as_they_are():
     agent, batch = learned("entropy", "lam", updates=1)
     before = copy.deepcopy(agent.behavior.state_dict())
     rollout = agent.behavior.rollout(agent.world, batch_states(agent, batch).map(torch.Tensor.detach))
-    agent.meta.step(agent.world, rollout, batch, agent.rewards, agent.opt)
+    agent.meta.step(agent.world, rollout, {}, batch, agent.rewards, agent.opt)
     assert equal(before, agent.behavior.state_dict())
     assert agent.behavior.entropy.data_ptr() == agent.meta.constants.data_ptr()
 
@@ -260,7 +273,41 @@ def test_constants_and_rates_stay_within_their_limit():
 # Saving, errors
 
 
-@pytest.mark.parametrize("flags", [(), ("--optimizer", "adam")])
+@pytest.mark.parametrize("behavior", ["ppo", "hierarchical_ppo"])
+def test_rates_of_a_behavior_that_trains_itself_learn_too(behavior):
+    flags = ("--behavior", behavior, "--imag_horizon", "10")
+    agent, batch = learned("actor_lr", "critic_lr", updates=4, flags=flags)
+    own = [module for module in agent.behavior.modules() if hasattr(module, "actor_opt")]
+    factors = [float(opt.factor) for module in own for opt in (module.actor_opt, module.critic_opt)]
+    assert all(np.isfinite(factor) and factor != 1 for factor in factors) and len(factors) == (
+        2 if behavior == "ppo" else 4
+    )
+    _, metrics = agent.update(dict(batch), initial(agent, 4))
+    assert sum(name.endswith("actor_factor") for name in metrics) == len(own)
+
+
+def test_the_factor_of_an_own_adam_moves_as_that_of_learned_rates():
+    torch.manual_seed(0)
+    start, factors = torch.randn(6), []
+    for own in (True, False):
+        param = nn.Parameter(start.clone())
+        if own:
+            opt = OwnAdam([param], 0.05, eps=1e-8, clip=1e9, learned=(0.1, 10.0, 2.0))
+        else:
+            adam = Wrapped(torch.optim.Adam([param], 0.05, eps=1e-8))
+            opt = LearnedRates(adam, {"actor": {"x": param}}, 0.1, 10.0, 2.0)
+        for scale in (1.0, 2.0, -0.5, 3.0):
+            loss = (scale * param).sin().sum()
+            if own:
+                opt.step(loss)
+            else:
+                opt.zero_grad(), loss.backward(), opt.step()
+        factors.append(torch.cat([(opt.factor if own else opt.factors["actor"])[None], param.detach()]))
+    torch.testing.assert_close(*factors, rtol=1e-5, atol=1e-6)
+    assert float(factors[0][0]) != 2
+
+
+@pytest.mark.parametrize("flags", [(), ("--optimizer", "adam"), ("--behavior", "ppo")])
 def test_a_loaded_agent_goes_on_with_the_same_rates_and_constants(flags):
     names = "actor_lr", "critic_lr", "entropy", "lam"
     agent, batch = learned(*names, flags=flags)
@@ -271,7 +318,7 @@ def test_a_loaded_agent_goes_on_with_the_same_rates_and_constants(flags):
         each.update(dict(batch), initial(each, 4))
     assert equal(agent.nets.state_dict(), other.nets.state_dict())
     assert equal(agent.state_dict()["meta"], other.state_dict()["meta"])
-    assert agent.opt.factors == other.opt.factors
+    assert getattr(agent.opt, "factors", None) == getattr(other.opt, "factors", None)
 
 
 def test_an_agent_that_begins_to_learn_constants_starts_them_where_they_were():

@@ -133,6 +133,15 @@ def test_a_film_of_the_longest_episode_is_drawn_in_seconds():
     assert time.process_time() - start < 10 and len(encoded) < 20e6
 
 
+def test_an_mp4_whose_ffmpeg_was_killed_is_one_line(tmp_path, monkeypatch):
+    def killed(*args, **kwargs):  # as imageio-ffmpeg when its ffmpeg got a Ctrl-C and listed no encoders
+        raise IndexError("list index out of range")
+
+    monkeypatch.setattr(videos.imageio, "mimwrite", killed)
+    with pytest.raises(OSError, match=r"ffmpeg ended before film\.mp4 was written"):
+        videos.write_mp4(tmp_path / "film.mp4", [np.zeros((16, 16, 3), np.uint8)], 20)
+
+
 def test_mp4s_are_written_with_their_folder(tmp_path):
     videos.write_mp4(tmp_path / "a" / "film.mp4", captioned([np.zeros((15, 17, 3), np.uint8)] * 3, [0.0, 1.0, 2.0]), 30)
     assert imageio.imread(tmp_path / "a" / "film.mp4", plugin="FFMPEG").shape == (3, 240, 272, 3)

@@ -162,7 +162,12 @@ def gif(frames, fps):
 def write_mp4(path, frames, fps):
     """Write a list of frames (H, W, 3) as an MP4; create its folder. Raises OSError if that fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    imageio.mimwrite(path, frames, fps=fps, macro_block_size=2, ffmpeg_log_level="fatal")
+    try:
+        imageio.mimwrite(path, frames, fps=fps, macro_block_size=2, ffmpeg_log_level="fatal")
+    except OSError:
+        raise
+    except Exception as error:  # imageio has many for an ffmpeg that was killed, as by a Ctrl-C that it got, too
+        raise OSError(f"ffmpeg ended before {path.name} was written ({type(error).__name__})") from error
     check_mp4(path)
 
 
