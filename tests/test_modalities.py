@@ -134,6 +134,11 @@ MISTAKES = {
     "no such key": (Toy(spaces.Text(9)), {"modalities": Section(ram="text")}, "--modalities.ram: there is no such"),
     "no such kind": (Toy(spaces.Text(9)), {"modalities": Section(text="smell")}, "expected one of vector, image"),
     "no bytes": (Toy(Box(-1, 1, (8,))), {"modalities": Section(state="text")}, "text is a Text space or bytes"),
+    "words of bytes": (
+        Toy(Box(0, 255, (4,), np.uint8)),
+        {"modalities": Section(state="text"), "text": text_section(tokenizer="tokenizer.json")},
+        "leave --text.tokenizer",
+    ),
     "no waveform": (Toy(Discrete(3)), {"modalities": Section(state="audio")}, "audio is a Box (n,) or (n, channels)"),
     "no dict": (Toy(spaces.Text(9), metadata={"optional": ["text"]}), {}, "['optional'] text: there is no such"),
 }
@@ -434,6 +439,7 @@ def test_texts_are_drawn_and_read_and_sounds_are_drawn_and_heard():
     drawing = pages.draw(ids, np.full_like(ids, PAD), 2, words)
     assert drawing.lines[2] == [("go", "")] * 4 and drawing[0].shape[:2] == (2, 4) and drawing[0].dtype == np.uint8
     assert len(np.unique(drawing[0][0, 0].reshape(-1, 3), axis=0)) > 3  # letters
+    assert pages.wrapped("a\0b\n\u202e") == ["a·b··"]
     long = pages.page("word " * 99, "", True, pages.MOST)
     assert long.shape == (2 * pages.MOST * pages.LINE + 12, pages.WIDTH, 3)
     wave = np.sin(np.arange(3 * 4 * 512).reshape(3, 4, 512, 1)).astype(F32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -237,10 +238,10 @@ def read_aloud(lines: Sequence[Sequence[tuple[str, str]]], seen: int) -> str:
     """Return what was said and predicted as a table in Markdown, a row where either changes."""
     rows = ["| sequence | step | the model | truth | prediction |", "|---|---|---|---|---|"]
     for index, sequence in enumerate(lines):
-        before = None
+        before: Any = None
         for time_, pair in enumerate(sequence):
             if (pair, time_ < seen) != before:
-                words = (f"`{text.replace('|', ' ').replace('`', ' ')}`" for text in pair)
+                words = (f"`{' '.join(re.sub('[|`]', ' ', text).split())}`" for text in pair)
                 rows.append(f"| {index} | {time_} | {'sees' if time_ < seen else 'imagines'} | {' | '.join(words)} |")
             before = pair, time_ < seen
     return "\n".join(rows)

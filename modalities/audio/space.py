@@ -37,10 +37,10 @@ class Converter:
         self._bytes = space.dtype == np.uint8
         bounded = max(np.abs(low).max(), np.abs(high).max()) < HUGE and low.min() < high.max()
         self._scale = 1 / max(-low.min(), high.max()) if bounded else 1.0
-        bounds = (0, 255, self._shape, np.uint8) if self._bytes else (-np.inf, np.inf, self._shape, np.float32)
         words = f"audio {samples} samples" + (f", {channels} channels" if channels > 1 else "")
         scaled = " (scaled to [-1, 1])" if not self._bytes and self._scale != 1 else ""
-        self.space = named(Waveform(*bounds), words + scaled)
+        plain = Waveform(0, 255, self._shape, np.uint8) if self._bytes else Waveform(-np.inf, np.inf, self._shape)
+        self.space = named(plain, words + scaled)
 
     def __call__(self, value: Any, is_first: bool) -> np.ndarray:
         if self._bytes:

@@ -40,6 +40,7 @@ def draw(truth, model, seen, words):
 
 def wrapped(text):
     """Return the lines of a text, the last of which says so where there are too many."""
+    text = "".join(letter if letter.isprintable() else "·" for letter in text)
     return textwrap.wrap(text, LETTERS, max_lines=MOST, placeholder=" …") or ["(nothing)"]
 
 

@@ -61,7 +61,9 @@ class Vocabulary(Protocol):
 class Bytes:
     """UTF-8."""
 
-    size, unit, vectors = FIRST + 256, "bytes", None
+    size: int = FIRST + 256
+    unit: str = "bytes"
+    vectors: np.ndarray | None = None
 
     def ids(self, text: str, length: int) -> Sequence[int]:
         data = text.encode("utf-8", "replace")
@@ -76,7 +78,8 @@ class Bytes:
 class Words:
     """The words of a tokenizer.json, as the package tokenizers writes it."""
 
-    unit, vectors = "tokens", None
+    unit: str = "tokens"
+    vectors: np.ndarray | None = None
 
     def __init__(self, path: str):
         try:
@@ -105,22 +108,23 @@ class Words:
 class Sentences:
     """Whole sentences with their embeddings: an .npz of `sentences`, text (n,), and `vectors`, numbers (n, width)."""
 
-    unit = "sentence"
+    unit: str = "sentence"
+    vectors: np.ndarray | None
 
     def __init__(self, path: str):
         try:
             with np.load(path, allow_pickle=False) as file:
-                sentences, self.vectors = file["sentences"], file["vectors"].astype(np.float32)
+                sentences, vectors = file["sentences"], file["vectors"].astype(np.float32)
             if sentences.ndim != 1 or sentences.dtype.kind != "U" or not len(sentences):
                 raise ValueError("sentences are not text (n,)")
-            if self.vectors.shape[:1] != sentences.shape or self.vectors.ndim != 2 or not self.vectors.size:
-                raise ValueError(f"vectors are {self.vectors.shape} for {len(sentences)} sentences")
-            if not np.isfinite(self.vectors).all():
+            if vectors.shape[:1] != sentences.shape or vectors.ndim != 2 or not vectors.size:
+                raise ValueError(f"vectors are {vectors.shape} for {len(sentences)} sentences")
+            if not np.isfinite(vectors).all():
                 raise ValueError("vectors are not finite")
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # NumPy and zipfile raise many types for a foreign file
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())
             raise UserError(f"--text.embeddings {path}: expected an .npz of sentences and vectors ({reason})") from None
-        self._path, self._sentences = path, sentences.tolist()
+        self._path, self._sentences, self.vectors = path, sentences.tolist(), vectors
         self._index = {sentence: index for index, sentence in enumerate(self._sentences)}
         self.size = FIRST + len(self._sentences)
 
@@ -194,6 +198,8 @@ def converter(key: str, space: spaces.Space, config: Any) -> Texts | ByteVectors
         return Texts(words, 2 if words.vectors is not None else config.text.length)
     shape = space.shape or ()
     bytelike = isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(shape) == 1 and shape[0] > 1
+    if bytelike and (config.text.tokenizer or config.text.embeddings):
+        raise UserError(f"observation '{key}' is bytes, each a word: leave --text.tokenizer and --text.embeddings out")
     if bytelike:
         return ByteVectors(shape[0])
     raise UserError(f"observation '{key}' is {space}, and text is a Text space or bytes, Box(0, 255, (n,), np.uint8)")
