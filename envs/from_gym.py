@@ -215,7 +215,7 @@ class FromGym:
         for key in optional:
             if key not in obs_space or not isinstance(self._space, gymnasium.spaces.Dict):
                 raise UserError(f"{where}['optional'] {key}: there is no such observation in a dict of them")
-        return {key: tagged(space, optional=key in optional) for key, space in obs_space.items()}, tuple(optional)
+        return obs_space | {key: tagged(obs_space[key], optional=True) for key in optional}, tuple(optional)
 
     def _entries(self, obs, info, ends):
         """Return the dict of a step: observations, what is logged, reward and flags."""

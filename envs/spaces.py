@@ -13,7 +13,7 @@ import numpy as np
 from gymnasium import spaces
 
 from envs.wrappers import PlainActions, PlainObs, flags
-from specs import is_optional, tagged
+from specs import tagged
 
 TAGS = "modality", "optional"  # what `specs.tagged` puts on a space
 
@@ -92,7 +92,6 @@ class Converter:
     Attributes:
       obs_space, act_space: {key: the environment's own space}.
       plain_space: {key: space of the observation as the agent sees it, a single frame of it}.
-      optional: keys of those that may be missing, for which None stands.
     """
 
     def __init__(self, own: Mapping[str, Mapping[str, Any]], config: Any):
@@ -103,7 +102,6 @@ class Converter:
         self._obs = {key: PlainObs(Echo({key: space}), alone) for key, space in self.obs_space.items()}
         self._actions = PlainActions(Echo(act_space=self.act_space))
         self.plain_space = {key: wrapper.obs_space[key] for key, wrapper in self._obs.items()}
-        self.optional = {key for key, space in self.obs_space.items() if is_optional(space)}
 
     def plain(self, obs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Convert observations {key: value} of one environment. Raises UserError where a wrapper refuses them."""

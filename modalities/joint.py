@@ -3,6 +3,8 @@
 Letters: B batch, T time, N = B T, D deter, S groups x K classes stoch, E embedding, U units.
 """
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 
@@ -125,7 +127,7 @@ class Attend(nn.Module):
         return x.flatten(1)
 
 
-FUSIONS = {"concat": Concat, "attention": Attend}
+FUSIONS: dict[str, Any] = {"concat": Concat, "attention": Attend}
 
 
 class MultiDecoder(nn.Module):
@@ -142,7 +144,7 @@ class MultiDecoder(nn.Module):
     def forward(self, state):
         lead = state.deter.shape[:2]
         deter, stoch = state.deter.flatten(0, 1), state.stoch.flatten(2).flatten(0, 1)  # (B T, D), (B T, S K)
-        outs = {}
+        outs: dict[str, Any] = {}
         for part in self.parts.values():
             outs |= {key: part.dist(key, out.unflatten(0, lead)) for key, out in part(deter, stoch).items()}
         return outs

@@ -28,7 +28,7 @@ class Tokens(spaces.MultiDiscrete):
     """The space of plain texts: int32 (length,), ids below the size of the vocabulary."""
 
     def __init__(self, length: int, size: int):
-        super().__init__(np.full(length, size), np.int32)
+        super().__init__(np.full(length, size), np.int32)  # type: ignore[arg-type]
 
 
 def accepts(space: spaces.Space, config: Any = None) -> bool:
