@@ -21,10 +21,9 @@ VIEW = 2  # cells that an egocentric picture shows to each side
 
 class PinPad(Dummy):
     """Go up, right, down, left or stay, from the middle of an empty grid; reward 1 and the end for stepping on all pads
-    in their order, one directly after the other. Stepping on a wrong one begins anew with that one.
+    in their order, with no other one in between: the last pads must be the right ones.
 
-    What was stepped on is part of what is seen: `pads`, the last pads in the order in which they were left or are stood
-    on, 0 where there are fewer.
+    What was stepped on is part of what is seen: `pads`, the last of them, the oldest first, 0 where there are fewer.
 
     Args:
       view: `vector` for `player`, the cell as a number that is seen as a one-hot; `image` for a picture of the grid;
