@@ -5,11 +5,14 @@ import torch.nn as nn
 
 
 class Moments(nn.Module):
-    """Mean and variance of all that was seen, every number as important as any other (Chan et al., 1979).
+    """Mean and variance of what was seen: at first every sample counts as much as any other (Chan et al., 1979), and
+    later, as what explorers see changes with what is learned, a new batch has the share `RATE`.
 
     Args:
       shape: of one sample.
     """
+
+    RATE = 0.01  # as of the returns' scale
 
     def __init__(self, *shape):
         super().__init__()
@@ -21,7 +24,7 @@ class Moments(nn.Module):
     def add(self, samples):
         """Fold in samples (n, *shape)."""
         size, mean, var = len(samples), samples.mean(0), samples.var(0, correction=0)
-        known, total = self.count / (self.count + size), self.count + size
+        known, total = (self.count / (self.count + size)).clamp(max=1 - self.RATE), self.count + size
         delta = mean - self.mean
         self.var.copy_(known * self.var + (1 - known) * var + known * (1 - known) * delta.square())
         self.mean.add_(delta * (1 - known))
@@ -39,7 +42,8 @@ class ReturnScale(nn.Module):
 
     Of large-scale-curiosity (arXiv:1808.04355: RewardForwardFilter and RunningMeanStd), where no mean is subtracted and
     the sum goes on through the ends of episodes. There it runs along the environments' steps; here it begins anew with
-    each replayed sequence, so that it stays away from zero where the reward is constant.
+    each replayed sequence, so that it stays away from zero where the reward is constant. And there all of the past
+    counts; here the first errors of untrained networks are forgotten, beside which later ones would pay nothing.
 
     Args:
       discount: of a step.

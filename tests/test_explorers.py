@@ -62,6 +62,13 @@ def test_moments_are_those_of_all_that_was_seen():
     torch.testing.assert_close(moments.std(), samples.std(0, correction=0))
 
 
+def test_moments_forget_what_was_long_ago():
+    moments = Moments()
+    for number in range(400):  # batches of one sample: all as important until the hundredth
+        moments.add(torch.tensor([float(number == 50)]))
+    assert moments.mean.item() == pytest.approx(0.01 * 0.99**300, rel=1e-3)
+
+
 def test_a_reward_is_divided_by_the_deviation_of_its_discounted_sums():
     scale = ReturnScale(0.5)
     scaled = scale(torch.tensor([[1.0, 2.0, 3.0]]))  # sums 1, 2.5, 4.25
