@@ -24,6 +24,7 @@ VERSIONS = {
     "ppo": ("--behavior", "ppo"),
     "hierarchical": ("--configs", "hierarchical", "debug", "--expl_behavior", "plan2explore"),
     "plan2explore": ("--expl_behavior", "plan2explore", "--expl_noise", "0.1"),
+    "explorers": ("--expl_behavior", "icm", "--intrinsic", "icm,rnd,empowerment", "--expl_critics", "separate"),
 }
 
 
