@@ -42,15 +42,15 @@ WORKER = """--task dummy_pixels --size 16 16 --encoder.depth 4 --decoder.depth 4
 --hierarchy.units 64 --hierarchy.layers 2 --hierarchy.goal_lr 1e-3 --loss_scales.rec 10"""
 STEPS, UPDATES, PIECE = 2000, 2000, 200  # agent steps of random acting, updates, and those between two measurements
 SAMPLES = 16  # batches that goals are drawn from
-REACH = """--task dummy_maze --steps 24000 --train_ratio 64 --eval_every 4000 --eval_episode_num 20
+REACH = """--task dummy_maze --steps 20000 --train_ratio 64 --eval_every 4000 --eval_episode_num 20
 --video_pred_log false --horizon 100 --loss_scales.rec 10 --log_every 1000"""
 REACHERS = {  # name -> its presets, its own flags, and how many seeds
     "manager and worker": (
         "quickstart hierarchical",
-        "--hierarchy.units 64 --hierarchy.layers 2 --hierarchy.goal_lr 3e-4 --actor.entropy 1e-2",
+        "--hierarchy.units 64 --hierarchy.layers 2 --hierarchy.goal_lr 3e-4 --actor.entropy 3e-3",
         3,
     ),
-    "flat PPO": ("quickstart", "--behavior ppo --imag_horizon 16 --actor.entropy 1e-2", 1),
+    "flat PPO": ("quickstart", "--behavior ppo --imag_horizon 16 --actor.entropy 3e-3", 1),
 }
 REACHED = 0.5  # mean return of the last evaluation's episodes
 

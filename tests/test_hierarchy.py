@@ -9,11 +9,16 @@ import numpy as np
 import pytest
 import torch
 
+import benchmarks.hierarchy as measured
+from agents import make_agent as make_from
 from agents.acting import ActingStep, make_decoder
 from behaviors.goals import GoalAutoencoder, Novelty, max_cosine
 from behaviors.hierarchy import decisions, pieces
 from envs import make_envs
+from modalities import obs_spec
 from models import frozen
+from ops.random import drawing_from
+from specs import act_spec
 from tests.factories import (
     act,
     family_agent,
@@ -26,6 +31,7 @@ from tests.factories import (
     one_line_error,
     parameters,
 )
+from training.config import CONFIGS, load_config
 from training.evaluation import film
 
 K = 5  # of the preset debug
@@ -229,10 +235,7 @@ def test_learning_goes_on_bit_for_bit_from_what_was_saved(behavior):
     one, batch = make("proprio", *flags), make_batch("proprio")
 
     def learn(agent):
-        generator = agent.generators["learn"]
-        from ops.random import drawing_from
-
-        with drawing_from(generator):
+        with drawing_from(agent.generators["learn"]):
             return agent.update(batch, initial(agent))[1]
 
     for _ in range(2):
@@ -271,6 +274,15 @@ def test_an_update_with_compiled_parts_equals_the_eager_one(monkeypatch):
             torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=1e-5)
 
 
+def test_the_runs_that_are_measured_are_valid():
+    for presets, flags, _ in measured.REACHERS.values():
+        config = load_config(["--configs", *presets.split(), *measured.REACH.split(), *flags.split()], CONFIGS)
+        assert config.imag_horizon % config.hierarchy.every == 0 and config.horizon == 100
+    config = load_config(["--configs", "quickstart", "hierarchical", *measured.WORKER.split()], CONFIGS)
+    assert config.imag_horizon == config.hierarchy.every and not config.replay_context
+    assert load_config(["--configs", "quickstart", *measured.CARTPOLE.split()], CONFIGS).task == "gym_CartPole-v1"
+
+
 # ---------------------------------------------------------------------------
 # Films
 
@@ -278,10 +290,6 @@ def test_an_update_with_compiled_parts_equals_the_eager_one(monkeypatch):
 def test_films_show_the_goal_beside_the_picture():
     config = make_config(*FLAGS, "--task", "dummy_pixels", "--size", "16", "16")
     with contextlib.closing(make_envs(config, "eval", 1)) as envs:
-        from agents import make_agent as make_from
-        from modalities import obs_spec
-        from specs import act_spec
-
         specs = obs_spec(envs.obs_space), act_spec(envs.act_space)
         agent = make_from(config, *specs)
         frames, scores = film(envs, specs[1], agent, "sample", longest=3)
