@@ -24,6 +24,7 @@ from training.driver import Account
 from training.journal import FOLDER, Reader, recover
 from training.weights import AGES, HEARD, LATE, MISSED, SAFE, STOP, TAKEN, TICKS, VERSION, WISH, Weights, tensors_of
 
+CONTEXT = "spawn"  # how the actor is started: a fork would copy locks that other threads hold
 START = 600  # seconds to make environments
 END = 30  # seconds to act safely and close them
 TRIES = 3  # restarts of an actor without an episode that ends
@@ -80,7 +81,7 @@ class RealTime:
     # -- the process
 
     def _start(self):
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context(CONTEXT)
         self.pipe, theirs = context.Pipe()
         make = functools.partial(self.make_envs, self.behind + self.deaths)  # other seeds
         self.process = context.Process(target=serve, args=(theirs, make), daemon=True)
