@@ -32,6 +32,7 @@ SHARED = """--configs quickstart --horizon 20 --eval_every 2000 --eval_episode_n
 WORDS = "--text.length 24 --text.layers 1 --text.units 32"
 TEXT, SOUND = "--encoder.text_keys $^", "--encoder.audio_keys $^"
 EPISODES = 100  # of the random agent
+ROWS = 14  # of the table of texts
 
 
 class Case(NamedTuple):
@@ -98,12 +99,17 @@ def main(argv=None):
         if args.write:  # so that a missing marker is reported before the runs
             put_between(pathlib.Path(args.write).read_text(encoding="utf-8"), "modalities", "")
         text = compare(args)
+        sound, words = newest(args, "tone", "wav"), newest(args, "instruction", "md")
+        if words:
+            rows = words.read_text(encoding="utf-8").splitlines()[:ROWS]
+            text += "\n\nWhat was said, and what the model of a run says:\n\n" + "\n".join(rows)
+        if sound and args.write:
+            picture = pathlib.Path(args.write).with_suffix(".png")
+            draw(sound, picture)
+            text += f"\n\n![Spectra of tones, and of what the model of a run predicts]({picture.name})"
         print(text)
         if args.write:
             write_between(args.write, "modalities", text)
-            sounds = sorted((logdirs(args, "tone", False)[0] / "openloop" / "tone").glob("*.wav"))
-            if sounds:
-                draw(sounds[-1], pathlib.Path(args.write).with_suffix(".png"))
     except (UserError, OSError) as error:
         print(f"modalities.py: {error}", file=sys.stderr)
         return 2
@@ -172,6 +178,12 @@ def fall(logdir, name):
     rows = [row for row in lines(logdir / "metrics.jsonl") if name in row]
     updates = max(row.get("updates", 0) for row in rows)
     return f"{rows[0][name]:.1f} → {rows[-1][name]:.1f} in {updates:,.0f} updates"
+
+
+def newest(args, name, suffix):
+    """Return the last prediction of what tells in a case's first run, a file of open-loop predictions, or None."""
+    folder = logdirs(args, name, False)[0] / "openloop" / CASES[name].loss.removesuffix("_loss")
+    return max(folder.glob(f"*.{suffix}"), default=None)
 
 
 def draw(path, out):

@@ -36,6 +36,7 @@ def test_what_tells_is_compared_with_its_absence(tmp_path, monkeypatch):
         f"|  | blind | {', '.join([f'{0.1 * best:.2f}'] * 3)} |" in text
         and "| random agent | - | 1.00 ± 0.10 |" in text
     )
+    assert "(page.png)" in text
     assert (tmp_path / "page.png").stat().st_size > 5000
 
 

@@ -274,7 +274,8 @@ def record_film(agent: Agent, envs: Any, act_spec: Any, mode: str, out: Outputs,
 
 def hearing(agent: Agent) -> list[str]:
     """Return the keys of the sounds that an agent hears."""
-    return list(agent.obs_spec.of("audio")) if isinstance(getattr(agent, "obs_spec", None), ObsSpec) else []
+    obs_spec = getattr(agent, "obs_spec", None)
+    return list(obs_spec.of("audio")) if isinstance(obs_spec, ObsSpec) else []
 
 
 def film(
