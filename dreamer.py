@@ -62,6 +62,7 @@ def main(argv=None):
     config = None
     try:
         config = with_absolute_paths(load_config(sys.argv[1:] if argv is None else argv, CONFIGS))
+        config = sized(config)
         if not config.eval_envs:  # no evaluation, then
             config = config.replace(eval_episode_num=0)
         check(config)
@@ -94,6 +95,18 @@ def with_absolute_paths(config):
     paths = {key: config[key] for key in keys}
     paths = {key: str(pathlib.Path(path).expanduser().absolute()) for key, path in paths.items() if path}
     return placed(config).replace(**paths)
+
+
+def sized(config):
+    """Return the configuration with `envs` as the number of all environments, those of actors elsewhere included."""
+    remote, count = config.remote, config.remote.actors * config.remote.envs
+    if not count or config.script != "train":
+        return config
+    if config.agent == "world_models":
+        raise UserError("--remote.actors is not for --agent world_models: its candidates play at home, one by one")
+    if "envs" in config.explicit and config.envs != count:
+        raise UserError(f"--envs {config.envs}: with --remote.actors, --remote.envs says how many each of them has")
+    return config.replace(envs=remote.actors * remote.envs)
 
 
 def is_gone(error, config):
@@ -213,14 +226,33 @@ def make_driver(run, envs, specs, layout, heard):
       envs: to collect in; specs: of observations and actions; layout: {key: (shape, dtype)} of a stored step.
       heard: function of an Episode that ended.
     """
-    from agents import make_agent
     from training.driver import Driver
 
-    if run.config.collect != "async":
-        return Driver(envs, specs[1], layout, on_step=[run.recorder], on_episode=[heard])
-    envs.begin(run, make_agent, specs, layout, [run.recorder], [heard])
-    run.extras, run.ending = envs.metrics, envs.stop
-    return envs
+    listeners = {"on_step": [run.recorder], "on_episode": [heard]}
+    if run.config.collect == "async":
+        from agents import make_agent
+
+        envs.begin(run, make_agent, specs, layout, *listeners.values())
+        run.extras, run.ending = envs.metrics, envs.stop
+        return envs
+    if not run.config.remote.actors:
+        return Driver(envs, specs[1], layout, **listeners)
+    from agents.actor import weights_of
+    from training.remote import Collector
+
+    collector = Collector(
+        envs,
+        specs[1],
+        layout,
+        **listeners,
+        remote=run.config.remote,
+        learner=run.agent,
+        weights=functools.partial(weights_of, run.agent),
+        updates=lambda: run.updates,
+        going=lambda: not run.stopped,
+    )
+    run.extras, run.ending = collector.gauges, lambda: collector.drain() if run.stopped else 0
+    return collector
 
 
 def make_run(config, spaces, saved, ranks, device):
@@ -289,6 +321,10 @@ def open_envs(config, stack, behind, rank=0):
     def make(mode, count, behind=0):
         if config.collect == "async" and mode == "train":
             made.append(RealTime(functools.partial(make_envs, config, mode, count), behind, config))
+        elif config.remote.actors and mode == "train":
+            from agents.actor import open_fleet
+
+            made.append(open_fleet(config, behind, stack))
         else:
             made.append(make_envs(config, mode, count, behind, rank * count))
         stack.callback(close_envs, config, made[-1])

@@ -52,6 +52,8 @@ def run(plan, stack):
 
     plan.folder.mkdir(parents=True, exist_ok=True)
     stack.enter_context(locked(plan.folder))
+    for path in (plan.folder / "trials").glob("*.tmp"):  # a kill has left
+        path.unlink()
     study = open_study(plan)
     sweep = Sweep(plan, study, make_launcher(plan, stack))
     ending = SimpleNamespace(stopped=None, save_asked=False, again=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import json
 import uuid
@@ -15,11 +16,11 @@ from training.logdir import as_flag
 
 try:
     import optuna
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
     from optuna.trial import TrialState
 except ImportError:
     raise UserError("sweeps need Optuna: pip install -r requirements/sweep.txt") from None
 
+UNOWNED = datetime.timedelta(minutes=1)  # that a sweep takes at most to sign a trial on a server
 STARTUP = 5  # trials that are done before the first is ended early
 PRUNERS = {
     "none": lambda plan: optuna.pruners.NopPruner(),
@@ -60,15 +61,18 @@ class Study:
 
     def __init__(self, plan: Plan, study: Any, own: str):
         self.plan, self.study, self.own = plan, study, own
-        self.distributions = {key: distribution(plan, key) for key in plan.search}
 
     def unfinished(self) -> list[Trial]:
-        """Return this folder's trials that were under way when it was left."""
+        """Return this folder's trials that were under way when it was left, one that had no owner yet included."""
         found = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        own = [trial for trial in found if trial.user_attrs.get("own") == self.own]
-        return [
-            Trial(each.number, self.decoded(each.params), max(each.intermediate_values, default=-1)) for each in own
-        ]
+        old = datetime.datetime.now() - UNOWNED
+        trials = []
+        for frozen in found:
+            unowned = "own" not in frozen.user_attrs and (not self.plan.settings.storage or frozen.datetime_start < old)
+            if unowned or frozen.user_attrs.get("own") == self.own:
+                reached = max(frozen.intermediate_values, default=-1)
+                trials.append(self._taken(optuna.trial.Trial(self.study, frozen._trial_id))._replace(reached=reached))
+        return trials
 
     def ask(self) -> Trial | None:
         """Return a new trial, or None if there are as many as there are to be."""
@@ -77,8 +81,18 @@ class Study:
             return None
         # What is drawn after a resumption must not be what was drawn at the start.
         self.study.sampler = SAMPLERS[self.plan.settings.method](derive_seed(self.plan.seeds[0], len(begun)))
-        trial = self.study.ask(self.distributions)
+        return self._taken(self.study.ask())
+
+    def _taken(self, trial: Any) -> Trial:
+        """Return an Optuna trial as this folder's, with the values that it lacks drawn."""
         trial.set_user_attr("own", self.own)
+        for key, each in self.plan.search.items():
+            if isinstance(each, Choice):
+                trial.suggest_categorical(key, names(each))
+            elif isinstance(each.low, int) and isinstance(each.high, int):
+                trial.suggest_int(key, each.low, each.high, log=each.log)
+            else:
+                trial.suggest_float(key, each.low, each.high, log=each.log)
         return Trial(trial.number, self.decoded(trial.params))
 
     def report(self, number: int, step: int, value: float) -> bool:
@@ -119,7 +133,7 @@ class Study:
         """Return {key: value} of what the study keeps; lists lie there as text."""
         values = dict(params)
         for key, each in self.plan.search.items():
-            if isinstance(each, Choice):
+            if isinstance(each, Choice) and key in values:
                 values[key] = each.values[names(each).index(values[key])]
         return values
 
@@ -134,17 +148,6 @@ def encoded_grid(plan: Plan) -> Iterator[dict[str, Any]]:
     keys = list(plan.search)
     columns = (names(each) for each in plan.search.values() if isinstance(each, Choice))
     yield from (dict(zip(keys, values, strict=True)) for values in itertools.product(*columns))
-
-
-def distribution(plan: Plan, key: str) -> Any:
-    """Return what Optuna draws the values of a key from."""
-    searched = plan.search[key]
-    if isinstance(searched, Choice):
-        return CategoricalDistribution(names(searched))
-    low, high, log = searched
-    if isinstance(low, int) and isinstance(high, int):
-        return IntDistribution(low, high, log=log)
-    return FloatDistribution(low, high, log=log)
 
 
 def open_study(plan: Plan) -> Study:

@@ -212,6 +212,15 @@ def test_a_training_that_is_killed_starts_again_a_few_times(tmp_path, capsys):
     assert rows[0].state == "fail" and len(started) == 4
 
 
+def test_a_trial_that_a_kill_left_without_values_or_owner_is_gone_on_with(tmp_path):
+    plan = read_plan(write(tmp_path, imag_horizon=[3, 4]))
+    plan.folder.mkdir()
+    left = open_study(plan).study.ask()  # as if killed right behind this
+    rows, _, _ = conduct(write(tmp_path, imag_horizon=[3, 4]), lambda keys: float(keys["imag_horizon"]))
+    assert [(row.state, row.values["imag_horizon"]) for row in rows.values()] == [("complete", 4), ("complete", 3)]
+    assert left.number == 0
+
+
 def test_another_search_in_the_same_folder_is_refused(tmp_path):
     conduct(write(tmp_path, imag_horizon=[3]), lambda keys: 1.0)
     for change in ({"imag_horizon": [3, 4]}, {"imag_horizon": 5}, {"imag_horizon": 3, "steps": 50}):
@@ -281,7 +290,7 @@ def test_a_sweep_that_is_killed_or_ended_leaves_checkpoints_and_goes_on_to_its_t
             time.sleep(0.02)
         assert checkpoint.exists()
     ended = start(tmp_path, file)
-    out, _ = ended.communicate(timeout=60)
+    out, _ = ended.communicate(timeout=200)
     assert ended.returncode == 0
     rows = out.splitlines()
     assert rows[0].split() == ["trial", "state", "return", "imag_horizon"]

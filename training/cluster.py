@@ -9,11 +9,12 @@ from typing import Any
 from tools import UserError
 
 
-def connect(address: str, stack: contextlib.ExitStack) -> Any:
+def connect(address: str, stack: contextlib.ExitStack, cpus: int | None = None) -> Any:
     """Join the Ray cluster at an address, and return the module ray; `stack` leaves it again.
 
     address: `auto` for the cluster that this machine is a node of, `local` for one that is started here and ends with
       this process, else what `ray.init` takes, such as 10.0.0.1:6379 or ray://10.0.0.1:10001.
+    cpus: that a local one shall have room for, whatever the machine has; None for those that it has.
     Raises UserError where Ray is not installed, or no cluster answers.
     """
     try:
@@ -25,12 +26,13 @@ def connect(address: str, stack: contextlib.ExitStack) -> Any:
     try:
         ray.init(
             address,
+            num_cpus=cpus if address == "local" else None,
             include_dashboard=False if address == "local" else None,
             configure_logging=True,
             logging_level=logging.ERROR,
             log_to_driver=False,
         )
-    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+    except Exception as error:  # Ray has no type of its own for this, nor for a node that is slow to start
         way = "start one with: ray start --head; or take local for one on this machine alone"
         raise UserError(f"no Ray cluster at {address} ({' '.join(str(error).split())[:200]}): {way}") from None
     stack.callback(ray.shutdown)

@@ -50,10 +50,14 @@ def check(config: Any) -> None:
             raise UserError(f"--collect async: --script {config.script} collects nothing")
         if config.agent == "world_models":
             raise UserError("--collect async: --agent world_models learns between episodes that it waits for")
+        if config.remote.actors:
+            raise UserError("--collect async: its actor is on this machine, leave out --remote.actors")
         if count > 1:
             raise UserError("--collect async: an actor has one learner, leave out torchrun")
     if count == 1:
         return
+    if config.remote.actors:
+        raise UserError("--remote.actors: a fleet of actors has one learner, leave out torchrun")
     if config.agent == "world_models":
         raise UserError("--agent world_models learns one stage after the other in one process: leave out torchrun")
     if config.script == "eval_only":
