@@ -203,7 +203,7 @@ class RealTime:
             "deadlines_missed": now[1],
             "deadlines_met": 1 - missed / max(ticks, 1),
             "deadline_late_ms": 1000 * late,
-            "weights_version": float(board[TAKEN]),
+            "weights_version": max(0.0, float(board[TAKEN])),
             "weights_age": ages / max(ticks, 1),
             "safe_actions": now[3],
             "train_ratio": updates * replayed / max(steps, 1),
