@@ -145,7 +145,8 @@ class Mirror:
         spans = [(max(done, s.start), s.stop) for done, s in zip(self.done, self.streams, strict=True)]
         self.done = [stop for _, stop in spans]
         most = max(1, PACKED // sum(value[0].nbytes for value in self.data.values()))  # steps
-        together, count = [], 0
+        together: list[tuple[int, int, int]] = []
+        count = 0
         for index, (begin, stop) in enumerate(spans):
             for at in range(begin, stop, most):
                 end = min(at + most, stop)

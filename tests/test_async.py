@@ -133,7 +133,7 @@ def test_what_is_written_is_read_once_and_in_order(journal):
     write(journal, 0, [0, 1, 2])
     write(journal, 1, [10, 11], last=False)
     found = list(reader.entries())
-    assert [(entry.index, float(entry.step["reward"])) for entry in found] == [(0, 0), (0, 1), (0, 2), (1, 10), (1, 11)]
+    assert [(entry.env, float(entry.step["reward"])) for entry in found] == [(0, 0), (0, 1), (0, 2), (1, 10), (1, 11)]
     assert [entry.stored is not None for entry in found] == [False, True, False, False, True]
     assert found[1].stored["deter"].tolist() == [1, 1, 1] and found[2].logs == {"log_x": 0.5}
     assert found[2].step["is_last"] and found[0].step.keys() == LAYOUT.keys()

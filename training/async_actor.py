@@ -135,7 +135,7 @@ def tell(pipe: Any, message: Any) -> None:
 def learner_lives() -> bool:
     """True if the process that has started this one is there."""
     parent = multiprocessing.parent_process()
-    return bool(parent) and not connection.wait([parent.sentinel], 0)
+    return parent is not None and not connection.wait([parent.sentinel], 0)
 
 
 def act(pipe: Any, envs: Any, setup: Setup) -> None:
@@ -147,7 +147,8 @@ def act(pipe: Any, envs: Any, setup: Setup) -> None:
     if hasattr(agent, "opt"):
         agent.opt = None  # its memory
     taker = Taker(setup.weights, tensors_of(agent))
-    journal, logs = Journal(setup.logdir / FOLDER, setup.layout, setup.stored), [{}]
+    journal = Journal(setup.logdir / FOLDER, setup.layout, setup.stored)
+    logs: list[dict[str, Any]] = [{}]
 
     def note(obs):
         logs[0] = {key: value for key, value in obs.items() if key.startswith("log_")}
@@ -156,7 +157,7 @@ def act(pipe: Any, envs: Any, setup: Setup) -> None:
         journal.add(index, step, stored, {key: float(value[index]) for key, value in logs[0].items()})
 
     driver = Driver(envs, setup.act_spec, setup.layout, on_obs=[note], on_step=[keep])
-    safe = Safe(safe_actions(envs, setup.act_spec))
+    safe: Any = Safe(safe_actions(envs, setup.act_spec))
     wishes = [(setup.random, "sample"), (agent, "explore"), (agent, "noisy")]
     driver.step(*wishes[0] if board[WISH] == 0 else (safe, "sample"))  # a reset
     ticks = Ticks(setup.hz)
@@ -171,7 +172,7 @@ def act(pipe: Any, envs: Any, setup: Setup) -> None:
         if envs.events:
             tell(pipe, ("events", (list(envs.events), envs.restarts)))
             envs.events.clear()
-        if driver.obs["is_last"].any():  # what followed was a reset
+        if driver.obs and driver.obs["is_last"].any():  # what followed was a reset
             ticks.restart()
             continue
         late = ticks.late()

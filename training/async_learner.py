@@ -49,6 +49,12 @@ class Bounded:
     def left(self, step: int, begin: int) -> int:
         return 0  # none that has to be made
 
+    def finished(self) -> bool:
+        return self.clock.finished()
+
+    def stage(self) -> Any:
+        return self.clock.stage()
+
     def state_dict(self) -> dict[str, Any]:
         return {**self.clock.state_dict(), "pending": 0}  # nothing has to be done before a run is at its end
 
@@ -72,7 +78,7 @@ class RealTime:
         self.restarts = self.deaths = self.tries = self.inner = 0
         self.process: Any = None
         self.reader = Reader(self.logdir / FOLDER)
-        self.weights: Weights | None = None
+        self.weights: Any = None  # Weights, from `begin` on
         self._start()
 
     def __len__(self):
@@ -81,7 +87,7 @@ class RealTime:
     # -- the process
 
     def _start(self):
-        context = multiprocessing.get_context(CONTEXT)
+        context: Any = multiprocessing.get_context(CONTEXT)
         self.pipe, theirs = context.Pipe()
         make = functools.partial(self.make_envs, self.behind + self.deaths)  # other seeds
         self.process = context.Process(target=serve, args=(theirs, make), daemon=True)

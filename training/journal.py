@@ -30,9 +30,9 @@ GIVEN = "_given"  # whether the agent has stored something with a step
 
 
 class Entry(NamedTuple):
-    """A step {key: value} of environment `index`, what the agent stores with it, and the step's log_* entries."""
+    """A step {key: value} of environment `env`, what the agent stores with it, and the step's log_* entries."""
 
-    index: int
+    env: int
     step: dict[str, Any]
     stored: dict[str, Any] | None
     logs: dict[str, float]
@@ -104,6 +104,7 @@ class Reader:
 
     def _entries(self, name):
         match = NAME.fullmatch(name)
+        assert match
         with open(self.folder / name, "rb") as file:
             if name not in self.types:
                 head = file.readline()

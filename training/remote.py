@@ -227,17 +227,17 @@ class Collector(Driver):
 
     def _take(self):
         """Take in the next step of the chunk in hand; return how many agent steps that were."""
-        steps, stored, logs = (
-            {key: value[:, self.at].copy() for key, value in part.items()} for part in self.chunk[1:4]
-        )
-        if self.chunk.version >= 0:
-            self.ages.append(self.updates() - self.chunk.version)
+        chunk = self.chunk
+        assert chunk
+        steps, stored, logs = ({key: value[:, self.at].copy() for key, value in part.items()} for part in chunk[1:4])
+        if chunk.version >= 0:
+            self.ages.append(self.updates() - chunk.version)
         for place in range(self.remote.envs):
             parts = [{key: value[place] for key, value in part.items()} for part in (steps, stored, logs)]
             logs_here = {key: float(value) for key, value in parts[2].items()}
             self.note(self.number * self.remote.envs + place, parts[0], parts[1] or None, logs_here)
         self.at += 1
-        if self.at == steps_in(self.chunk):
+        if self.at == steps_in(chunk):
             self.chunk = None
             self.open[self.number] -= 1
         return int((~steps["is_last"]).sum())
