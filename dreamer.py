@@ -141,7 +141,8 @@ def train(config, stack):
             finish(run, parts.evaluate)
     except NonFiniteLoss as error:
         return failed(config, error) if ranks.rank == 0 else 1
-    return 128 + run.stopped if run.stopped else 0
+    stopped = run.stopped or parts.noted.stopped  # a second signal leaves no time to agree on the first
+    return 128 + stopped if stopped else 0
 
 
 def is_done(config, saved, changed):
@@ -175,7 +176,7 @@ def wire(config, stack, saved=None, changed=(), ranks=None):
     from training.startup import start_lines
 
     ranks = ranks or Ranks()
-    own, played, device = share(config, ranks), [], machine.prepare(config)
+    own, ended, device = share(config, ranks), [], machine.prepare(config)
     opengl.draw_beside(device)
     envs = open_envs(own, stack, saved["counters"]["agent_steps"] if saved else 0, ranks.rank)
     spaces = envs.collecting or envs.evaluating()
@@ -186,19 +187,19 @@ def wire(config, stack, saved=None, changed=(), ranks=None):
     about = describe(spaces.obs_space)
     for line in [*start_lines(run, specs, about, spaces.left_out, device), changed_line(dict(changed))]:
         out.say("info", line) if line else None
-    heard = run.finished if ranks.count == 1 else played.append
+    heard = run.finished if ranks.count == 1 else ended.append
     driver = make_driver(run, envs.collecting, specs, layout, heard) if envs.collecting else None
     settle(run)
     beat = getattr(driver, "beat", lambda: True)  # an actor hears that the learner is there
 
     def collect(agent, mode):
-        played.clear()
+        ended.clear()
         if not driver:  # train_offline: as many updates as the frames would bring
             return settle(run, own.envs)
         steps = driver.step(agent, mode)
         out.watch(driver.lengths, envs.collecting.longest)
         out.say_restarts(envs.collecting)
-        return settle(run, steps, played)
+        return settle(run, steps, ended)
 
     def evaluate(film=False):
         if not config.eval_episode_num or (film and ranks.rank):
