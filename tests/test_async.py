@@ -20,11 +20,11 @@ from tests.factories import make_config, one_line_error
 from tests.test_run import FORK, checkpoint, command, episodes, lines
 from tools import Ratio
 from training import async_learner
-from training.async_actor import Ticks, safe_actions
+from training.async_actor import Ticks, heard, safe_actions
 from training.async_learner import Bounded
 from training.distributed import check
 from training.journal import FOLDER, Journal, Reader, recover
-from training.weights import TAKEN, VERSION, Taker, Weights
+from training.weights import HEARD, TAKEN, VERSION, Taker, Weights
 
 LAYOUT = {"state": ((2,), np.float32), "reward": ((), np.float32), "is_first": ((), bool), "is_last": ((), bool)}
 LAYOUT |= {"is_terminal": ((), bool), "action": ((1,), np.float32)}
@@ -209,6 +209,12 @@ def test_a_safe_action_is_named_in_the_environments_own_form():
     assert np.allclose(robot.action["arm"], [2.5, 0])
     robot.safe_action = None
     assert env.safe_action is None
+
+
+def test_a_learner_that_gives_no_sign_is_not_trusted_for_long():
+    board = Weights({}).board
+    board[HEARD] = 100.0
+    assert heard(board, 160.0, 60) and not heard(board, 160.1, 60) and heard(board, 1e6, 0)
 
 
 def test_zeros_and_the_first_of_choices_are_safe_where_nothing_is_named():

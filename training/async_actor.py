@@ -163,10 +163,10 @@ def act(pipe: Any, envs: Any, setup: Setup) -> None:
     ticks = Ticks(setup.hz)
     while board[WISH] != STOP and learner_lives():
         ticks.wait()
-        trusted = not setup.patience or ticks.at - board[HEARD] <= setup.patience
-        fresh = taker.version or board[WISH] == 0 or not taker.tensors
-        driver.step(*(wishes[int(board[WISH])] if trusted and fresh else (safe, "sample")))
-        board[SAFE] += not (trusted and fresh)
+        there = taker.version or board[WISH] == 0 or not taker.tensors
+        trusted = there and heard(board, ticks.at, setup.patience)
+        driver.step(*(wishes[int(board[WISH])] if trusted else (safe, "sample")))
+        board[SAFE] += not trusted
         board[AGES] += ticks.at - taker.published
         board[TICKS] += 1
         if envs.events:
@@ -184,6 +184,11 @@ def act(pipe: Any, envs: Any, setup: Setup) -> None:
     driver.step(safe, "sample")
     driver.rest()
     journal.close()
+
+
+def heard(board: Any, at: float, patience: float) -> bool:
+    """True if the learner gave a sign within `patience` seconds before a time, or that does not count: at 0."""
+    return not patience or at - float(board[HEARD]) <= patience
 
 
 def safe_actions(envs: Any, act_spec: Any) -> dict[str, np.ndarray]:

@@ -139,10 +139,17 @@ class RealTime:
         agent = functools.partial(self.make_agent, own, *self.specs)
         place = self.logdir, config.control_hz, config.control_patience, config.log_level
         stored = dict(self.run.agent.stored)
+        self.ticked = float(board[TICKS]), time.monotonic()
         self.pipe.send(Setup(agent, self.run.random, self.weights, self.specs[1], self.layout, stored, *place))
 
     def _attend(self):
-        """Hear what the actor has to say; replace one that died."""
+        """Hear what the actor has to say; replace one that died, or hangs in an environment."""
+        ticks, now = float(self.weights.board[TICKS]), time.monotonic()
+        if ticks != self.ticked[0]:
+            self.ticked = ticks, now
+        elif now - self.ticked[1] > self.config.env_timeout:
+            self.process.kill()
+            self.process.join()
         try:
             while self.pipe.poll(0):
                 _, (events, restarts) = self._answer(0)

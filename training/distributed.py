@@ -39,7 +39,8 @@ def placed() -> tuple[int, int]:
 
 def speaks(error: Exception) -> bool:
     """True if this process is the one to print a mistake, which other ranks may have found, too."""
-    return bool(getattr(error, "own", os.environ.get("RANK", "0") == "0"))
+    alone = os.environ.get("WORLD_SIZE", "") in ("", "1")
+    return bool(getattr(error, "own", alone or os.environ.get("RANK") == "0"))
 
 
 def check(config: Any) -> None:
