@@ -56,6 +56,7 @@ def make_env(config: Any, mode: str, index: int, behind: int = 0, restart: int =
     env = wrappers.PlainObs(env, config)
     env = wrappers.PlainActions(env)
     env.own = {name: {key: describe(space) for key, space in each.items()} for name, each in given.items()}
+    env.safe = env.safe_action if getattr(config, "collect", "sync") == "async" else None  # others may mean else by it
     if config.time_limit > 0:
         env = wrappers.TimeLimit(env, max(1, config.time_limit // config.action_repeat))
     return env

@@ -312,7 +312,7 @@ def _spaces(env):
     """Return the spaces of observations and actions, the environment's own as `make_env` says, what is left out, and
     the action that is safe."""
     own, left_out = getattr(env, "own", None), getattr(env, "left_out", {})
-    return env.obs_space, env.act_space, own, left_out, getattr(env, "safe_action", None)
+    return env.obs_space, env.act_space, own, left_out, getattr(env, "safe", None)
 
 
 class Local:

@@ -222,6 +222,7 @@ class PlainObs(Wrapper):
 class PlainActions(Wrapper):
     """Actions as float32 vectors: boxes in [-1, 1], discrete choices as (concatenated) one-hots."""
 
+    safe: dict[str, np.ndarray] | None  # `safe_action` where somebody asks for it, set by `make_env`
     own: dict[str, Any]  # what `envs.spaces.describe` says of the spaces below the wrappers, set by `make_env`
 
     def __init__(self, env: Env):
@@ -237,13 +238,19 @@ class PlainActions(Wrapper):
 
     @property
     def safe_action(self):
-        """Return the action that the environment calls safe as an agent would give it, None if it names none."""
-        safe = getattr(self.env, "safe_action", None)
-        if safe is None:
-            return None
+        """Return the action that the environment calls safe as an agent would give it, None if it names none.
+
+        Raises UserError for what is no action.
+        """
         spec = act_spec(self.act_space)
         zeros = {key: vector[0] for key, vector in spec.zeros(1).items()}
-        return {key: _as_given(spec, key, safe[key], self._native[key], zeros[key]) for key in spec.widths}
+        try:
+            safe = self.env.safe_action if hasattr(self.env, "safe_action") else None
+            if safe is None:
+                return None
+            return {key: _as_given(spec, key, safe[key], self._native[key], zeros[key]) for key in spec.widths}
+        except (TypeError, ValueError, LookupError) as error:
+            raise UserError(f"the environment's safe_action is no action of its action space: {error}") from None
 
 
 def _as_given(spec, key, value, native, zeros):

@@ -209,6 +209,8 @@ def test_a_safe_action_is_named_in_the_environments_own_form():
     assert np.allclose(robot.action["arm"], [2.5, 0])
     robot.safe_action = None
     assert env.safe_action is None
+    robot.safe_action = robot.reset
+    assert "safe_action is no action" in one_line_error(lambda: env.safe_action)
 
 
 def test_a_learner_that_gives_no_sign_is_not_trusted_for_long():
