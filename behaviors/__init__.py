@@ -13,6 +13,7 @@ from behaviors.separate import SeparateCritics
 from exploration import Rewards
 from models import Rollout, WorldModel
 from networks import State
+from tools import UserError
 
 # name -> (module, class in it, made from the width of the features, the ActionSpec and the whole configuration)
 BEHAVIORS = {
@@ -108,9 +109,11 @@ def make_behavior(name: str, feat_size: int, act_spec: Any, config: Any, rewards
     behavior = make()
     if rewards is None or len(rewards.parts) == 1:
         return behavior
-    if not behavior.optimized():
+    if not behavior.policies():
         behavior.rewards = rewards
     elif config.expl_critics == "separate":
+        if not behavior.optimized():
+            raise UserError(f"--expl_critics separate: --behavior {name} learns from one joint reward")
         names = [part for part in rewards.parts if rewards.scale(part)]
         parts = dict(zip(names, [behavior, *(make() for _ in names[1:])], strict=True))
         return SeparateCritics(parts, {name: rewards.scale(name) for name in names})

@@ -30,6 +30,10 @@ class SeparateCritics(nn.Module):
         groups = [part.optimized() for part in self.parts.values()]
         return groups[0] | {"critic": nn.ModuleList(group["critic"] for group in groups)}
 
+    def policies(self):
+        """Return {name: module} of the one actor."""
+        return self.first.policies()
+
     def compile_parts(self):
         """Compile what the parts compile."""
         for part in self.parts.values():
@@ -67,7 +71,6 @@ class SeparateCritics(nn.Module):
         kept = ("imag_return", "imag_value", "return_scale", "adv_mag")
         return found[first] | {f"{key}_{name}": found[name][key] for name in list(found)[1:] for key in kept}
 
-    def improve(self, rollout):
-        """Let every part do what follows the gradient step."""
-        for part in self.parts.values():
-            part.improve(rollout)
+    def improve(self, rollout, outs):
+        """Let every part do what follows the gradient step; return the first one's metrics."""
+        return [part.improve(rollout, outs[name]) for name, part in self.parts.items()][0]
