@@ -6,6 +6,7 @@ import math
 import torch
 import torch.nn as nn
 
+from ops import collectives
 from ops.distributions import OneHot
 from ops.layers import MLP, Linear, Style
 from ops.optim import OwnAdam
@@ -73,7 +74,8 @@ class GoalAutoencoder(nn.Module):
         errors, kls = self.loss(deter, rand((len(deter), self.shape[0]), deter.device))
         error, kl = errors.mean(), kls.mean()
         with torch.no_grad():
-            up, down = kl > self.target * (1 + ROOM), kl < self.target / (1 + ROOM)
+            seen = collectives.mean(kl)
+            up, down = seen > self.target * (1 + ROOM), seen < self.target / (1 + ROOM)
             factor = torch.where(up, 1 + SPEED, torch.where(down, 1 / (1 + SPEED), 1.0))
             self.beta.mul_(factor).clamp_(LEAST, MOST)
         loss = error + self.beta * kl
@@ -102,8 +104,8 @@ class Novelty(nn.Module):
         """Fold in a batch of rewards of any shape; return it in standard deviations from the mean."""
         self.count += 1
         rate = (1 / self.count).clamp(min=self.rate)
-        self.mean.lerp_(reward.mean(), rate)
-        self.square.lerp_(reward.square().mean(), rate)
+        self.mean.lerp_(collectives.mean(reward.mean()), rate)
+        self.square.lerp_(collectives.mean(reward.square().mean()), rate)
         return (reward - self.mean) / ((self.square - self.mean.square()).clamp(min=0).sqrt() + 1e-8)
 
 

@@ -5,6 +5,7 @@ import functools
 import torch
 
 from models import ImagBehavior
+from ops import collectives
 from ops.math import lambda_return
 from ops.optim import OwnAdam
 from ops.random import rand
@@ -127,7 +128,7 @@ class PPO(ImagBehavior):
         Returns: {name: 0-d metric}, and the 0-d bool tensor that says whether the actor is going on.
         """
         loss, kl, clipped = self.policy_loss(*(part[name] for name in ("feat", "actions", "logpi", "adv", "weight")))
-        going = going & (kl <= self.kl_stop)
+        going = going & (collectives.mean(kl) <= self.kl_stop)
         norm = self.actor_opt.step(loss, going)
         names = ("feat", "ret", "value", "slow", "weight")
         value_loss = self.value_loss(*(part[name] for name in names))
@@ -168,9 +169,9 @@ class PPO(ImagBehavior):
 
 def standardized(adv, weight, scale):
     """Return advantages with a weighted mean of 0 and a weighted variance of 1 over all trajectories."""
-    share = weight / weight.sum().clamp(min=1e-8)
-    centered = adv - (share * adv).sum()
-    variance = (share * centered.square()).sum().clamp(min=1e-16)  # at 0 the root has no gradient
+    share = weight / collectives.mean(weight.sum()).clamp(min=1e-8)
+    centered = adv - collectives.mean((share * adv).sum())
+    variance = collectives.mean((share * centered.square()).sum()).clamp(min=1e-16)  # at 0 the root has no gradient
     return centered / (variance.sqrt() + 1e-8)
 
 

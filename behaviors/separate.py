@@ -73,4 +73,5 @@ class SeparateCritics(nn.Module):
 
     def improve(self, rollout, outs):
         """Let every part do what follows the gradient step; return the first one's metrics."""
-        return [part.improve(rollout, outs[name]) for name, part in self.parts.items()][0]
+        first, *_ = [part.improve(rollout, outs[name]) for name, part in self.parts.items()]
+        return first
