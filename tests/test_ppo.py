@@ -179,6 +179,25 @@ def test_good_actions_become_more_likely_within_the_clip(spec):
     assert (before["weight"][:-1] * before["adv"] * change).sum() > 0 and 0 < metrics["actor_kl"] < 0.2
 
 
+def test_compiled_parts_equal_the_eager_ones(monkeypatch):
+    behaviors, compiled, results = [make_behavior(PPO, DISCRETE, "--ppo.minibatches", "1") for _ in range(2)], [], []
+
+    def traced(function, **options):  # without the compiler behind it, which takes minutes
+        compiled.append(function.__name__)
+        return torch._dynamo.optimize("eager", dynamic=False, nopython=True)(function)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", traced)
+        behaviors[1].compile_parts()
+    assert compiled == ["policy", "estimate", "policy_loss", "value_loss"]
+    for behavior in behaviors:
+        rollout, world, rewards = make_rollout(behavior)
+        metrics = behavior.improve(rollout, behavior.losses(world, rollout, {}, rewards)[1])
+        results.append(metrics | behavior.state_dict())
+    for name, value in results[0].items():
+        torch.testing.assert_close(value, results[1][name], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_version_learns_by_it_and_the_agents_optimizer_leaves_it_alone(version):
     kind = {"dreamerv2": "pixels"}.get(version, "proprio")

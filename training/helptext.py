@@ -68,7 +68,7 @@ def table(rows: Sequence[tuple[str, str]], aligned: Sequence[tuple[str, str]]) -
     lines = []
     for left, right in rows:
         words = (word.replace("|", "| ") if len(word) > WIDTH - wide else word for word in right.split(" "))
-        text = " ".join(words)  # a long list of choices goes over several lines
+        text = " ".join(words)  # in which a long list of choices may go over several lines
         first, *more = textwrap.wrap(text, WIDTH - wide, break_long_words=False, break_on_hyphens=False) or [""]
         lines += [f"  {left:{wide - 2}}{first}".rstrip(), *(" " * wide + line for line in more)]
     return lines
