@@ -143,7 +143,7 @@ def main(argv=None):
     parser.add_argument("--seconds", type=float, default=40, help="that a run of rates takes")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--every", type=float, nargs=2, default=(2.0, 8.0), help="seconds between two kills")
-    parser.add_argument("--steps", type=int, default=40000, help="agent steps of the run of kills")
+    parser.add_argument("--steps", type=int, default=60000, help="agent steps of the run of kills")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     return rates(options) if options.what == "rates" else kills(options)

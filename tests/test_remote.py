@@ -1,10 +1,8 @@
 """Collecting elsewhere: the ratio, credit, equality with collecting here, and a cluster whose actors and nodes die."""
 
-import contextlib
 import json
 import os
 import pathlib
-import signal
 import threading
 import time
 from collections import deque
@@ -265,11 +263,11 @@ class Signed(envs.dummy.Vector):
 
 @pytest.fixture(scope="module")
 def cluster():
-    """A cluster of two nodes with room for an actor each; this process is connected to it."""
+    """A cluster of a head, which has no room for actors, and a node that has room for one; this process is in it."""
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     nodes.second = nodes.add_node(num_cpus=1)
     ray.init(nodes.address, log_to_driver=False, logging_level="ERROR")
     yield nodes
@@ -277,48 +275,39 @@ def cluster():
     nodes.shutdown()
 
 
-def test_actors_and_nodes_that_die_are_replaced_and_the_run_comes_to_its_end(cluster, tmp_path, capfd):
+def test_when_a_node_dies_another_actor_goes_on_elsewhere_and_the_run_comes_to_its_end(cluster, tmp_path, capfd):
     pids, logdir = tmp_path / "pids", tmp_path / "run"
     pids.mkdir()
-    begun = lambda count: sum(1 for _ in pids.iterdir()) >= count  # noqa: E731
-    going, done = threading.Event(), []
+    scores, going = logdir / "scores.jsonl", threading.Event()
 
     def until(holds):
         deadline = time.monotonic() + 200
-        while not holds() and not going.is_set() and time.monotonic() < deadline:
+        while not holds() and going.is_set() and time.monotonic() < deadline:
             time.sleep(0.02)
 
-    def scored(more):
-        with contextlib.suppress(OSError):
-            return len((logdir / "scores.jsonl").read_text().splitlines()) >= more
-
     def attack():
-        until(lambda: begun(4) and scored(2))
-        os.kill(int(min(pids.iterdir()).name.partition("-")[0]), signal.SIGKILL)
-        until(lambda: begun(6) and scored(6))
+        until(lambda: scores.exists() and len(scores.read_text().splitlines()) > 3)
         cluster.remove_node(cluster.second, allow_graceful=False)
         cluster.second = cluster.add_node(num_cpus=1)
-        until(lambda: begun(8))
-        done.append(True)
 
     thread = threading.Thread(target=attack)
+    going.set()
     thread.start()
-    words = f"--remote.actors 2 --remote.envs 2 --remote.length 4 --steps 1500 --env.folder {pids} --train_ratio 1"
-    words += " --eval_envs 0 --task custom_tests.test_remote:Signed --dataset_size 3000"
+    words = f"--remote.actors 1 --remote.envs 2 --remote.length 4 --steps 600 --env.folder {pids} --train_ratio 1"
+    words += " --eval_envs 0 --task custom_tests.test_remote:Signed"
     try:
-        status = dreamer.main([*SMALL.split(), *words.split(), "--logdir", str(logdir)])
+        assert dreamer.main([*SMALL.split(), *words.split(), "--logdir", str(logdir)]) == 0
     finally:
-        going.set()
+        going.clear()
         thread.join()
-    assert status == 0 and done
-    said = capfd.readouterr().err
-    assert said.count("was replaced: it died") >= 2
+    assert "actor 0 was replaced: it died" in capfd.readouterr().err
+    assert len({path.name.partition("-")[0] for path in pids.iterdir()}) == 2 == len(list(pids.iterdir())) / 2
     saved = torch.load(logdir / "latest.pt", weights_only=True)
     steps, clock = saved["counters"]["agent_steps"], saved["clocks"]["ratio"]
-    assert 1500 <= steps < 1502
+    assert 600 <= steps < 602
     assert saved["counters"]["updates"] == int((steps - clock["start"]) / 32 + 1e-9)
-    scores = [json.loads(line) for line in (logdir / "scores.jsonl").read_text().splitlines()]
-    lengths = [len(episode["reward"]) // 4 for episode in episodes(logdir) if episode["is_last"][-1]]
-    assert len(scores) == saved["counters"]["episodes"] > 40
-    assert sorted(lengths)[-len(scores) :] == [score["length"] + 1 for score in scores]  # all of 20 actions
-    assert logged(logdir, "env_restarts")[-1] >= 2
+    finished = [episode for episode in episodes(logdir) if episode["is_last"][-1]]
+    told = [json.loads(line) for line in scores.read_text().splitlines()]
+    assert saved["counters"]["episodes"] == len(told) > 20
+    assert sum(len(episode["reward"]) == 4 * (20 + 1) for episode in finished) == len(told)  # none is lost
+    assert logged(logdir, "env_restarts")[-1] == 1
