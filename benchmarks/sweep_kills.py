@@ -51,6 +51,7 @@ def write(options, folder):
         "steps": options.steps,
         "eval_every": options.steps // 3,
         "save_every": options.steps // 10,
+        "video_pred_log": False,
         "opt.lr": {"low": 1e-4, "high": 2e-3, "log": True},
         "imag_horizon": [8, 10, 15],
     }

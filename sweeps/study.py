@@ -157,7 +157,7 @@ def open_study(plan: Plan) -> Study:
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    url = plan.settings.storage or f"sqlite:///{plan.folder / 'sweep.db'}"
+    url = storage_of(plan)
     try:
         study = optuna.create_study(
             storage=url,
@@ -180,6 +180,11 @@ def open_study(plan: Plan) -> Study:
         if was != now:
             raise UserError(f"{plan.folder} holds a sweep in which {key} is {was}, not {now}: give another logdir")
     return Study(plan, study, folder_id(plan))
+
+
+def storage_of(plan: Plan) -> Any:
+    """Return the URL of the database that holds the search."""
+    return plan.settings.storage or f"sqlite:///{plan.folder / 'sweep.db'}"
 
 
 def folder_id(plan: Plan) -> str:

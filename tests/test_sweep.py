@@ -1,5 +1,6 @@
 """Tests of sweep.py: its file, what is searched, trials that end, fail, are pruned, killed and gone on with."""
 
+import collections
 import contextlib
 import csv
 import json
@@ -11,10 +12,12 @@ import sys
 import time
 from types import SimpleNamespace
 
+import optuna
 import pytest
 
 import sweep
 import sweeps.conduct
+import sweeps.study
 from sweeps.plan import Choice, Range, read_plan
 from sweeps.study import open_study
 from tests.factories import ROOT, one_line_error
@@ -160,7 +163,10 @@ def conduct(file, score, stopped=None, monkeypatch=None):
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch):
+    """Wait for nothing, and keep searches in memory, one for each folder."""
+    kept = collections.defaultdict(optuna.storages.InMemoryStorage)
     monkeypatch.setattr(sweeps.conduct, "POLL", 0.0)
+    monkeypatch.setattr(sweeps.study, "storage_of", lambda plan: kept[plan.folder])
 
 
 def test_a_grid_is_played_to_its_end_with_the_mean_of_the_seeds(tmp_path):

@@ -7,7 +7,6 @@ asked of it, or not used up yet, are at most `lag` more than one.
 
 from __future__ import annotations
 
-import functools
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -214,7 +213,7 @@ class Collector(Driver):
     def drain(self) -> int:
         """Take in what has arrived, as a run that was told to end would lose it; return how many agent steps."""
         count = 0
-        while self.chunk or self._next(functools.partial(next, iter([True]), False)):
+        while self.chunk or self._next(once()):
             count += self._take()
         return count
 
@@ -227,9 +226,12 @@ class Collector(Driver):
 
     def _take(self):
         """Take in the next step of the chunk in hand; return how many agent steps that were."""
-        chunk = self.chunk
-        assert chunk
-        steps, stored, logs = ({key: value[:, self.at].copy() for key, value in part.items()} for part in chunk[1:4])
+        assert self.chunk
+        at, chunk = self.at, self.chunk
+        steps, stored, logs = (
+            {key: value[:, at].copy() for key, value in part.items()}
+            for part in (chunk.steps, chunk.stored, chunk.logs)
+        )
         if chunk.version >= 0:
             self.ages.append(self.updates() - chunk.version)
         for place in range(self.remote.envs):
@@ -237,7 +239,7 @@ class Collector(Driver):
             logs_here = {key: float(value) for key, value in parts[2].items()}
             self.note(self.number * self.remote.envs + place, parts[0], parts[1] or None, logs_here)
         self.at += 1
-        if self.at == steps_in(chunk):
+        if self.at == chunk.steps["reward"].shape[1]:
             self.chunk = None
             self.open[self.number] -= 1
         return int((~steps["is_last"]).sum())
@@ -267,6 +269,7 @@ class Collector(Driver):
         return self.handle, self.version
 
 
-def steps_in(chunk: Chunk) -> int:
-    """Return L, the steps of a chunk in each environment."""
-    return chunk.steps["reward"].shape[1]
+def once() -> Callable[[], bool]:
+    """Return a function that is true the first time."""
+    answers = iter([True])
+    return lambda: next(answers, False)
