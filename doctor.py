@@ -221,14 +221,14 @@ def speed(config, updates=20):
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         subject = timing.Subject(config.replace(threads=config.threads or timing.THREADS), folder)
         (result,), _ = timing.measure([subject], updates)
-    ms, acts = result["ms_per_update"], ", ".join(f"{each:.2f} ms for {n}" for n, each in result["act_ms"].items())
+    ms, acts = result["ms_per_update"], [f"{each:.2f} ms for {n}" for n, each in result["act_ms"].items()]
     return (
         f"{result['parameters']:,} parameters, {result['batch_size']}x{result['batch_length']}, {result['precision']}, "
         f"compile {str(result['compile']).lower()}, graphs {str(result['graphs']).lower()}: "
         f"{ms['median']:.2f} ms an update ({ms['min']:.2f} to {ms['max']:.2f}), {result['flops'] / 1e9:.1f} GFLOP, "
         f"{result['mfu']:.3f} of a peak of {result['peak_gflops']:.0f} GFLOP/s, {result['peak_memory_mb']:.0f} MB; the "
         f"first {timing.WARMUP} took {result['compile_s']:.0f} s longer; sampling {result['sample_ms']:.2f} ms, "
-        f"storing {result['refresh_ms']:.2f} ms, acting {acts}"
+        f"storing {result['refresh_ms']:.2f} ms, acting {', '.join(acts)}"
     )
 
 

@@ -15,7 +15,7 @@ import ops.distributions as dists
 from modalities.joint import MultiDecoder, MultiEncoder
 from networks import Actor, Head, State, feature, make_rssm, scalar_head
 from ops import collectives
-from ops.layers import Style
+from ops.layers import Style, cast_once
 from ops.math import lambda_return
 from tools import UserError
 
@@ -210,7 +210,8 @@ class ImagBehavior(nn.Module):
         """Imagine with the policy from every state (B, T, ...): a Rollout."""
         start = states.map(lambda x: x.detach().flatten(0, 1))  # (N, ...)
         noise = iter(self.actor.noise((self.horizon, len(start.deter)), start.deter.device))  # (H, N, n)
-        states, actions = world.rssm.imagine(start, lambda state: self.policy(*state, next(noise)), self.horizon)
+        with cast_once(start.deter.dtype, world.rssm.cell, world.rssm.prior, self.actor):
+            states, actions = world.rssm.imagine(start, lambda state: self.policy(*state, next(noise)), self.horizon)
         return Rollout(states, actions, feature(states))
 
     def losses(self, world, rollout, batch, rewards):

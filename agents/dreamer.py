@@ -320,7 +320,7 @@ def make(obs_spec, act_spec, config, device, dtype):
     if config.remat:
         remat_parts(agent)
     if recorded:
-        capture_parts(agent, Graphs(functools.partial(warn_at, config.log_level) if config.graphs == "auto" else None))
+        capture_parts(agent, Graphs(functools.partial(no_graphs, config)))
     return agent
 
 
@@ -344,6 +344,13 @@ def capture_parts(agent, graphs):
     """
     agent.capture = graphs
     agent.update = graphs(agent.update, agent.generators["learn"])
+
+
+def no_graphs(config, why):
+    """Warn that a run goes on without CUDA graphs; raise UserError where they were asked for."""
+    if config.graphs == "true":
+        raise UserError(f"--graphs true: {why}; take --graphs false")
+    warn_at(config.log_level, f"{why}; the run goes on without, several times slower if the model is small")
 
 
 def make_optimizer(nets, config):

@@ -12,8 +12,6 @@ import gc
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from tools import UserError
-
 WARMUP = 3  # eager calls, in which libraries and compilers select their kernels
 
 
@@ -21,10 +19,10 @@ class Graphs:
     """Makes functions into `Captured` ones, until one of them cannot be recorded: from then on none is.
 
     Args:
-      warn: function of one line, which is told why; None to raise a UserError instead.
+      warn: function of one line, which is told why; it may raise an error, which ends the call.
     """
 
-    def __init__(self, warn=None):
+    def __init__(self, warn):
         self.warn, self.on = warn, True
 
     def __call__(self, function, generator=None):
@@ -33,12 +31,9 @@ class Graphs:
 
     def give_up(self, error):
         """Say that something could not be recorded, once."""
-        reason = " ".join(str(error).split())[:200]
-        if self.warn is None:
-            raise UserError(f"--graphs true: an update or acting cannot be recorded: {reason}; take --graphs false")
         if self.on:
             self.on = False
-            self.warn(f"no CUDA graphs, so that small models are several times slower: {reason} (--graphs)")
+            self.warn(f"an update or acting cannot be recorded as a CUDA graph: {' '.join(str(error).split())[:200]}")
 
 
 class Captured:

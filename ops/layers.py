@@ -4,6 +4,7 @@ Parameters are float32. Activations carry the compute dtype: every layer casts i
 norms compute their statistics in float32.
 """
 
+import contextlib
 import itertools
 from typing import NamedTuple
 
@@ -106,6 +107,24 @@ class BlockLinear(nn.Module):
     def last(self, x):
         """Return the contribution of last inputs that all slices share, with the bias: (N, n) -> (N, out)."""
         return product(x, self.kernel[:, -x.shape[-1] :].transpose(0, 1).flatten(1), self.bias)
+
+
+@contextlib.contextmanager
+def cast_once(dtype, *modules):
+    """Let the linear layers of modules have their parameters in a dtype in the body, where nothing is learned.
+
+    Many products then share one cast of each, which they would make themselves otherwise.
+    """
+    layers = [layer for module in modules for layer in module.modules() if isinstance(layer, (Linear, BlockLinear))]
+    places = [(layer._parameters, name) for layer in layers for name in layer._parameters]
+    kept = [params[name] for params, name in places]
+    try:
+        for (params, name), param in zip(places, kept, strict=True):
+            params[name] = param if param is None or param.dtype == dtype else param.detach().to(dtype)
+        yield
+    finally:
+        for (params, name), param in zip(places, kept, strict=True):
+            params[name] = param
 
 
 class Conv2d(nn.Module):

@@ -4,6 +4,7 @@ It takes less memory and about a third more time. What is computed twice must dr
 """
 
 import torch
+import torch.nn as nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
@@ -21,11 +22,12 @@ class Remat:
     def forward(self, *args):
         """Compute the same, `CHUNKS` parts of the batch one after the other.
 
-        Where no gradient is wanted, and where parameters are frozen, as they will not be in the backward pass, it is
-        computed as it is written.
+        It is computed as it is written where no gradient is wanted, and where parameters are frozen or others stand in
+        for them (`torch.func.functional_call`), as that will not be so in the backward pass.
         """
         forward = super().forward
-        if not torch.is_grad_enabled() or not all(param.requires_grad for param in self.parameters()):
+        own = all(param.requires_grad and isinstance(param, nn.Parameter) for param in self.parameters())
+        if not own or not torch.is_grad_enabled():
             return forward(*args)
         leaves, structure = tree_flatten(args)
         count = min(CHUNKS, max(len(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)))

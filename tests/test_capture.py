@@ -1,6 +1,7 @@
 """Requirements of CUDA graphs on an update, as far as they can be checked without a GPU."""
 
 import contextlib
+import functools
 import gc
 import itertools
 from types import SimpleNamespace
@@ -9,10 +10,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from agents.dreamer import no_graphs
 from networks import State
 from ops import graphs
 from ops.graphs import WARMUP, Captured, Graphs
-from tests.factories import Watch, act, initial, make_agent, make_batch, make_obs
+from tests.factories import Watch, act, initial, make_agent, make_batch, make_config, make_obs
 from tools import UserError
 
 VERSIONS = {
@@ -64,7 +66,7 @@ def test_the_fourth_call_records_and_later_ones_replay():
         captured({"x": torch.zeros(3)}, State(torch.ones(3), torch.zeros(3)))
 
 
-def test_what_cannot_be_recorded_is_one_warning_and_the_run_goes_on_as_it_is_written():
+def test_what_cannot_be_recorded_is_one_warning_and_the_run_goes_on_as_it_is_written(capsys):
     said, calls = [], []
 
     def fails(function, generator):
@@ -77,9 +79,13 @@ def test_what_cannot_be_recorded_is_one_warning_and_the_run_goes_on_as_it_is_wri
             assert captured(torch.tensor(float(number)))["y"] == number + 1
     assert len(calls) == 2 * (WARMUP + 3)  # each call once, the one whose recording failed included
     assert len(said) == 1 and "\n" not in said[0] and "operation not permitted when" in said[0]
-    strict = Captured(lambda x: {"y": x}, record=fails, graphs=Graphs())  # --graphs true
-    with pytest.raises(UserError, match=r"--graphs true.*--graphs false"):
-        [strict(torch.zeros(())) for _ in range(WARMUP + 1)]
+    strict = Graphs(functools.partial(no_graphs, make_config("--graphs", "true")))
+    captured = Captured(lambda x: {"y": x}, record=fails, graphs=strict)
+    with pytest.raises(UserError, match=r"--graphs true: .*not permitted.*--graphs false"):
+        [captured(torch.zeros(())) for _ in range(WARMUP + 1)]
+    no_graphs(make_config(), "it cannot be recorded")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "warning: it cannot be recorded; the run goes on without" in line
 
 
 def test_a_graph_that_does_nothing_when_it_is_launched_is_found_at_once():

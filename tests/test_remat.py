@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from agents.dreamer import remat_parts
+from models import frozen
+from ops.layers import MLP
 from ops.random import drawing_from
+from ops.remat import rematerialize
 from tests.factories import family_agent, initial, make_sequences
 
 
@@ -49,3 +52,20 @@ def test_losses_and_gradients_are_equal_and_less_is_kept(version, kind):
     for name, value in expected.items():
         assert (found[name] - value).abs().max() <= 1e-5 * value.abs().max(), name
     assert less < (0.6 if kind == "pixels" else 0.9) * much
+
+
+def test_parameters_that_others_stand_in_for_or_that_are_frozen_have_their_own_gradients():
+    torch.manual_seed(0)
+    plain, remat, x = MLP(3, 1, 4), MLP(3, 1, 4), torch.randn(5, 3)
+    remat.load_state_dict(plain.state_dict())
+    rematerialize(remat)
+    others = {name: torch.randn_like(param).requires_grad_() for name, param in plain.named_parameters()}
+    found = []
+    for module in (plain, remat):
+        out = torch.func.functional_call(module, others, (x,)).square().sum()
+        found.append(torch.autograd.grad(out, others.values()))
+        y = x.clone().requires_grad_()
+        with frozen(module):
+            out = module(y).square().sum()
+        found[-1] += torch.autograd.grad(out, y)  # the parameters are thawed again
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

@@ -23,6 +23,7 @@ def prepare(config: Any) -> torch.device:
     """Apply a configuration's settings to this process, seed it, and return the device."""
     prepare_cpu(config.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision != "32"
+    torch.backends.cudnn.benchmark = True  # shapes do not change, so that trying what is fastest pays
     seed_everything(config.seed)
     device = choose_device(config.device)
     unused = config.device == "auto" and device.type == "cpu" and unused_gpu()
