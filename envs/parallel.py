@@ -325,18 +325,23 @@ class Local:
         self._foreign = Foreign("an environment")
         with self._foreign:
             self._env = AutoReset(make(restart))
-        self._answer = lambda: _spaces(self._env)
+        self._pending: Callable[[], Any] | None = lambda: _spaces(self._env)
 
     def attach(self, descriptor: int, records: np.ndarray, index: int) -> None:
         self._shared = SharedEnv(self._env, records, index)
         self._foreign.name = getattr(self._env, "name", f"environment {index}")
 
     def send(self, command: bytes, *args: Any) -> None:
-        self._answer = functools.partial(self._shared.obey, command, *args)
+        if self._pending:  # what nobody has waited for is done all the same
+            self.receive(0)
+        self._pending = functools.partial(self._shared.obey, command, *args)
 
     def receive(self, seconds: float) -> Any:
+        pending, self._pending = self._pending, None
+        if pending is None:
+            raise RuntimeError("nothing to receive: nothing was asked for")
         with self._foreign:
-            return self._answer()
+            return pending()
 
     def stop(self) -> None:
         """Close the environment. Raises Failure if that fails."""

@@ -204,6 +204,7 @@ class Run:
 
     def save_all(self) -> None:
         """Save all there is, unfinished episodes included."""
+        self.background.wait()  # which tries once more what the disk did not take
         self.recorder.flush()
         self.save()
 
