@@ -210,7 +210,7 @@ class ImagBehavior(nn.Module):
         """Imagine with the policy from every state (B, T, ...): a Rollout."""
         start = states.map(lambda x: x.detach().flatten(0, 1))  # (N, ...)
         noise = iter(self.actor.noise((self.horizon, len(start.deter)), start.deter.device))  # (H, N, n)
-        with cast_once(start.deter.dtype, world.rssm.cell, world.rssm.prior, self.actor):
+        with cast_once(start.deter.dtype, world.rssm, self.actor):
             states, actions = world.rssm.imagine(start, lambda state: self.policy(*state, next(noise)), self.horizon)
         return Rollout(states, actions, feature(states))
 

@@ -90,7 +90,7 @@ class HierarchicalPPO(nn.Module):
         goal, age = carry
         code, _ = self.manager.act(world, state, (), mode)
         goal = torch.where((age == 0)[:, None], self.goals.decode(code), goal)
-        policy = self.worker.actor(self.inputs(feature(state), goal))
+        policy = self.worker.actor(with_goal(feature(state), goal))
         noise = None if mode == "mode" else self.worker.actor.noise(age.shape, age.device)
         return policy.mode() if noise is None else policy.sample(noise), (goal, (age + 1) % self.every)
 
@@ -98,13 +98,9 @@ class HierarchicalPPO(nn.Module):
         """Return the goals (N, D) that a carry holds."""
         return carry[0]
 
-    def inputs(self, feat, goal):
-        """Features (..., F) and goals (..., D) -> what the worker sees (..., F + D)."""
-        return torch.cat([feat, goal.to(feat.dtype)], -1)
-
     def move(self, deter, stoch, goal, noise):
         """Draw actions (N, A) in states (N, D), (N, S, K) with goals (N, D), by the actor's noise (N, n)."""
-        return self.worker.actor(self.inputs(feature(State(deter, stoch)), goal)).sample(noise)
+        return self.worker.actor(with_goal(feature(State(deter, stoch)), goal)).sample(noise)
 
     # -- learning
 
@@ -129,20 +125,17 @@ class HierarchicalPPO(nn.Module):
     def actor_loss(self, world, rollout, rewards, outs):
         """Return the manager's loss over whole trajectories, as `PPO.actor_loss`."""
         with torch.no_grad():
-            reward, cont, novelty = rewards(rollout), world.discounts(rollout.feat), self.novelty(self.error(rollout))
+            reward, cont = rewards(rollout), world.discounts(rollout.feat)
+            novelty = self.novelty(self.goals.error(rollout.states.deter.float()))
         mixed, weight, k = self.extr_scale * reward + self.expl_scale * novelty, cont.cumprod(0), self.every
         estimated = rollout.feat[::k], rollout.codes, *decisions(mixed, cont, k), weight[::k]
         return self.manager.whole_loss(*estimated, outs["manager_logpi"])
-
-    def error(self, rollout):
-        """Return the autoencoder's error in each state of a Plan: (H + 1, N)."""
-        return self.goals.error(rollout.states.deter.float())
 
     @torch.no_grad()
     def losses(self, world, rollout, batch, rewards):
         """Return no loss, and {name: tensor} of what `improve` learns from, by names that begin with whose it is."""
         feat, deter, k = rollout.feat, rollout.states.deter.float(), self.every
-        reward, cont, error = rewards(rollout), world.discounts(feat), self.error(rollout)  # (H + 1, N)
+        reward, cont, error = rewards(rollout), world.discounts(feat), self.goals.error(deter)  # (H + 1, N)
         mixed, weight = self.extr_scale * reward + self.expl_scale * self.novelty(error), cont.cumprod(0)
         manager = self.manager.estimate(feat[::k], rollout.codes, *decisions(mixed, cont, k), weight[::k])
         near = max_cosine(rollout.goals.flatten(0, 1), pieces(deter, k))  # (k + 1, P N)
@@ -155,7 +148,7 @@ class HierarchicalPPO(nn.Module):
     def worker_feat(self, rollout):
         """Return what the worker sees of a Plan, piece by piece: (k + 1, P N, F + D)."""
         feat = pieces(rollout.feat, self.every)
-        return self.inputs(feat, rollout.goals.flatten(0, 1).expand(len(feat), -1, -1))
+        return with_goal(feat, rollout.goals.flatten(0, 1).expand(len(feat), -1, -1))
 
     def replay_losses(self, world, states, batch, outs):
         """Nothing is learned from replayed rewards."""
@@ -179,6 +172,11 @@ class HierarchicalPPO(nn.Module):
             metrics |= {f"{name}_{k}": v for k, v in getattr(self, name).metrics(part_of(outs, name)).items()}
         near = outs["worker_reward"][-1]
         return metrics | {"worker_cosine": near.mean(), "worker_success": (near > 0.7).float().mean()}
+
+
+def with_goal(feat, goal):
+    """Features (..., F) and goals (..., D) -> what the worker sees (..., F + D)."""
+    return torch.cat([feat, goal.to(feat.dtype)], -1)
 
 
 def part_of(outs, name):

@@ -701,7 +701,13 @@ def test_sizes_set_these_keys_and_no_others(preset, units, depth, deter, hidden,
 def test_sizes_of_the_2023_form_leave_vectors_as_they_are(preset, layers, units, depth, deter):
     parts = ("reward_head", "cont_head", "actor", "critic")
     expected = {f"{part}.{key}": value for part in parts for key, value in {"layers": layers, "units": units}.items()}
-    expected |= {"encoder.depth": depth, "decoder.depth": depth, "rssm.deter": deter, "rssm.hidden": units}
+    expected |= {
+        "encoder.depth": depth,
+        "decoder.depth": depth,
+        "audio.depth": depth,
+        "rssm.deter": deter,
+        "rssm.hidden": units,
+    }
     expected |= {"disag_layers": layers, "disag_units": units}
     assert load_presets(CONFIGS)[preset] == expected
     for names in (["dreamerv3_2023"], ["dreamerv3_2023", preset]):
