@@ -97,8 +97,9 @@ class Policy:
         """Return observations as the agent sees them, with a batch axis and is_first, and True if they had none."""
         leaves = flat(obs) if isinstance(obs, Mapping) or hasattr(obs, "keys") else {}
         wanted = self.obs_spec.keys() - self.flags.keys()  # flags are made here, if they are not given
-        there = {key for key in wanted if leaves.get(key) is not None}
-        if wanted - there - set(self.flags.values()) or not there:
+        optional = set(self.flags.values())
+        there = {key for key in wanted & leaves.keys() if leaves[key] is not None or key not in optional}
+        if wanted - there - optional or not there:
             found = sorted(leaves) if leaves else type(obs).__name__
             raise Unfit(f"expected an observation with the keys {sorted(wanted)}, got {found}")
         arrays = {key: numbers(key, leaves[key], self.obs_spec[key].kind) for key in self.obs_spec if key in there}
