@@ -180,7 +180,7 @@ def test_an_environment_that_exits_ends_the_run_in_one_line_after_all_is_saved(e
     said = capfd.readouterr().err
     assert "(train environment 0) would have ended the run" in said and "Traceback" not in said
     assert ("window closed" in said) == (env is Exits)
-    assert saved(tmp_path)["agent_steps"] == 60 and sum(lengths(tmp_path / "train_eps")) == 60 + 5
+    assert saved(tmp_path)["agent_steps"] == 61 and sum(lengths(tmp_path / "train_eps")) == 60 + 5
 
 
 def test_an_environment_that_exits_when_it_is_made_is_one_line(tmp_path, capfd):
@@ -221,7 +221,7 @@ def test_sigusr1_saves_and_the_run_goes_on(tmp_path, monkeypatch):
 
 def test_a_second_ctrl_c_leaves_an_environment_that_hangs_and_saves(tmp_path, capfd):
     assert run(tmp_path, Hangs) == 130
-    assert saved(tmp_path)["agent_steps"] == 60 and sum(lengths(tmp_path / "train_eps")) == 65
+    assert saved(tmp_path)["agent_steps"] == 61 and sum(lengths(tmp_path / "train_eps")) == 65
     assert "Traceback" not in capfd.readouterr().err
 
 

@@ -357,9 +357,9 @@ def test_a_planner_plans_for_what_is_new_only_to_collect():
 def test_the_tasks_reward_cannot_be_left_out_of_the_tasks_behavior():
     with pytest.raises(UserError, match="take --expl_behavior rnd"):
         make_agent("proprio", "--intrinsic", "rnd", "--expl_extr_scale", "0")
-    assert make_agent("proprio", "--intrinsic", "rnd").rewards.scales == {"extr": 1.0, "rnd": 1.0}
     flags = "--intrinsic", "rnd,icm", "--expl_intr_scale", "0.5", "--icm.scale", "4"
-    assert make_agent("proprio", *flags).rewards.scales == {"extr": 1.0, "rnd": 0.5, "icm": 2.0}
+    rewards = make_agent("proprio", *flags).rewards
+    assert {name: rewards.scale(name) for name in rewards.parts} == {"extr": 1.0, "rnd": 0.5, "icm": 2.0}
 
 
 # ---------------------------------------------------------------------------

@@ -647,7 +647,7 @@ def test_an_environment_that_gives_what_is_not_finite_is_named(tmp_path, monkeyp
 
 @pytest.mark.parametrize("what", ["act", "render"])
 def test_what_an_environment_breaks_costs_no_data(tmp_path, monkeypatch, what):
-    def broken(*args):
+    def broken(*args, **kwargs):
         raise ZeroDivisionError
 
     words = "--task dummy_vector --steps 60 --eval_every 0 --save_every 0"

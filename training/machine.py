@@ -75,8 +75,9 @@ def choose_device(name: str) -> torch.device:
     reason = too_old(index)
     if reason:
         raise UserError(f"--device {name}: {reason}")
-    torch.cuda.set_device(index)
-    return torch.device(device.type, index)
+    device = torch.device(device.type, index)
+    torch.cuda.set_device(device)
+    return device
 
 
 def too_old(index: int) -> str | None:
