@@ -263,12 +263,12 @@ class Signed(envs.dummy.Vector):
 
 @pytest.fixture(scope="module")
 def cluster():
-    """A cluster of a head, which has no room for actors, and a node that has room for one; this process is in it."""
+    """A cluster of a head without room for actors, and two nodes with room for one each; this process is in it."""
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    nodes.second = nodes.add_node(num_cpus=1)
+    nodes.others = [nodes.add_node(num_cpus=1) for _ in range(2)]
     ray.init(nodes.address, log_to_driver=False, logging_level="ERROR")
     yield nodes
     ray.shutdown()
@@ -276,6 +276,8 @@ def cluster():
 
 
 def test_when_a_node_dies_another_actor_goes_on_elsewhere_and_the_run_comes_to_its_end(cluster, tmp_path, capfd):
+    from ray._private.state import available_resources_per_node
+
     pids, logdir = tmp_path / "pids", tmp_path / "run"
     pids.mkdir()
     scores, going = logdir / "scores.jsonl", threading.Event()
@@ -287,8 +289,9 @@ def test_when_a_node_dies_another_actor_goes_on_elsewhere_and_the_run_comes_to_i
 
     def attack():
         until(lambda: scores.exists() and len(scores.read_text().splitlines()) > 3)
-        cluster.remove_node(cluster.second, allow_graceful=False)
-        cluster.second = cluster.add_node(num_cpus=1)
+        left = available_resources_per_node()
+        (busy,) = (node for node in cluster.others if left[node.node_id].get("CPU", 0) < 1)
+        cluster.remove_node(busy, allow_graceful=False)
 
     thread = threading.Thread(target=attack)
     going.set()
