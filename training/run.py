@@ -182,7 +182,8 @@ class Run:
                 save_config(self.config, self.logdir)
             if self.config.eval_episode_num:
                 (self.logdir / "eval_eps").mkdir(exist_ok=True)
-            writer = EpisodeWriter(self.logdir / "train_eps", own.envs, own.dataset_size, held, mine, self.background)
+            later = {} if own.collect == "async" else {"later": self.background}  # the journal keeps what is in no file
+            writer = EpisodeWriter(self.logdir / "train_eps", own.envs, own.dataset_size, held, mine, **later)
         except OSError as error:
             raise UserError(f"--logdir {self.config.logdir}: {error.strerror}") from None
         stack.callback(self.background.close)
