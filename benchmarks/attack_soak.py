@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 CAPACITY = 1000  # agent steps of the replay
 RATIO = 256  # replayed steps for each: 8 updates
 PER_STEP = RATIO // (4 * 8)
-GROWTH = 8.0  # MB of memory for 10,000 updates, all processes together, from which on it counts as a leak
+GROWTH = 2.0  # MB of memory for 10,000 updates, all processes together, from which on it counts as a leak
 ENOUGH = 2000  # updates at capacity, fewer of which say nothing about memory
 WORDS = (
     f"--configs debug --task dummy_multi --size 16 16 --envs 2 --parallel true --time_limit 50 --train_ratio {RATIO}"
