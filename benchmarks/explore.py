@@ -19,9 +19,9 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from benchmarks.family import MISSING, cell_curve, draw, is_done, lines, run_all
-from benchmarks.pages import markdown, mean_and_error, put_between, write_between
+from benchmarks.pages import markdown, mean_and_error, publish
 from envs.dummy import MAZES, Maze
-from tools import Parser, UserError
+from tools import Parser
 
 # At the size of quickstart. Positions weigh ten times as much: cells are a ninth apart. 33 steps are half an episode.
 BASE = """--steps 4000 --eval_every 0 --eval_episode_num 0 --video_pred_log false --compile true --loss_scales.rec 10
@@ -48,20 +48,7 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, default=3, help="runs of each, one with a television (default: 3)")
     parser.add_argument("--finished", action="store_true", help="run nothing; tell what is finished")
     parser.add_argument("--plot", action="store_true", help="draw OUT.png")
-    parser.add_argument("--write", metavar="PAGE", help="put the table between its markers in this file")
-    parser.set_defaults(processes=1)
-    try:
-        args = parser.parse_args(argv)
-        if args.write:  # so that a missing marker is reported before the runs
-            put_between(pathlib.Path(args.write).read_text(encoding="utf-8"), args.command, "")
-        text = COMMANDS[args.command](args)
-        print(text)
-        if args.write:
-            write_between(args.write, args.command, text)
-    except (UserError, OSError) as error:
-        print(f"explore.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return publish(parser, argv, lambda args: COMMANDS[args.command](args), processes=1)
 
 
 def flags_of(name, task, seed):

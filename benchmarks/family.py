@@ -23,7 +23,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from agents.random import Random
 from benchmarks import goal
-from benchmarks.pages import markdown, mean_and_error, put_between, write_between
+from benchmarks.pages import markdown, mean_and_error, publish
 from envs import make_envs
 from envs.dummy import Maze
 from specs import act_spec, step_layout
@@ -94,19 +94,7 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, default=3, help="runs of each (default: 3)")
     parser.add_argument("--processes", type=int, default=1, help="runs at the same time (default: 1)")
     parser.add_argument("--finished", action="store_true", help="run nothing; tell what is finished")
-    parser.add_argument("--write", metavar="PAGE", help="put the table between its markers in this file")
-    try:
-        args = parser.parse_args(argv)
-        if args.write:  # so that a missing marker is reported before the runs
-            put_between(pathlib.Path(args.write).read_text(encoding="utf-8"), args.command, "")
-        text = COMMANDS[args.command](args)
-        print(text)
-        if args.write:
-            write_between(args.write, args.command, text)
-    except (UserError, OSError) as error:
-        print(f"family.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return publish(parser, argv, lambda args: COMMANDS[args.command](args))
 
 
 def run_all(jobs, args):

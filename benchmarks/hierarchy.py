@@ -23,14 +23,14 @@ from agents import make_agent
 from agents.random import Random
 from behaviors.goals import max_cosine
 from benchmarks.family import eval_curve, final_scores, is_done, lines, run_all
-from benchmarks.pages import markdown, put_between, write_between
+from benchmarks.pages import markdown, publish
 from envs import make_envs
 from modalities import obs_spec
 from ops.distributions import one_hot
 from ops.random import drawing_from, rand
 from replay.sampling import make_replay
 from specs import act_spec, step_layout
-from tools import Parser, UserError, derive_seed
+from tools import Parser, derive_seed
 from training.checkpoint import atomic_save
 from training.config import CONFIGS, load_config
 from training.driver import Driver
@@ -63,20 +63,7 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, default=3, help="runs of each (default: 3)")
     parser.add_argument("--flags", default="", help="more flags of dreamer.py for every run, such as another --task")
     parser.add_argument("--finished", action="store_true", help="run nothing; tell what is finished")
-    parser.add_argument("--write", metavar="PAGE", help="put the table between its markers in this file")
-    try:
-        args = parser.parse_args(argv)
-        args.processes = 1
-        if args.write:  # so that a missing marker is reported before the runs
-            put_between(pathlib.Path(args.write).read_text(encoding="utf-8"), args.command, "")
-        text = COMMANDS[args.command](args)
-        print(text)
-        if args.write:
-            write_between(args.write, args.command, text)
-    except (UserError, OSError) as error:
-        print(f"hierarchy.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return publish(parser, argv, lambda args: COMMANDS[args.command](args), processes=1)
 
 
 def run(args, presets, flags, name, count):

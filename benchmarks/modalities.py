@@ -19,11 +19,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from agents.random import Random
 from benchmarks.family import MISSING, eval_curve, is_done, lines, run_all
-from benchmarks.pages import machine, markdown, mean_and_error, put_between, write_between
+from benchmarks.pages import machine, markdown, mean_and_error, publish
 from envs import make_envs
 from envs.dummy_told import All, Instruction, New, Tone
 from specs import act_spec, step_layout
-from tools import Parser, UserError, derive_seed
+from tools import Parser, derive_seed
 from training.config import CONFIGS, load_config
 from training.evaluation import Evaluation
 
@@ -92,28 +92,20 @@ def main(argv=None):
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="some of them (default: all)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each (default: 3)")
     parser.add_argument("--finished", action="store_true", help="run nothing; tell what is finished")
-    parser.add_argument("--write", metavar="PAGE", help="put the table between its markers in this file")
-    try:
-        args = parser.parse_args(argv)
-        args.processes = 1
-        if args.write:  # so that a missing marker is reported before the runs
-            put_between(pathlib.Path(args.write).read_text(encoding="utf-8"), "modalities", "")
-        text = compare(args)
-        sound, words = newest(args, "tone", "wav"), newest(args, "instruction", "md")
-        if words:
-            rows = words.read_text(encoding="utf-8").splitlines()[:ROWS]
-            text += "\n\nWhat was said, and what the model of a run says:\n\n" + "\n".join(rows)
-        if sound and args.write:
-            picture = pathlib.Path(args.write).with_suffix(".png")
-            draw(sound, picture)
-            text += f"\n\n![Spectra of tones, and of what the model of a run predicts]({picture.name})"
-        print(text)
-        if args.write:
-            write_between(args.write, "modalities", text)
-    except (UserError, OSError) as error:
-        print(f"modalities.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return publish(parser, argv, told, "modalities", processes=1)
+
+
+def told(args):
+    """Return the table, examples of texts, and a picture of a sound if there is a page beside which it can be."""
+    text, sound, words = compare(args), newest(args, "tone", "wav"), newest(args, "instruction", "md")
+    if words:
+        rows = words.read_text(encoding="utf-8").splitlines()[:ROWS]
+        text += "\n\nWhat was said, and what the model of a run says:\n\n" + "\n".join(rows)
+    if sound and args.write:
+        picture = pathlib.Path(args.write).with_suffix(".png")
+        draw(sound, picture)
+        text += f"\n\n![Spectra of tones, and of what the model of a run predicts]({picture.name})"
+    return text
 
 
 def compare(args):

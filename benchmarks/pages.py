@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 import platform
+import sys
 
 import numpy as np
 
@@ -70,3 +71,28 @@ def machine():
     return (
         f"{processor()}, {len(all_cores()) or os.cpu_count()} cores{load}, Python {platform.python_version()}, {today}"
     )
+
+
+def publish(parser, argv, text_of, marker=None, **defaults):
+    """Run the command line of a benchmark that prints a text, and puts it between markers of the page --write.
+
+    Args:
+      parser: Parser with --write; text_of: function of the arguments that returns the text.
+      marker: name of the markers; the argument `command` if it is None; defaults: of arguments that nobody gives.
+    Returns: the exit status.
+    """
+    parser.add_argument("--write", metavar="PAGE", help="put the table between its markers in this file")
+    parser.set_defaults(**defaults)
+    try:
+        args = parser.parse_args(argv)
+        name = marker or args.command
+        if args.write:  # so that a missing marker is reported before the runs
+            put_between(pathlib.Path(args.write).read_text(encoding="utf-8"), name, "")
+        text = text_of(args)
+        print(text)
+        if args.write:
+            write_between(args.write, name, text)
+    except (UserError, OSError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -26,7 +26,7 @@ from agents.policy import load_policy
 from agents.random import Random
 from agents.world_models import WorldModels
 from benchmarks.family import MISSING, final_scores, lines
-from benchmarks.pages import digits, markdown, mean_and_error, put_between, write_between
+from benchmarks.pages import digits, markdown, mean_and_error, publish
 from envs import make_env, make_envs
 from modalities import obs_spec
 from ops.random import drawing_from, make_generator
@@ -57,21 +57,14 @@ def main(argv=None):
     parser.add_argument("--out", type=pathlib.Path, help="where the runs are; the plot is OUT.png")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each (default: 3)")
     parser.add_argument("--finished", action="store_true", help="run nothing; tell what is finished")
-    parser.add_argument("--write", metavar="PAGE", help="put the table between its markers in this file")
-    try:
-        args = parser.parse_args(argv)
-        if not args.out and args.command != "throughput":
-            raise UserError(f"{args.command} needs an --out")
-        if args.write:  # so that a missing marker is reported before the runs
-            put_between(pathlib.Path(args.write).read_text(encoding="utf-8"), args.command, "")
-        text = COMMANDS[args.command](args)
-        print(text)
-        if args.write:
-            write_between(args.write, args.command, text)
-    except (UserError, OSError) as error:
-        print(f"world_models.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return publish(parser, argv, told)
+
+
+def told(args):
+    """Return what a command has to tell."""
+    if not args.out and args.command != "throughput":
+        raise UserError(f"{args.command} needs an --out")
+    return COMMANDS[args.command](args)
 
 
 def call(flags, logdir):
