@@ -64,7 +64,7 @@ print(f"{1e3 * each:.2f} ms for 64x64 pixels, {name}")
 
 
 class NotChecked(Exception):
-    """What a check needs is not there; the text says what."""
+    """Raised where a check lacks what it needs; the text says what."""
 
 
 # ---------------------------------------------------------------------------

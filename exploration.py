@@ -46,7 +46,7 @@ NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 class Rewards:
-    """What a behavior is rewarded by: called with a Rollout, the weighted sum (H + 1, N) of all its rewards.
+    """The rewards of a behavior: called with a Rollout, the weighted sum (H + 1, N) of all its rewards.
 
     Args:
       parts: {name: function of a Rollout -> (H + 1, N)}, on arriving; `extr` is the task's, all others are intrinsic.

@@ -105,7 +105,7 @@ def reach(args):
 
 
 def worker(args):
-    """How near a worker comes to states of the replay within the time of a goal, against one that acts at random."""
+    """Return a table of how near a worker and a random one come to replayed states within the time of a goal."""
     rows = []
     for seed in range(args.seeds):
         found = alone(args, seed)
