@@ -1,11 +1,11 @@
 """The command line as a newcomer meets it: without packages, installed by pip, cleaned up."""
 
-import importlib.util
 import os
 import pathlib
 import re
 import subprocess
 import sys
+from importlib.machinery import PathFinder
 
 import pytest
 
@@ -60,7 +60,7 @@ def test_what_is_demanded_is_what_the_requirements_pin():
 
 @pytest.mark.parametrize("words", [["."], ["-e", "."]])
 def test_pip_is_told_in_one_line_that_nothing_is_to_be_installed(tmp_path, words):
-    if importlib.util.find_spec("pip") is None:  # to import it would keep the compiler from setuptools in this process
+    if PathFinder.find_spec("pip") is None:  # importlib.util's asks setuptools, which then hides itself from compilers
         pytest.skip("there is no pip")
     quiet = ["--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]
     quiet += ["--target", tmp_path]

@@ -734,19 +734,24 @@ def test_the_keys_of_this_version():
     assert "or a time such as 10m" in error(load_config, ["--save_every", "10d"], CONFIGS)
 
 
-def test_reading_the_file_takes_a_quarter_of_a_second_at_most():
+def test_reading_the_file_takes_little_more_than_parsing_its_defaults():
     code = """
 import sys, time
 from training.config import CONFIGS, UserError, load_config
+from training.settings import yaml12
+text = CONFIGS.read_text()
+defaults = text[text.index("defaults:") : text.index("size1m:")]
 start = time.process_time()
+yaml12().load(defaults)
+parsed = time.process_time()
 try:
     load_config(["--batch_sise", "3"], CONFIGS)
 except UserError:
-    print(time.process_time() - start)
+    print((time.process_time() - parsed) / (parsed - start))
 """
     run = [sys.executable, "-c", code]
-    taken = [float(subprocess.check_output(run, cwd=CONFIGS.parent, text=True)) for _ in range(3)]
-    assert min(taken) < 0.25, taken
+    ratios = [float(subprocess.check_output(run, cwd=CONFIGS.parent, text=True)) for _ in range(3)]
+    assert min(ratios) < 1.5, ratios
 
 
 # Help
