@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import ops.distributions as dists
-from ops.layers import DREAMERV3, MLP, BlockLinear, LayerNorm, Linear, Norm
+from ops.layers import DREAMERV3, MLP, Blend, BlockLinear, LayerNorm, Linear, Norm
 from ops.scan import call_step, scan
 from tools import UserError
 
@@ -163,14 +163,14 @@ class BlockGRU(nn.Module):
         """(N, D), (N, S K) and a prepared action (N, hidden) -> the next deter (N, D)"""
         slices = deter.view(deter.shape[0], self.blocks, -1)
         inputs = torch.cat([self.embed_deter(deter), self.embed_stoch(stoch), embedded], -1)
-        x = self.hidden[0].first(slices) + self.hidden[0].last(inputs).view(slices.shape)
+        x = self.hidden[0].first(slices) + self.hidden[0].last(inputs)
         x = self.norms[0](x.reshape(deter.shape)).view(slices.shape)
         for linear, norm in zip(self.hidden[1:], self.norms[1:], strict=True):
             x = norm(linear(x).reshape(deter.shape)).view(slices.shape)
         reset, cand, update = self.gates(x).chunk(3, -1)
         cand = torch.tanh(torch.sigmoid(reset) * cand)
         update = torch.sigmoid(update - 1)
-        return torch.lerp(slices, cand, update).reshape(deter.shape)
+        return Blend.apply(slices, cand, update).reshape(deter.shape)
 
 
 class DenseGRU(nn.Module):
@@ -212,7 +212,7 @@ class GRU(nn.Module):
     def forward(self, x, deter):
         (reset, update, cand), (reset_, update_, cand_) = self.inputs(x).chunk(3, -1), self.state(deter).chunk(3, -1)
         cand = torch.tanh(cand + torch.sigmoid(reset + reset_) * cand_)
-        return torch.lerp(cand, deter, torch.sigmoid(update + update_))
+        return Blend.apply(cand, deter, torch.sigmoid(update + update_))
 
 
 class ResetFirstGRU(nn.Module):
@@ -228,7 +228,7 @@ class ResetFirstGRU(nn.Module):
     def forward(self, x, deter):
         reset, update = torch.sigmoid(self.gates(torch.cat([x, deter], -1))).chunk(2, -1)
         cand = torch.tanh(self.cand(torch.cat([x, reset * deter], -1)))
-        return torch.lerp(cand, deter, update)
+        return Blend.apply(cand, deter, update)
 
 
 class NormGRU(nn.Module):
@@ -245,7 +245,7 @@ class NormGRU(nn.Module):
     def forward(self, x, deter):
         reset, cand, update = self.norm(self.linear(torch.cat([x, deter], -1))).chunk(3, -1)
         cand = torch.tanh(torch.sigmoid(reset) * cand)
-        return torch.lerp(deter, cand, torch.sigmoid(update - 1))
+        return Blend.apply(deter, cand, torch.sigmoid(update - 1))
 
 
 BiasedNormGRU = functools.partial(NormGRU, bias=True)
@@ -305,7 +305,7 @@ class OneHotLatent:
 
     def dist(self, logits):
         """(..., S K) -> distribution with batch shape (..., S)"""
-        return dists.OneHot(logits.unflatten(-1, self.shape), self.unimix)
+        return dists.OneHot(logits.unflatten(-1, self.shape), self.unimix, logits.dtype)
 
     def noise(self, shape, device):
         """Draw noise for states of batch shape `shape`: (*shape, S)."""

@@ -202,6 +202,8 @@ class Dreamer:
         for behavior in (self.behavior, self.expl_behavior):
             if behavior:
                 behavior.compile_parts()
+        if self.device.type == "cuda":
+            compile_rest(self)
 
     # -- acting
 
@@ -322,6 +324,17 @@ def make(obs_spec, act_spec, config, device, dtype):
     if recorded:
         capture_parts(agent, Graphs(functools.partial(no_graphs, config)))
     return agent
+
+
+def compile_rest(agent):
+    """Compile what a GPU would get as many small kernels, besides: encoder, predictions and the losses of replay.
+
+    On a CPU, to trace them at every start takes longer than they save in hours.
+    """
+    behaviors = [behavior for behavior in (agent.behavior, agent.expl_behavior) if behavior]
+    calls = [(agent.world, "encode"), (agent.world, "losses"), *((behavior, "replay_losses") for behavior in behaviors)]
+    for part, name in calls:
+        setattr(part, name, torch.compile(getattr(part, name), dynamic=False))
 
 
 def remat_parts(agent):

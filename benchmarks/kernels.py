@@ -5,10 +5,9 @@
 
 An operation that PyTorch dispatches counts as one kernel, forward, backward and optimizer; views and allocations launch
 none; one on lists of tensors (`_foreach_`) as many as PyTorch's packing of them needs, or one for each tensor where the
-shapes of the lists differ. They are dispatched on the CPU, in bf16 as on a GPU, with a batch of one sequence: nothing
-that they are depends on the device (but for PyTorch's own Adam) or on the size of the batch. The update is as it is
-written: compilation joins many of these. --against shows the share of a file that another version of this project has
-written.
+shapes of the lists differ. They are dispatched on the CPU, in bf16, but norms and LaProp as they are written for a GPU.
+The batch has two sequences: more of them launch no more kernels. The update is as it is written: compilation joins many
+of these. --against shows the share of a file that another version of this project has written.
 """
 
 import argparse
@@ -18,12 +17,17 @@ import json
 import math
 import pathlib
 import sys
+from unittest import mock
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import ops.layers
+import ops.optim
 from agents.dreamer import Dreamer
 from benchmarks.timing import random_steps
 from envs import make_envs
@@ -53,6 +57,8 @@ class Kernels(TorchDispatchMode):
 
 def launches(name, args):
     """Return how many kernels an operation launches."""
+    if name == "rms_norm_backward":
+        return 2
     lists = [arg for arg in args if isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], torch.Tensor)]
     if not name.startswith("_foreach_") or not lists:
         return 1
@@ -61,14 +67,53 @@ def launches(name, args):
     return math.ceil(len(lists[0]) / PACKED[min(len(lists), max(PACKED))])
 
 
+@torch.library.custom_op("kernels::rms_norm", mutates_args=())
+def rms_norm(x: torch.Tensor, scale: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return x / rms(x) * scale, and 1 / rms(x) (..., 1): a kernel of CUDA's."""
+    inverse = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return x * inverse * scale, inverse
+
+
+@torch.library.custom_op("kernels::rms_norm_backward", mutates_args=())
+def rms_norm_backward(
+    grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, inverse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients of x and scale: two kernels of CUDA's."""
+    unit, pulled = x * inverse, grad * scale
+    pull = (pulled * unit).mean(-1, keepdim=True)
+    return inverse * (pulled - unit * pull), (grad * unit).flatten(0, -2).sum(0)
+
+
+def keep_norm(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:2], output[1])
+
+
+rms_norm.register_autograd(
+    lambda ctx, grad, _: (*rms_norm_backward(grad, *ctx.saved_tensors), None), setup_context=keep_norm
+)
+
+
+@contextlib.contextmanager
+def kernels_of_cuda():
+    """Let norms and the optimizer take the operations that they take on CUDA, in the body."""
+    with (
+        mock.patch.object(ops.layers, "has_norm_kernel", lambda device: True),
+        mock.patch.object(ops.optim, "repeats", lambda device: True),
+        mock.patch.object(F, "rms_norm", lambda x, shape, scale, eps: rms_norm(x, scale, eps)[0]),
+    ):
+        yield
+
+
+@kernels_of_cuda()
 def count(config):
-    """Return the Kernels of one update of a configuration, on one sequence of its length."""
+    """Return the Kernels of one update of a configuration, on two sequences of its length."""
     with contextlib.closing(make_envs(config, "train", 1)) as envs:
         spaces = envs.obs_space, envs.act_space
     specs = obs_spec(spaces[0]), act_spec(spaces[1])
     agent = Dreamer(*specs, config, "cpu", torch.bfloat16)
-    steps = random_steps(spaces[0], specs[1], config.batch_length)
-    batch = agent.batch({key: value[None] for key, value in steps.items()})
+    steps = [random_steps(spaces[0], specs[1], config.batch_length) for _ in range(2)]
+    batch = agent.batch({key: np.stack([step[key] for step in steps]) for key in steps[0]})
     agent.update(*batch)  # the first of some optimizers makes their state
     with Kernels() as kernels:
         agent.update(*batch)

@@ -15,9 +15,9 @@ from ops.math import symexp, symlog
 from ops.random import rand, randn
 
 
-def one_hot(index, classes):
-    """Encode integers (...) below `classes` as (..., classes) float32; unlike PyTorch's own, without a host sync."""
-    return (index[..., None] == torch.arange(classes, device=index.device)).float()
+def one_hot(index, classes, dtype=torch.float32):
+    """Encode integers (...) below `classes` as (..., classes); unlike PyTorch's own, without a host sync."""
+    return (index[..., None] == torch.arange(classes, device=index.device)).to(dtype)
 
 
 def one_hots(index, classes):
@@ -26,16 +26,22 @@ def one_hots(index, classes):
     return torch.cat([one_hot(part, size) for part, size in parts], -1)
 
 
+def concatenated(parts):
+    """Join tensors on the last axis; one alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
 class StraightThrough(torch.autograd.Function):
     """Return the first argument with the gradient of the second: hard + probs - sg(probs), as one operation."""
 
     @staticmethod
     def forward(ctx, hard, probs):
+        ctx.dtype = probs.dtype
         return hard
 
     @staticmethod
     def backward(ctx, grad):
-        return None, grad
+        return None, grad.to(ctx.dtype)
 
 
 class OneHot:
@@ -46,12 +52,14 @@ class OneHot:
     Args:
       logits: (..., K)
       unimix: share of the uniform distribution, 0 for a plain categorical.
+      dtype: of what `sample` and `mode` return.
     """
 
-    def __init__(self, logits, unimix=0.0):
+    def __init__(self, logits, unimix=0.0, dtype=torch.float32):
         probs = logits.float().softmax(-1)
-        self.probs = (1 - unimix) * probs + unimix / logits.shape[-1] if unimix else probs
+        self.probs = torch.add(torch.tensor(unimix / logits.shape[-1]), probs, alpha=1 - unimix) if unimix else probs
         self.raw = None if unimix else logits.float()
+        self.dtype = dtype
 
     @property
     def logits(self):
@@ -62,6 +70,7 @@ class OneHot:
         """Return the same distribution without gradient."""
         other = object.__new__(type(self))
         other.probs, other.raw = self.probs.detach(), None if self.raw is None else self.raw.detach()
+        other.dtype = self.dtype
         return other
 
     @staticmethod
@@ -80,7 +89,7 @@ class OneHot:
 
     def straight_through(self, index):
         """Return the one-hot of a class index (...), with the gradient of the probabilities."""
-        return StraightThrough.apply(one_hot(index, self.probs.shape[-1]), self.probs)
+        return StraightThrough.apply(one_hot(index, self.probs.shape[-1], self.dtype), self.probs)
 
     def log_prob(self, value):
         """Return the log-probability (...) of one-hot vectors (..., K)."""
@@ -111,10 +120,10 @@ class MultiOneHot:
     def sample(self, noise):
         """Draw one-hots (..., sum(classes)). noise: (..., number of variables), uniform."""
         parts = zip(self.parts, noise.unbind(-1), strict=True)
-        return torch.cat([part.sample(part_noise) for part, part_noise in parts], -1)
+        return concatenated([part.sample(part_noise) for part, part_noise in parts])
 
     def mode(self):
-        return torch.cat([part.mode() for part in self.parts], -1)
+        return concatenated([part.mode() for part in self.parts])
 
     def log_prob(self, value):
         parts = zip(self.parts, value.split(self.classes, -1), strict=True)
@@ -284,10 +293,10 @@ class Joint:
 
     def sample(self, noise):
         parts = zip(self.parts, noise.split(self.noises, -1), strict=True)
-        return torch.cat([part.sample(part_noise) for part, part_noise in parts], -1)
+        return concatenated([part.sample(part_noise) for part, part_noise in parts])
 
     def mode(self):
-        return torch.cat([part.mode() for part in self.parts], -1)
+        return concatenated([part.mode() for part in self.parts])
 
     def log_prob(self, value):
         parts = zip(self.parts, value.split(self.widths, -1), strict=True)

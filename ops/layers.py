@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ops.scan import product
+from ops.scan import product, seen
 
 EPS = 1e-4  # added to the mean square in norms
 
@@ -105,8 +105,8 @@ class BlockLinear(nn.Module):
         return product(x, self.kernel[:, : x.shape[-1]])
 
     def last(self, x):
-        """Return the contribution of last inputs that all slices share, with the bias: (N, n) -> (N, out)."""
-        return product(x, self.kernel[:, -x.shape[-1] :].transpose(0, 1).flatten(1), self.bias)
+        """Return the contribution of last inputs that all slices share, with the bias: (N, n) -> as `forward`."""
+        return product(x, self.kernel[:, -x.shape[-1] :], self.bias.view(len(self.kernel), -1))
 
 
 @contextlib.contextmanager
@@ -118,9 +118,14 @@ def cast_once(dtype, *modules):
     layers = [layer for module in modules for layer in module.modules() if isinstance(layer, (Linear, BlockLinear))]
     places = [(layer._parameters, name) for layer in layers for name in layer._parameters]
     kept = [params[name] for params, name in places]
+    others = [param.detach() for param in kept if param is not None and param.dtype != dtype]
+    casts = [torch.empty_like(param, dtype=dtype) for param in others]
+    if others:
+        torch._foreach_copy_(casts, others)  # one kernel for as many as it takes
+    casts = iter(casts)
     try:
         for (params, name), param in zip(places, kept, strict=True):
-            params[name] = param if param is None or param.dtype == dtype else param.detach().to(dtype)
+            params[name] = param if param is None or param.dtype == dtype else next(casts)
         yield
     finally:
         for (params, name), param in zip(places, kept, strict=True):
@@ -220,7 +225,7 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(size))
 
     def forward(self, x):
-        return F.rms_norm(x.float(), self.scale.shape, self.scale, EPS).to(x.dtype)
+        return F.rms_norm(x.float(), self.scale.shape, seen(self.scale), EPS).to(x.dtype)
 
 
 class NormSiLU(torch.autograd.Function):
@@ -257,17 +262,25 @@ class NormSiLU(torch.autograd.Function):
         return grad_x.to(x.dtype), pull.reshape(-1, x.shape[-1]).sum(0), None
 
 
+def has_norm_kernel(device):
+    """Whether PyTorch computes an RMS norm in one kernel on a device, and its gradient in two."""
+    return device.type == "cuda"
+
+
 class Norm(RMSNorm):
-    """Fused RMSNorm and SiLU, which follow every hidden layer of DreamerV3."""
+    """RMSNorm and SiLU, which follow every hidden layer of DreamerV3, in as few operations as a device allows."""
 
     def __init__(self, size):
         super().__init__(size)
         self.register_buffer("eps", torch.tensor(EPS), persistent=False)
 
     def forward(self, x):
+        scale = seen(self.scale)
+        if has_norm_kernel(x.device):
+            return F.silu(F.rms_norm(x.float(), scale.shape, scale, EPS)).to(x.dtype)
         if torch.is_grad_enabled():
-            return NormSiLU.apply(x, self.scale, self.eps)
-        return NormSiLU.compute(x, self.scale, self.eps)[0]
+            return NormSiLU.apply(x, scale, self.eps)
+        return NormSiLU.compute(x, scale, self.eps)[0]
 
 
 class LayerNorm(nn.Module):
@@ -279,7 +292,7 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(size))
 
     def forward(self, x):
-        return F.layer_norm(x.float(), self.scale.shape, self.scale, self.bias, 1e-3).to(x.dtype)
+        return F.layer_norm(x.float(), self.scale.shape, seen(self.scale), seen(self.bias), 1e-3).to(x.dtype)
 
 
 NORMS = {"rms": RMSNorm, "layer": LayerNorm, "layer_bias": LayerNorm, "none": lambda size: nn.Identity()}
@@ -291,6 +304,21 @@ def norm_act(size, style):
     if style.norm == "rms" and style.act == "silu":
         return Norm(size)
     return nn.Sequential(NORMS[style.norm](size), ACTS[style.act]())
+
+
+class Blend(torch.autograd.Function):
+    """Go from a to b by a share w of the way, all of one shape: `torch.lerp` with two operations less backward."""
+
+    @staticmethod
+    def forward(ctx, a, b, w):
+        ctx.save_for_backward(a, b, w)
+        return torch.lerp(a, b, w)
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, b, w = ctx.saved_tensors
+        on_b = grad * w
+        return grad - on_b, on_b, grad * (b - a)
 
 
 class MLP(nn.Sequential):

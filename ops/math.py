@@ -30,13 +30,7 @@ def lambda_return(last, term, reward, boot, disc, lam):
     live = (1 - term.float())[..., 1:] * disc
     cont = (1 - last.float())[..., 1:] * lam
     base = reward[..., 1:] + live * (1 - cont) * boot[..., 1:]
-    decay = live * cont
-    ret = boot[..., -1]
-    rets = []
-    for t in reversed(range(base.shape[-1])):
-        ret = base[..., t] + decay[..., t] * ret
-        rets.append(ret)
-    return torch.stack(rets[::-1], -1)
+    return discounted_sums(base, live * cont, boot[..., -1:])
 
 
 def lambda_target(reward, value, disc, lam):
@@ -50,8 +44,27 @@ def lambda_target(reward, value, disc, lam):
     Returns: (H, N)
     """
     base, decay = reward[:-1] + (1 - lam) * disc[:-1] * value[1:], lam * disc[:-1]  # (H, N)
-    target, targets = value[-1], []
-    for t in reversed(range(len(base))):
-        target = base[t] + decay[t] * target
-        targets.append(target)
-    return torch.stack(targets[::-1])
+    return discounted_sums(base.T, decay.T, value[-1:].T).T
+
+
+def discounted_sums(base, decay, last):
+    """Return x[t] = base[t] + decay[t] x[t + 1], where x[T] = last, by log2(T) operations on whole sequences.
+
+    What x[t] is in terms of x[t + n] follows for twice the n from itself, n steps later (Hillis and Steele, 1986).
+
+    Args:
+      base, decay: (..., T); last: (..., 1).
+    Returns: (..., T)
+    """
+    base, decay = torch.cat([base, last], -1), torch.cat([decay, torch.zeros_like(last)], -1)  # x[T] = last + 0
+    n = 1
+    while n < base.shape[-1]:
+        here, later = slice(None, -n), slice(n, None)
+        tails = base[..., -n:], decay[..., -n:]
+        base, decay = (
+            torch.addcmul(base[..., here], decay[..., here], base[..., later]),
+            decay[..., here] * decay[..., later],
+        )
+        base, decay = (torch.cat(pair, -1) for pair in zip((base, decay), tails, strict=True))
+        n *= 2
+    return base[..., :-1]

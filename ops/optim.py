@@ -10,6 +10,11 @@ from ops.collectives import average_
 TINY = 1e-17
 
 
+def repeats(device):
+    """Whether to repeat a factor for each number is faster than to launch a kernel for each factor."""
+    return device.type == "cuda"
+
+
 class LaProp:
     """Optimizer of DreamerV3: AGC per tensor, then RMS normalization, then momentum (arXiv:2002.04839).
 
@@ -30,6 +35,7 @@ class LaProp:
         self.flat = torch.cat([param.detach().reshape(-1).float() for param in self.params])
         self.grad, self.nu, self.mu = (torch.zeros_like(self.flat) for _ in range(3))
         self.count = torch.zeros((), device=self.flat.device)
+        self.sizes = torch.tensor([param.numel() for param in self.params], device=self.flat.device)
         for param, value, grad in zip(self.params, self.views(self.flat), self.views(self.grad), strict=True):
             param.data, param.grad = value, grad
 
@@ -56,7 +62,7 @@ class LaProp:
         rate = self.learning_rate()
         if self.agc:
             limits = self.agc * torch.stack(torch._foreach_norm(self.params)).clamp(min=1e-3)
-            torch._foreach_mul_(grads, list((limits / norms.clamp(min=1e-30)).clamp(max=1).unbind()))
+            self.scale_gradients((limits / norms.clamp(min=1e-30)).clamp(max=1))
         self.count += 1
         grad = torch.nn.functional.hardshrink(self.grad, TINY)
         self.nu.mul_(self.beta2).addcmul_(grad, grad, value=1 - self.beta2)
@@ -65,6 +71,13 @@ class LaProp:
         self.mu.lerp_(scaled, 1 - self.beta1)
         self.flat.addcmul_(self.mu, -rate / (1 - self.beta1**self.count))
         return {"grad_norm": norms.square().sum().sqrt(), "lr": rate}
+
+    def scale_gradients(self, factors):
+        """Multiply the gradient of each parameter by its own factor, (number of parameters,), in place."""
+        if repeats(factors.device):
+            self.grad.mul_(torch.repeat_interleave(factors, self.sizes, output_size=len(self.grad)))
+        else:
+            torch._foreach_mul_([param.grad for param in self.params], list(factors.unbind()))
 
     def scales(self, names):
         """Return {name: what a gradient is multiplied by before momentum, in the parameter's shape}; 0 at first."""

@@ -8,7 +8,7 @@ import torch.nn as nn
 
 import models
 from benchmarks import kernels
-from ops.layers import Linear, cast_once
+from ops.layers import Linear, Norm, cast_once
 from ops.random import drawing_from
 from tests.factories import SPACES, initial, make_batch, make_config, make_dreamer, shake
 
@@ -43,4 +43,29 @@ def test_an_update_in_bf16_casts_parameters_once_for_all_imagined_steps_and_is_t
         counts.append(counted.counts)
     assert losses[0] == losses[1]
     assert counts[0]["_to_copy"] < 0.9 * counts[1]["_to_copy"]
-    assert (counts[0] - counts[1]).total() == 0  # and nothing is launched instead
+    assert (counts[0] - counts[1]).keys() == {"_foreach_copy_"}  # which is launched instead
+    assert counts[0]["_foreach_copy_"] == 1
+
+
+def test_kernels_are_counted_as_a_gpu_gets_them():
+    norm, x = Norm(8), torch.randn(3, 8, requires_grad=True)
+    expected = torch.autograd.grad(norm(x).square().sum(), [x, norm.scale])
+    with kernels.kernels_of_cuda(), kernels.Kernels() as counted:
+        found = torch.autograd.grad(norm(x).square().sum(), [x, norm.scale])
+    assert counted.counts["rms_norm"] == 1 and counted.counts["rms_norm_backward"] == 2
+    torch.testing.assert_close(found, expected)
+
+    torch.manual_seed(0)
+    agents = [shake(make_dreamer(*SPACES["proprio"], make_config()))]
+    agents.append(make_dreamer(*SPACES["proprio"], make_config()))
+    agents[1].load_state_dict(agents[0].state_dict())
+    counts = []
+    for agent, form in zip(agents, (contextlib.nullcontext, kernels.kernels_of_cuda), strict=True):
+        with form(), drawing_from(torch.Generator().manual_seed(1)), kernels.Kernels() as counted:
+            for _ in range(2):
+                agent.update(make_batch("proprio"), initial(agent))
+        counts.append(counted.counts)
+    for name, value in agents[0].nets.state_dict().items():
+        torch.testing.assert_close(agents[1].nets.state_dict()[name], value, rtol=1e-3, atol=1e-5)
+    assert sum(counts[1].values()) < 0.8 * sum(counts[0].values())
+    assert "_foreach_mul_" in counts[0] and "_foreach_mul_" not in counts[1]

@@ -5,7 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ops.scan
-from ops.layers import BlockLinear, Linear
+from benchmarks import kernels
+from ops.layers import BlockLinear, Linear, Norm
 from ops.scan import Scan, call_step, product
 from tests.factories import make_agent, make_batch, shake, world_losses
 
@@ -115,6 +116,39 @@ def test_rows_may_lie_on_several_axes():
         return torch.sin(linear(x))
 
     torch.testing.assert_close(gradients(Scan(step, 2, (x,), call_step)), gradients(step))
+
+
+def test_blocks_may_share_an_input():
+    blocks, x = BlockLinear(4, 6, blocks=2), torch.randn(5, 4)
+    back = Linear(6, 4)
+
+    def gradients(step):
+        y = step(step(x))
+        return y, *torch.autograd.grad(y.sum(), [blocks.kernel, blocks.bias, back.kernel])
+
+    def step(x):  # half of a slice's inputs are its own, which are zeros here, and half are shared
+        return torch.sin(back(blocks.last(x[:, :1]).flatten(1)))
+
+    whole = torch.cat([torch.zeros(5, 2, 1), x[:, None, :1].expand(-1, 2, -1)], -1)
+    torch.testing.assert_close(blocks.last(x[:, :1]), blocks(whole))
+    torch.testing.assert_close(gradients(Scan(step, 2, (x,), call_step)), gradients(step))
+
+
+def test_other_weights_have_one_sum_for_their_gradient():
+    norm, x = Norm(6), torch.randn(4, 6)
+
+    def run(step):
+        y = x
+        for _ in range(10):
+            y = step(y)
+        with kernels.Kernels() as counted:
+            grads = torch.autograd.grad(y.square().sum(), [norm.scale])
+        return grads, counted.counts["add"]
+
+    plain, adds = run(norm)
+    scanned, fewer = run(Scan(norm, 10, (x,), call_step))
+    assert adds == 9 and fewer == 0
+    torch.testing.assert_close(scanned, plain)
 
 
 def test_an_error_within_a_step_leaves_layers_as_they_were():
