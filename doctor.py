@@ -212,6 +212,13 @@ def both(config):
     return captured(config, compile=True)
 
 
+def in_triton(config):
+    """Compare with an update whose posterior is computed by Triton's kernels."""
+    if machine.choose_device(config.device).type != "cuda":
+        raise NotChecked("Triton's kernels need a GPU, and this is the CPU")
+    return compared(config, **{"ops.scan": "triton"})
+
+
 # ---------------------------------------------------------------------------
 # What is timed
 
@@ -258,6 +265,7 @@ CHECKS = {
     "compiled": compiled,
     "captured": captured,
     "compiled and captured": both,
+    "by --ops.scan triton": in_triton,
     "speed": speed,
     "EGL": drawing,
 }

@@ -36,7 +36,7 @@ class WorldModel(nn.Module):
         self.dtype = dtype
         style, cont = Style(config.norm, config.act, config.init), config.cont_head
         self.encoder = MultiEncoder(obs_spec, config)
-        self.rssm = make_rssm(self.encoder.size, act_spec, config.rssm, style)
+        self.rssm = make_rssm(self.encoder.size, act_spec, config.rssm, style, config.ops.scan)
         deter, stoch = self.rssm.deter, self.rssm.latent.size
         self.feat_size = deter + stoch
         self.decoder = MultiDecoder(obs_spec, deter, stoch, config)

@@ -374,11 +374,32 @@ LATENTS = {
 }
 
 
-def make_rssm(embed, act_spec, config, style=DREAMERV3):
-    """Return the RSSM of a configuration's section `rssm`, for embeddings of width `embed` and an ActionSpec."""
+def make_rssm(embed, act_spec, config, style=DREAMERV3, scan="loop"):
+    """Return the RSSM of a configuration's section `rssm`, for embeddings of width `embed` and an ActionSpec.
+
+    scan: `loop`, or `triton` for kernels that observe on a GPU. Raises UserError where they do not know the RSSM.
+    """
     latent = LATENTS[config.latent](config)
     cell = CELLS[config.cell](config.deter, latent.size, act_spec.size, config, style)
-    return RSSM(cell, latent, embed, config, style)
+    rssm = RSSM(cell, latent, embed, config, style)
+    rssm.kernels = triton_kernels(config, style) if scan == "triton" else None
+    return rssm
+
+
+def triton_kernels(config, style):
+    """Return `ops.triton_scan.observe`."""
+    known = {"cell": "block_gru", "latent": "onehot", "dyn_layers": 1, "obs_layers": 1, "initial": "zeros"}
+    other = [f"--rssm.{key} {getattr(config, key)}" for key, value in known.items() if getattr(config, key) != value]
+    other += [
+        f"--{key} {getattr(style, key)}" for key in ("norm", "act") if getattr(style, key) != getattr(DREAMERV3, key)
+    ]
+    if other:
+        raise UserError(f"--ops.scan triton: its kernels do not know {', '.join(other)}; take --ops.scan loop")
+    try:
+        from ops import triton_scan
+    except ImportError:
+        raise UserError("--ops.scan triton: triton is missing, which comes with PyTorch for CUDA") from None
+    return triton_scan.observe
 
 
 class RSSM(nn.Module):
@@ -407,6 +428,7 @@ class RSSM(nn.Module):
         self.posterior = nn.Sequential(MLP(deter + embed, config.obs_layers, config.hidden, style), Linear(*out))
         self.start = nn.Parameter(torch.zeros(deter)) if config.initial == "learned" else None
         self.call_step = call_step
+        self.kernels = None  # or what observes in place of `scan`
 
     def compile_parts(self):
         """Compile one step of observing and one of imagining; the loops over time stay as they are written."""
@@ -461,7 +483,10 @@ class RSSM(nn.Module):
         deter, stoch = state.deter.to(embed.dtype), state.stoch.to(embed.dtype)
         initial = self.initial(deter.shape[0], deter.device, deter.dtype)
         inputs = keep, action, embed, noise.transpose(0, 1)
-        deters, stochs, logits = scan(self.observe_step, (deter, stoch), initial, inputs, self.call_step)
+        if self.kernels:
+            deters, stochs, logits = self.kernels(self, (deter, stoch), *(x.transpose(0, 1) for x in inputs))
+        else:
+            deters, stochs, logits = scan(self.observe_step, (deter, stoch), initial, inputs, self.call_step)
         return State(deters, stochs), self.latent.dist(logits)  # (B, T, ...)
 
     def observe_step(self, deter, stoch, initial, keep, action, embed, noise):

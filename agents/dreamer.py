@@ -27,7 +27,7 @@ from ops.rates import LearnedRates
 from ops.remat import checkpointed, rematerialize
 from tools import Ratio, UserError, derive_seed
 from training.console import warn_at
-from training.machine import check_compiler, choose_graphs
+from training.machine import check_compiler, check_scan, choose_graphs
 
 MODES = ("mode", "sample", "noisy", "explore")  # of acting; the last two collect data
 # What is_first (B, T) says of windows without stored latents: that each begins an episode, so that the action that led
@@ -315,6 +315,7 @@ class Dreamer:
 def make(obs_spec, act_spec, config, device, dtype):
     """Return the Dreamer of a configuration, compiled and recorded as CUDA graphs if it says so."""
     recorded = choose_graphs(config.graphs, device)
+    check_scan(config.ops.scan, device)
     agent = Dreamer(obs_spec, act_spec, config, device, dtype)
     if config.compile:
         check_compiler()

@@ -135,6 +135,12 @@ def choose_graphs(graphs: str, device: torch.device) -> bool:
     return graphs != "false" and device.type == "cuda"
 
 
+def check_scan(scan: str, device: torch.device) -> None:
+    """Raise UserError if Triton's kernels are asked for where they cannot run, but for Triton's own interpreter."""
+    if scan == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UserError("--ops.scan triton: its kernels need a GPU, and this runs on the CPU; take --ops.scan loop")
+
+
 def check_compiler() -> None:
     """Raise UserError if this machine lacks what torch.compile needs: a C++ compiler and Python's headers."""
     headers = pathlib.Path(sysconfig.get_path("include")) / "Python.h"

@@ -1,0 +1,467 @@
+"""The recurrence of DreamerV3's posterior on a GPU: one Triton kernel for all steps, and one for their gradients.
+
+A program computes one sequence and loops over time, as sequences do not depend on each other. What passes from one
+product to the next goes through memory, where the backward pass finds it again. As in `ops.scan`, gradients of kernels
+are computed afterwards, for all steps in one matrix product. `networks.RSSM.observe_step` says what is computed.
+
+Letters: B batch, T time, D deter, G blocks of W = D / G, H hidden, S groups x K classes. Names in the kernels: `pre` is
+what enters a norm, `n` sizes and `p` the next powers of two.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+from ops.layers import EPS
+
+TILE = 16  # rows of a weight that a program reads together
+
+
+class Weights(NamedTuple):
+    """Of the layers of a step, in their order: kernels (in, out), of blocks (G, in, out), scales and biases.
+
+    deter, stoch: layers of the cell's inputs; hidden: its block layer (G, W + 3 H, W); gates (G, W, 3 W); post: the
+    posterior's first layer, as far as it sees deter; logit: its output.
+    """
+
+    deter: torch.Tensor
+    deter_bias: torch.Tensor
+    deter_scale: torch.Tensor
+    stoch: torch.Tensor
+    stoch_bias: torch.Tensor
+    stoch_scale: torch.Tensor
+    hidden: torch.Tensor
+    hidden_bias: torch.Tensor
+    hidden_scale: torch.Tensor
+    gates: torch.Tensor
+    gates_bias: torch.Tensor
+    post: torch.Tensor
+    post_scale: torch.Tensor
+    logit: torch.Tensor
+    logit_bias: torch.Tensor
+
+    @classmethod
+    def of(cls, rssm):
+        """Take them from a networks.RSSM."""
+        cell, ((first, norm), out) = rssm.cell, rssm.posterior
+        inputs = (x for layer, norm in (cell.embed_deter, cell.embed_stoch) for x in (*pair(layer), norm.scale))
+        hidden = *pair(cell.hidden[0]), cell.norms[0].scale
+        return cls(*inputs, *hidden, *pair(cell.gates), first.kernel[: rssm.deter], norm.scale, *pair(out))
+
+
+def pair(layer):
+    """The kernel and the bias of a layer."""
+    return layer.kernel, layer.bias
+
+
+SCALES = {name for name in Weights._fields if name.endswith("_scale")}  # which stay in float32
+
+
+@triton.jit
+def fetch(x, n: tl.constexpr, p: tl.constexpr):
+    """Load n numbers as (p,) float32."""
+    i = tl.arange(0, p)
+    return tl.load(x + i, mask=i < n, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def put(x, value, n: tl.constexpr, p: tl.constexpr):
+    """Store the first n numbers of (p,)."""
+    i = tl.arange(0, p)
+    tl.store(x + i, value, mask=i < n)
+
+
+@triton.jit
+def product(x, w, stride: tl.constexpr, rows: tl.constexpr, n: tl.constexpr, p: tl.constexpr, tile: tl.constexpr):
+    """A vector in memory (rows,) times a weight (rows, n) whose rows are `stride` apart: (p,)."""
+    j = tl.arange(0, p)
+    total = tl.zeros((p,), tl.float32)
+    for begin in range(0, rows, tile):
+        i = begin + tl.arange(0, tile)
+        part = tl.load(x + i, mask=i < rows, other=0.0).to(tl.float32)
+        inside = (i[:, None] < rows) & (j[None, :] < n)
+        weight = tl.load(w + i[:, None] * stride + j[None, :], mask=inside, other=0.0).to(tl.float32)
+        total += tl.sum(part[:, None] * weight, 0)
+    return total
+
+
+@triton.jit
+def pull(grad, w, stride: tl.constexpr, out, rows: tl.constexpr, n: tl.constexpr, p: tl.constexpr, tile: tl.constexpr):
+    """Add a weight (rows, n) times a gradient (p,) to a vector in memory (rows,), which all threads see afterwards."""
+    j = tl.arange(0, p)
+    for begin in range(0, rows, tile):
+        i = begin + tl.arange(0, tile)
+        inside = (i[:, None] < rows) & (j[None, :] < n)
+        weight = tl.load(w + i[:, None] * stride + j[None, :], mask=inside, other=0.0).to(tl.float32)
+        before = tl.load(out + i, mask=i < rows, other=0.0)
+        tl.store(out + i, before + tl.sum(weight * grad[None, :], 1), mask=i < rows)
+    tl.debug_barrier()
+
+
+@triton.jit
+def norm_silu(pre, scale, n: tl.constexpr, eps: tl.constexpr):
+    """silu(pre / rms(pre) * scale) of (p,), zeros beyond n."""
+    y = pre * (1 / tl.sqrt(tl.sum(pre * pre, 0) / n + eps)) * scale
+    return y * tl.sigmoid(y)
+
+
+@triton.jit
+def norm_silu_gradient(grad, pre, scale, n: tl.constexpr, eps: tl.constexpr):
+    """Return the gradients of `pre` and of `scale`, (p,) each, of that of the result."""
+    inverse = 1 / tl.sqrt(tl.sum(pre * pre, 0) / n + eps)
+    unit = pre * inverse
+    y = unit * scale
+    half = tl.sigmoid(y)
+    grad = grad * half * (1 + y * (1 - half))
+    on_unit = grad * scale
+    return inverse * (on_unit - unit * (tl.sum(on_unit * unit, 0) / n)), grad * unit
+
+
+@triton.jit
+def tanh(x):
+    return 2 * tl.sigmoid(2 * x) - 1
+
+
+@triton.jit
+def probabilities(logit, inside):
+    """Softmax over the classes of (S, K); what is not inside has none."""
+    logit = tl.where(inside, logit, float("-inf"))
+    raised = tl.where(inside, tl.exp(logit - tl.max(logit, 1)[:, None]), 0.0)
+    return raised / tl.sum(raised, 1)[:, None]
+
+
+@triton.jit
+def step_of_cell(
+    deter, old_deter, old_stoch, action, pre_deter, pre_stoch, joint, pre_hidden, hidden, gates,
+    w_deter, b_deter, s_deter, w_stoch, b_stoch, s_stoch, w_hidden, b_hidden, s_hidden, w_gates, b_gates,
+    D: tl.constexpr, H: tl.constexpr, SK: tl.constexpr, G: tl.constexpr,
+    PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, eps: tl.constexpr, tile: tl.constexpr,
+):  # fmt: skip
+    """Compute the next deter of a sequence: `networks.BlockGRU.forward`."""
+    W: tl.constexpr = D // G
+    pre = product(old_deter, w_deter, H, D, H, PH, tile) + fetch(b_deter, H, PH)
+    put(pre_deter, pre, H, PH)
+    put(joint, norm_silu(pre, fetch(s_deter, H, PH), H, eps), H, PH)
+    pre = product(old_stoch, w_stoch, H, SK, H, PH, tile) + fetch(b_stoch, H, PH)
+    put(pre_stoch, pre, H, PH)
+    put(joint + H, norm_silu(pre, fetch(s_stoch, H, PH), H, eps), H, PH)
+    put(joint + 2 * H, fetch(action, H, PH), H, PH)
+    tl.debug_barrier()
+    for g in range(G):
+        first = w_hidden + g * (W + 3 * H) * W
+        own = product(old_deter + g * W, first, W, W, W, PW, tile) + fetch(b_hidden + g * W, W, PW)
+        put(pre_hidden + g * W, own + product(joint, first + W * W, W, 3 * H, W, PW, tile), W, PW)
+    tl.debug_barrier()
+    put(hidden, norm_silu(fetch(pre_hidden, D, PD), fetch(s_hidden, D, PD), D, eps), D, PD)
+    tl.debug_barrier()
+    for g in range(G):
+        x, weight, bias, into = hidden + g * W, w_gates + g * 3 * W * W, b_gates + g * 3 * W, gates + g * 3 * W
+        reset = product(x, weight, 3 * W, W, W, PW, tile) + fetch(bias, W, PW)
+        cand = product(x, weight + W, 3 * W, W, W, PW, tile) + fetch(bias + W, W, PW)
+        update = product(x, weight + 2 * W, 3 * W, W, W, PW, tile) + fetch(bias + 2 * W, W, PW)
+        put(into, reset, W, PW)
+        put(into + W, cand, W, PW)
+        put(into + 2 * W, update, W, PW)
+        old = fetch(old_deter + g * W, W, PW)
+        put(deter + g * W, old + tl.sigmoid(update - 1) * (tanh(tl.sigmoid(reset) * cand) - old), W, PW)
+    tl.debug_barrier()
+
+
+@triton.jit
+def step_of_posterior(
+    stoch, logit, deter, embed, noise, pre_post, post, w_post, s_post, w_logit, b_logit,
+    D: tl.constexpr, H: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
+    PH: tl.constexpr, PS: tl.constexpr, PK: tl.constexpr, PSK: tl.constexpr,
+    unimix: tl.constexpr, eps: tl.constexpr, tile: tl.constexpr,
+):  # fmt: skip
+    """Compute the posterior's logits of a sequence and draw from it."""
+    pre = product(deter, w_post, H, D, H, PH, tile) + fetch(embed, H, PH)
+    put(pre_post, pre, H, PH)
+    put(post, norm_silu(pre, fetch(s_post, H, PH), H, eps), H, PH)
+    tl.debug_barrier()
+    put(logit, product(post, w_logit, S * K, H, S * K, PSK, tile) + fetch(b_logit, S * K, PSK), S * K, PSK)
+    tl.debug_barrier()
+    groups, classes = tl.arange(0, PS), tl.arange(0, PK)
+    inside = (groups[:, None] < S) & (classes[None, :] < K)
+    places = groups[:, None] * K + classes[None, :]
+    out = tl.load(logit + places, mask=inside, other=0.0).to(tl.float32)
+    probs = tl.where(inside, (1 - unimix) * probabilities(out, inside) + unimix / K, 0.0)
+    drawn = tl.load(noise + groups, mask=groups < S, other=0.0).to(tl.float32)
+    passed = (drawn[:, None] >= tl.cumsum(probs, 1)) & (classes[None, :] < K - 1)
+    index = tl.sum(passed.to(tl.int32), 1)
+    tl.store(stoch + places, (classes[None, :] == index[:, None]).to(tl.float32), mask=inside)
+    tl.debug_barrier()
+
+
+@triton.jit
+def observe_kernel(
+    # what is given
+    start_deter, start_stoch, keep, action, embed, noise,
+    # weights
+    w_deter, b_deter, s_deter, w_stoch, b_stoch, s_stoch, w_hidden, b_hidden, s_hidden, w_gates, b_gates,
+    w_post, s_post, w_logit, b_logit,
+    # what is computed, and what is kept for the gradients
+    deter, stoch, logit, old_deter, old_stoch, pre_deter, pre_stoch, joint, pre_hidden, hidden, gates, pre_post, post,
+    T,
+    D: tl.constexpr, H: tl.constexpr, S: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
+    PD: tl.constexpr, PH: tl.constexpr, PS: tl.constexpr, PK: tl.constexpr, PW: tl.constexpr, PSK: tl.constexpr,
+    unimix: tl.constexpr, eps: tl.constexpr, tile: tl.constexpr,
+):  # fmt: skip
+    """Filter one sequence."""
+    SK: tl.constexpr = S * K
+    b = tl.program_id(0)
+    last_deter, last_stoch = start_deter + b * D, start_stoch + b * SK
+    for t in range(T):
+        row = b * T + t
+        kept = tl.load(keep + row).to(tl.float32)
+        put(old_deter + row * D, fetch(last_deter, D, PD) * kept, D, PD)
+        put(old_stoch + row * SK, fetch(last_stoch, SK, PSK) * kept, SK, PSK)
+        tl.debug_barrier()
+        step_of_cell(
+            deter + row * D, old_deter + row * D, old_stoch + row * SK, action + row * H, pre_deter + row * H,
+            pre_stoch + row * H, joint + row * 3 * H, pre_hidden + row * D, hidden + row * D, gates + row * 3 * D,
+            w_deter, b_deter, s_deter, w_stoch, b_stoch, s_stoch, w_hidden, b_hidden, s_hidden, w_gates, b_gates,
+            D, H, SK, G, PD, PH, PW, eps, tile,
+        )  # fmt: skip
+        step_of_posterior(
+            stoch + row * SK, logit + row * SK, deter + row * D, embed + row * H, noise + row * S,
+            pre_post + row * H, post + row * H, w_post, s_post, w_logit, b_logit,
+            D, H, S, K, PH, PS, PK, PSK, unimix, eps, tile,
+        )  # fmt: skip
+        last_deter, last_stoch = deter + row * D, stoch + row * SK
+
+
+@triton.jit
+def gradient_of_posterior(
+    back_deter, back_stoch, back_post, on_logit, on_post, grad_deter, grad_stoch, grad_logit,
+    logit, pre_post, w_post, s_post, w_logit,
+    D: tl.constexpr, H: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
+    PD: tl.constexpr, PH: tl.constexpr, PS: tl.constexpr, PK: tl.constexpr, PSK: tl.constexpr,
+    unimix: tl.constexpr, eps: tl.constexpr, tile: tl.constexpr,
+):  # fmt: skip
+    """Go from the gradients of deter, stoch and logits to that of deter alone; return that of the norm's scale."""
+    groups, classes = tl.arange(0, PS), tl.arange(0, PK)
+    inside = (groups[:, None] < S) & (classes[None, :] < K)
+    places = groups[:, None] * K + classes[None, :]
+    on = tl.load(back_stoch + places, mask=inside, other=0.0)
+    on = (1 - unimix) * (on + tl.load(grad_stoch + places, mask=inside, other=0.0).to(tl.float32))
+    shares = probabilities(tl.load(logit + places, mask=inside, other=0.0).to(tl.float32), inside)
+    on = shares * (on - tl.sum(on * shares, 1)[:, None])
+    on += tl.load(grad_logit + places, mask=inside, other=0.0).to(tl.float32)
+    tl.store(on_logit + places, on, mask=inside)
+    put(back_post, tl.zeros((PH,), tl.float32), H, PH)
+    put(back_deter, fetch(back_deter, D, PD) + fetch(grad_deter, D, PD), D, PD)
+    tl.debug_barrier()
+    pull(fetch(on_logit, S * K, PSK), w_logit, S * K, back_post, H, S * K, PSK, tile)
+    on_pre, on_scale = norm_silu_gradient(fetch(back_post, H, PH), fetch(pre_post, H, PH), fetch(s_post, H, PH), H, eps)
+    put(on_post, on_pre, H, PH)
+    pull(on_pre, w_post, H, back_deter, D, H, PH, tile)
+    return on_scale
+
+
+@triton.jit
+def gradient_of_gates(
+    back_deter, back_hidden, on_gates, gates, old_deter, w_gates,
+    D: tl.constexpr, G: tl.constexpr, PD: tl.constexpr, PW: tl.constexpr, tile: tl.constexpr,
+):  # fmt: skip
+    """Go from the gradient of deter to those of the old deter and of the hidden layer."""
+    W: tl.constexpr = D // G
+    put(back_hidden, tl.zeros((PD,), tl.float32), D, PD)
+    tl.debug_barrier()
+    for g in range(G):
+        at, to, weight = gates + g * 3 * W, on_gates + g * 3 * W, w_gates + g * 3 * W * W
+        reset, cand = tl.sigmoid(fetch(at, W, PW)), fetch(at + W, W, PW)
+        update = tl.sigmoid(fetch(at + 2 * W, W, PW) - 1)
+        new, old = tanh(reset * cand), fetch(old_deter + g * W, W, PW)
+        grad = fetch(back_deter + g * W, W, PW)
+        put(back_deter + g * W, grad * (1 - update), W, PW)
+        inner = grad * update * (1 - new * new)
+        on_reset, on_cand = inner * cand * reset * (1 - reset), inner * reset
+        on_update = grad * (new - old) * update * (1 - update)
+        put(to, on_reset, W, PW)
+        put(to + W, on_cand, W, PW)
+        put(to + 2 * W, on_update, W, PW)
+        pull(on_reset, weight, 3 * W, back_hidden + g * W, W, W, PW, tile)
+        pull(on_cand, weight + W, 3 * W, back_hidden + g * W, W, W, PW, tile)
+        pull(on_update, weight + 2 * W, 3 * W, back_hidden + g * W, W, W, PW, tile)
+
+
+@triton.jit
+def gradient_of_inputs(
+    back_deter, back_stoch, back_hidden, on_hidden, on_joint, on_deter, on_stoch, pre_hidden, pre_deter, pre_stoch,
+    w_hidden, s_hidden, w_deter, s_deter, w_stoch, s_stoch,
+    D: tl.constexpr, H: tl.constexpr, SK: tl.constexpr, G: tl.constexpr,
+    PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, PSK: tl.constexpr, eps: tl.constexpr, tile: tl.constexpr,
+):  # fmt: skip
+    """Go from the gradient of the hidden layer to those of the old deter and stoch; return those of three scales."""
+    W: tl.constexpr = D // G
+    on_pre, of_hidden = norm_silu_gradient(
+        fetch(back_hidden, D, PD), fetch(pre_hidden, D, PD), fetch(s_hidden, D, PD), D, eps
+    )
+    put(on_hidden, on_pre, D, PD)
+    put(back_stoch, tl.zeros((PSK,), tl.float32), SK, PSK)
+    tl.debug_barrier()
+    for g in range(G):
+        first, grad = w_hidden + g * (W + 3 * H) * W, fetch(on_hidden + g * W, W, PW)
+        pull(grad, first, W, back_deter + g * W, W, W, PW, tile)
+        pull(grad, first + W * W, W, on_joint, 3 * H, W, PW, tile)
+    on_pre, of_deter = norm_silu_gradient(
+        fetch(on_joint, H, PH), fetch(pre_deter, H, PH), fetch(s_deter, H, PH), H, eps
+    )
+    put(on_deter, on_pre, H, PH)
+    pull(on_pre, w_deter, H, back_deter, D, H, PH, tile)
+    on_pre, of_stoch = norm_silu_gradient(
+        fetch(on_joint + H, H, PH), fetch(pre_stoch, H, PH), fetch(s_stoch, H, PH), H, eps
+    )
+    put(on_stoch, on_pre, H, PH)
+    pull(on_pre, w_stoch, H, back_stoch, SK, H, PH, tile)
+    return of_deter, of_stoch, of_hidden
+
+
+@triton.jit
+def gradient_kernel(
+    # gradients of the results
+    grad_deter, grad_stoch, grad_logit,
+    # what was given and kept
+    keep, w_deter, s_deter, w_stoch, s_stoch, w_hidden, s_hidden, w_gates, w_post, s_post, w_logit,
+    logit, old_deter, pre_deter, pre_stoch, pre_hidden, gates, pre_post,
+    # gradients: of what enters norms and gates, of logits, of norms' scales (B, ...); and memory of a step
+    on_deter, on_stoch, on_joint, on_hidden, on_gates, on_post, on_logit,
+    scale_deter, scale_stoch, scale_hidden, scale_post,
+    back_deter, back_stoch, back_hidden, back_post,
+    T,
+    D: tl.constexpr, H: tl.constexpr, S: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
+    PD: tl.constexpr, PH: tl.constexpr, PS: tl.constexpr, PK: tl.constexpr, PW: tl.constexpr, PSK: tl.constexpr,
+    unimix: tl.constexpr, eps: tl.constexpr, tile: tl.constexpr,
+):  # fmt: skip
+    """Go back through one sequence; back_deter and back_stoch hold the gradients of the carried state."""
+    SK: tl.constexpr = S * K
+    b = tl.program_id(0)
+    back_deter += b * D
+    back_stoch += b * SK
+    back_hidden += b * D
+    back_post += b * H
+    total_deter, total_stoch = tl.zeros((PH,), tl.float32), tl.zeros((PH,), tl.float32)
+    total_hidden, total_post = tl.zeros((PD,), tl.float32), tl.zeros((PH,), tl.float32)
+    for back in range(T):
+        row = b * T + T - 1 - back
+        total_post += gradient_of_posterior(
+            back_deter, back_stoch, back_post, on_logit + row * SK, on_post + row * H,
+            grad_deter + row * D, grad_stoch + row * SK, grad_logit + row * SK, logit + row * SK, pre_post + row * H,
+            w_post, s_post, w_logit, D, H, S, K, PD, PH, PS, PK, PSK, unimix, eps, tile,
+        )  # fmt: skip
+        gradient_of_gates(
+            back_deter, back_hidden, on_gates + row * 3 * D, gates + row * 3 * D, old_deter + row * D, w_gates,
+            D, G, PD, PW, tile,
+        )  # fmt: skip
+        of_deter, of_stoch, of_hidden = gradient_of_inputs(
+            back_deter, back_stoch, back_hidden, on_hidden + row * D, on_joint + row * 3 * H, on_deter + row * H,
+            on_stoch + row * H, pre_hidden + row * D, pre_deter + row * H, pre_stoch + row * H,
+            w_hidden, s_hidden, w_deter, s_deter, w_stoch, s_stoch, D, H, SK, G, PD, PH, PW, PSK, eps, tile,
+        )  # fmt: skip
+        total_deter += of_deter
+        total_stoch += of_stoch
+        total_hidden += of_hidden
+        kept = tl.load(keep + row).to(tl.float32)
+        put(back_deter, fetch(back_deter, D, PD) * kept, D, PD)
+        put(back_stoch, fetch(back_stoch, SK, PSK) * kept, SK, PSK)
+        tl.debug_barrier()
+    put(scale_deter + b * H, total_deter, H, PH)
+    put(scale_stoch + b * H, total_stoch, H, PH)
+    put(scale_hidden + b * D, total_hidden, D, PD)
+    put(scale_post + b * H, total_post, H, PH)
+
+
+class Observe(torch.autograd.Function):
+    """The recurrence as one operation: arguments as of `observe`, but keep (B, T), and the Weights one by one."""
+
+    @staticmethod
+    def forward(ctx, deter, stoch, keep, action, embed, noise, unimix, *weights):
+        (B, T), dtype, weights = keep.shape, action.dtype, Weights(*weights)
+        sizes = constants(deter.shape[-1], action.shape[-1], *stoch.shape[-2:], len(weights.hidden), unimix)
+        cast = Weights(*(w if name in SCALES else w.to(dtype) for name, w in weights._asdict().items()))
+        cast = Weights(*(weight.contiguous() for weight in cast))
+        D, H, SK = sizes["D"], sizes["H"], sizes["S"] * sizes["K"]
+        widths = {"deter": D, "stoch": SK, "logit": SK, "old_deter": D, "old_stoch": SK, "pre_deter": H, "pre_stoch": H}
+        widths |= {"joint": 3 * H, "pre_hidden": D, "hidden": D, "gates": 3 * D, "pre_post": H, "post": H}
+        made = {name: action.new_empty(B, T, width) for name, width in widths.items()}
+        given = [x.to(dtype).contiguous() for x in (deter, stoch, keep, action, embed)]
+        observe_kernel[(B,)](*given, noise.contiguous(), *cast, *made.values(), T, **sizes)
+        ctx.save_for_backward(given[2], *cast, *made.values())
+        ctx.made, ctx.sizes, ctx.dtypes = list(made), sizes, [weight.dtype for weight in weights]
+        return made["deter"], made["stoch"].unflatten(-1, stoch.shape[-2:]), made["logit"]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_deter, grad_stoch, grad_logit):
+        keep, *saved = ctx.saved_tensors
+        count, sizes = len(Weights._fields), ctx.sizes
+        weights, kept = Weights(*saved[:count]), dict(zip(ctx.made, saved[count:], strict=True))
+        (B, T), D, H, SK = keep.shape, sizes["D"], sizes["H"], sizes["S"] * sizes["K"]
+        on = {"deter": H, "stoch": H, "joint": 3 * H, "hidden": D, "gates": 3 * D, "post": H, "logit": SK}
+        on = {name: torch.zeros(B, T, width, device=keep.device) for name, width in on.items()}
+        scales = {"deter": H, "stoch": H, "hidden": D, "post": H}
+        scales = {name: torch.zeros(B, width, device=keep.device) for name, width in scales.items()}
+        back = [torch.zeros(B, width, device=keep.device) for width in (D, SK, D, H)]
+        own = [getattr(weights, name) for name in Weights._fields if not name.endswith("_bias")]
+        seen = [kept[x] for x in ("logit", "old_deter", "pre_deter", "pre_stoch", "pre_hidden", "gates", "pre_post")]
+        grads = [grad.contiguous() for grad in (grad_deter, grad_stoch, grad_logit)]
+        gradient_kernel[(B,)](*grads, keep, *own, *seen, *on.values(), *scales.values(), *back, T, **sizes)
+        on = {name: x.to(keep.dtype) for name, x in on.items()}
+        grads = gradients_of_weights({name: x.flatten(0, 1) for name, x in on.items()}, kept, scales, sizes["G"])
+        grads = (grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True))
+        return None, None, None, on["joint"][..., 2 * H :], on["post"], None, None, *grads
+
+
+def constants(D, H, S, K, G, unimix):
+    """Return the constants of both kernels by name."""
+    padded = {"D": D, "H": H, "S": S, "K": K, "W": D // G, "SK": S * K}
+    sizes = {f"P{name}": triton.next_power_of_2(size) for name, size in padded.items()}
+    return {"D": D, "H": H, "S": S, "K": K, "G": G, "unimix": unimix, "eps": EPS, "tile": TILE} | sizes
+
+
+def gradients_of_weights(on, kept, scales, blocks):
+    """Return the Weights' gradients, each of a kernel in one product.
+
+    Args:
+      on: {name: gradient (B T, n) of what enters a norm, gates or the draw}; kept: {name: (B, T, n)} of the forward
+        pass; scales: {name: gradient (B, n) of a norm's scale, a row for each sequence}; blocks: G.
+    """
+    x = {name: value.flatten(0, 1) for name, value in kept.items()}
+    slices = {"old": x["old_deter"], "hidden": x["hidden"], "on": on["hidden"], "gates": on["gates"]}
+    slices = {name: value.unflatten(-1, (blocks, -1)).transpose(0, 1) for name, value in slices.items()}  # (G, B T, .)
+    joint = (x["joint"].T @ on["hidden"]).unflatten(1, (blocks, -1)).transpose(0, 1)  # (G, 3 H, W)
+    return Weights(
+        deter=x["old_deter"].T @ on["deter"],
+        deter_bias=on["deter"].sum(0),
+        deter_scale=scales["deter"].sum(0),
+        stoch=x["old_stoch"].T @ on["stoch"],
+        stoch_bias=on["stoch"].sum(0),
+        stoch_scale=scales["stoch"].sum(0),
+        hidden=torch.cat([torch.bmm(slices["old"].mT, slices["on"]), joint], 1),
+        hidden_bias=on["hidden"].sum(0),
+        hidden_scale=scales["hidden"].sum(0),
+        gates=torch.bmm(slices["hidden"].mT, slices["gates"]),
+        gates_bias=on["gates"].sum(0),
+        post=x["deter"].T @ on["post"],
+        post_scale=scales["post"].sum(0),
+        logit=x["post"].T @ on["logit"],
+        logit_bias=on["logit"].sum(0),
+    )
+
+
+def observe(rssm, start, keep, action, embed, noise):
+    """Filter sequences as `rssm.observe_step` does, whose inputs that depend on neither deter nor stoch are prepared.
+
+    Args:
+      rssm: networks.RSSM of a BlockGRU and a OneHotLatent, both with one hidden layer, that starts from zeros.
+      start: deter (B, D) and stoch (B, S, K) before the first step; they get no gradient.
+      keep: (B, T, 1), 0 where to start anew; action: prepared (B, T, H); embed: its share of the posterior's first
+        layer, with the bias (B, T, H); noise: (B, T, S), uniform.
+    Returns: deter (B, T, D), stoch (B, T, S, K), logits (B, T, S K), all in the dtype of `action`.
+    """
+    weights = Weights.of(rssm)
+    return Observe.apply(*start, keep[..., 0], action, embed, noise, rssm.latent.unimix, *weights)
