@@ -2,6 +2,7 @@
 
 python3 benchmarks/environments.py speed --write docs/environments.md
 python3 benchmarks/environments.py overhead --write docs/environments.md
+python3 benchmarks/environments.py checks --write docs/reliability.md
 python3 benchmarks/environments.py random --write docs/environments.md
 
 Each prints a table, and --write puts it between its markers in a page. Environments are made from the presets of
@@ -18,7 +19,9 @@ import pathlib
 import sys
 import tempfile
 import time
+import timeit
 import traceback
+from unittest import mock
 
 import numpy as np
 
@@ -29,6 +32,7 @@ from gymnasium import spaces
 from agents.random import Random
 from benchmarks.pages import all_cores, digits, machine, markdown, mean_and_error, put_between, write_between
 from benchmarks.races import (
+    alone,
     bare_pong,
     bare_walker,
     draw_actions,
@@ -40,7 +44,8 @@ from benchmarks.races import (
     together,
 )
 from benchmarks.scores import ACHIEVEMENT, atari_scores, crafter_score, published_curves
-from envs import SUITES, make_envs
+from envs import SUITES, make_env, make_envs
+from envs.checks import Checked
 from envs.errors import one_line
 from modalities import kind_of
 from specs import act_spec, step_layout
@@ -75,6 +80,10 @@ RANDOM = (  # (presets, a task, factor on the number of episodes: success rates 
     ("crafter", "crafter_reward", 10),
     *(("dmc_proprio", f"dmc_{task}", 1) for task in CONTROL),
 )
+CHECKED = {  # name: (presets, task, flags)
+    "walker_walk from proprioception, repeat 1": ("dmc_proprio", "dmc_walker_walk", "--action_repeat", "1"),
+    "Pong, repeat 4": ("atari", "atari_pong"),
+}
 CRAFTER_RETURN, CRAFTER_SCORE = 2.1, 1.6  # of a random agent (Hafner 2021, arXiv:2109.06780, table 1)
 ACHIEVEMENTS = 22
 
@@ -111,7 +120,7 @@ def parse(argv):
         command = commands.add_parser(name, help=measure.__doc__.split("\n")[0])
         command.add_argument("--write", metavar="PAGE", help="put the table between its markers in this file")
         command.add_argument("--json", metavar="OUT", help="write the numbers to this file")
-        if name != "overhead":
+        if name not in ("overhead", "checks"):
             command.add_argument("tasks", nargs="*", metavar="TASK", help="these instead of those of the page")
         if name != "random":
             command.add_argument("--seconds", type=float, default=5, help="of each measurement (default: 5)")
@@ -274,6 +283,61 @@ def overhead_table(results):
 
 
 # ---------------------------------------------------------------------------
+# Checks
+
+
+def checks(args):
+    """Measure what it costs, in a step, to check what an environment gives."""
+    results = []
+    for name, flags in CHECKED.items():
+        print(name, file=sys.stderr, flush=True)
+        results.append({"task": name, **attempt(time_checks, flags, args.seconds, cores=all_cores()[:1])})
+    return results
+
+
+def time_checks(flags, seconds):
+    """Measure a row: CPU seconds of an unchecked step, and of the checks alone."""
+    with contextlib.closing(make_env(make_config(*flags, "--envs", "1"), "train", 0)) as env:
+        checked = env
+        while not isinstance(checked, Checked):
+            checked = checked.env
+        step = alone(env, draw_actions(env.act_space, 1))
+        kept = [given(checked.env, step) for _ in range(50)][-1]
+        start, steps = time.process_time(), 0
+        while (elapsed := time.process_time() - start) < seconds:
+            steps += step()
+    times = timeit.repeat(lambda: checked._checked(kept), number=2000, repeat=40, timer=time.process_time)
+    each = min(times) / 2000
+    return {"step": elapsed / steps - each, "checks": each}
+
+
+def given(env, step):
+    """Take a step; return what `env`, which is a part of it, gave."""
+    seen = []
+
+    def noted(take):
+        def give(*args):
+            obs = take(*args)
+            seen.append(dict(obs))  # which the wrappers around may change
+            return obs
+
+        return give
+
+    with mock.patch.object(env, "step", noted(env.step)), mock.patch.object(env, "reset", noted(env.reset)):
+        step()
+    return seen[-1]
+
+
+def checks_table(results):
+    """Return the table of `checks`."""
+    rows = []
+    for row in results:
+        step, each = (row.get(key, math.nan) for key in ("step", "checks"))
+        rows.append([row["task"], digits(1e6 * step), digits(1e6 * each), row.get("failed", f"{each / step:.2%}")])
+    return markdown(("", "µs of a step without them", "µs of the checks", "share"), rows)
+
+
+# ---------------------------------------------------------------------------
 # The random agent
 
 
@@ -368,6 +432,7 @@ def beside(row, value, error, known):
 COMMANDS = {  # {name: (measures, makes the table)}
     "speed": (speed, speed_table),
     "overhead": (overhead, overhead_table),
+    "checks": (checks, checks_table),
     "random": (random, random_table),
 }
 

@@ -91,6 +91,13 @@ def test_an_unexpected_error_is_a_row(monkeypatch, inline):
     assert environments.overhead_table(results).count("ZeroDivisionError") == 3
 
 
+def test_checks_are_timed_on_what_an_environment_gives():
+    row = environments.time_checks(("", "gym_CartPole-v1"), 0.01)
+    assert 0 < row["checks"] < row["step"]
+    lines = environments.checks_table([{"task": "a", **row}, {"task": "b", "failed": "why"}]).splitlines()
+    assert cells(lines[2])[3].endswith("%") and cells(lines[3])[3] == "why"
+
+
 def test_put_between():
     once = pages.put_between(PAGE, "speed", "| new |")
     assert once == PAGE.replace("old ", "\n| new |\n")
@@ -115,9 +122,9 @@ def test_mistakes_are_found_before_anything_is_measured(tmp_path, capsys):
 
 
 def test_the_page_and_the_tables_cover_everything():
-    text = (ROOT / "docs" / "environments.md").read_text()
     for name in environments.COMMANDS:
-        pages.put_between(text, name, "")
+        page = "reliability.md" if name == "checks" else "environments.md"
+        pages.put_between((ROOT / "docs" / page).read_text(), name, "")
     assert {task.partition("_")[0] for _, task in environments.TASKS} == SUITES.keys() - {"custom"}
     for presets, task, *_ in (*environments.TASKS, *environments.RANDOM):
         assert make_config(presets, task).task == task
