@@ -19,6 +19,7 @@ from exploration import EXPLORERS, explorer_rewards, make_explorers, perturb, re
 from models import WorldModel, frozen
 from networks import State
 from ops.collectives import average_metrics, place
+from ops.compiling import eagerly
 from ops.graphs import Graphs
 from ops.layers import MLP
 from ops.optim import Adams, LaProp, TFAdams
@@ -214,7 +215,7 @@ class Dreamer:
         pair = self.behavior, self.expl_behavior
         return Carry(state, action, *(behavior.initial(count, self.device) if behavior else () for behavior in pair))
 
-    @torch.compiler.set_stance("force_eager")
+    @eagerly
     @torch.no_grad()
     def act(self, obs, carry, mode="sample"):
         """Choose actions.
@@ -258,7 +259,7 @@ class Dreamer:
             action = perturb(action, self.act_spec, self.expl_noise)
         return Carry(state, action, task, explorer)
 
-    @torch.compiler.set_stance("force_eager")
+    @eagerly
     def report(self, arrays, seen, carry=None):
         """Show what the model expects: {key: films}, as the key's modality draws them.
 

@@ -4,9 +4,10 @@ import torch
 
 import modalities
 from networks import State
+from ops.compiling import eagerly
 
 
-@torch.compiler.set_stance("force_eager")
+@eagerly
 @torch.no_grad()
 def pictures(agent, carry):
     """Draw the goal of the task's behavior in the first environment as it would be observed, by the prior's mode.

@@ -2,12 +2,14 @@
 
     python3 benchmarks/kernels.py --configs size1m --task dummy_vector --json kernels.json
     python3 benchmarks/kernels.py --configs size1m --task dummy_vector --against kernels.json
+    python3 benchmarks/kernels.py --configs size1m --task dummy_vector --compiled
 
 An operation that PyTorch dispatches counts as one kernel, forward, backward and optimizer; views and allocations launch
 none; one on lists of tensors (`_foreach_`) as many as PyTorch's packing of them needs, or one for each tensor where the
 shapes of the lists differ. They are dispatched on the CPU, in bf16, but norms and LaProp as they are written for a GPU.
-The batch has two sequences: more of them launch no more kernels. The update is as it is written: compilation joins many
-of these. --against shows the share of a file that another version of this project has written.
+The batch has two sequences: more of them launch no more kernels. The update is as it is written, or --compiled as on a
+GPU: then a function that the compiler made of several operations counts as one. It makes them for the CPU; for a GPU it
+would join much the same. --against shows the share of a file that another version of this project has written.
 """
 
 import argparse
@@ -23,12 +25,14 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
+import torch._inductor.config as inductor
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ops.layers
 import ops.optim
-from agents.dreamer import Dreamer
+from agents.dreamer import Dreamer, compile_rest
 from benchmarks.timing import random_steps
 from envs import make_envs
 from modalities import obs_spec
@@ -37,6 +41,7 @@ from training.config import CONFIGS, load_config
 
 VIEWS = {"view", "t", "transpose", "unsqueeze", "squeeze", "select", "slice", "split", "split_with_sizes", "detach"}
 VIEWS |= {"expand", "permute", "unbind", "alias", "_unsafe_view", "as_strided", "lift_fresh", "_reshape_alias"}
+WRAPPERS = {"to", "reshape", "flatten", "contiguous", "mT", "chunk", "result_type", "unflatten", "item", "expand_as"}
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_"}
 PACKED = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}  # tensors that a kernel takes, by the number of lists (MultiTensorApply)
 
@@ -94,41 +99,83 @@ rms_norm.register_autograd(
 )
 
 
+def counted_norm(x, shape, scale, eps):
+    """Stand in for `F.rms_norm`, as one kernel."""
+    return rms_norm(x, scale, eps)[0]
+
+
 @contextlib.contextmanager
-def kernels_of_cuda():
-    """Let norms and the optimizer take the operations that they take on CUDA, in the body."""
+def kernels_of_cuda(norm=counted_norm):
+    """Let norms and the optimizer take the operations that they take on CUDA, in the body; `norm`: for F.rms_norm."""
     with (
         mock.patch.object(ops.layers, "has_norm_kernel", lambda device: True),
         mock.patch.object(ops.optim, "repeats", lambda device: True),
-        mock.patch.object(F, "rms_norm", lambda x, shape, scale, eps: rms_norm(x, scale, eps)[0]),
+        mock.patch.object(F, "rms_norm", norm),
     ):
         yield
 
 
-@kernels_of_cuda()
-def count(config):
-    """Return the Kernels of one update of a configuration, on two sequences of its length."""
+def made(config):
+    """Return the agent of a configuration, in bf16 on the CPU, and a batch for it of two sequences."""
     with contextlib.closing(make_envs(config, "train", 1)) as envs:
         spaces = envs.obs_space, envs.act_space
     specs = obs_spec(spaces[0]), act_spec(spaces[1])
     agent = Dreamer(*specs, config, "cpu", torch.bfloat16)
     steps = [random_steps(spaces[0], specs[1], config.batch_length) for _ in range(2)]
-    batch = agent.batch({key: np.stack([step[key] for step in steps]) for key in steps[0]})
+    return agent, agent.batch({key: np.stack([step[key] for step in steps]) for key in steps[0]})
+
+
+@kernels_of_cuda()
+def count(config):
+    """Return {name: kernels} of one update of a configuration, as it is written."""
+    agent, batch = made(config)
     agent.update(*batch)  # the first of some optimizers makes their state
     with Kernels() as kernels:
         agent.update(*batch)
-    return kernels
+    return kernels.counts
+
+
+@kernels_of_cuda(F.rms_norm)  # which the compiler takes apart
+def count_compiled(config):
+    """Return {name: kernels} of one compiled update of a configuration; `compiled` are those that the compiler made."""
+    inductor.cpp.enable_kernel_profile = True
+    agent, batch = made(config)
+    agent.compile_parts()
+    compile_rest(agent)
+    for _ in range(2):  # which compile
+        agent.update(*batch)
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        agent.update(*batch)
+    counts = collections.Counter()
+    for event in found.events():
+        name = event.name.removeprefix("aten::")
+        if event.name.startswith("graph_"):
+            counts["compiled"] += 1
+        elif name != event.name and not is_part(event):
+            parts = {name, *(part.name.removeprefix("aten::") for part in event.cpu_children)}
+            if name not in WRAPPERS or parts & {"_to_copy", "clone", "copy_"}:
+                counts[name] += name not in VIEWS | ALLOCATIONS
+    return +counts
+
+
+def is_part(event):
+    """Whether an operation belongs to another one."""
+    while event := event.cpu_parent:
+        if event.name.startswith("aten::"):
+            return True
+    return False
 
 
 def main(argv=None):
     """Print the counts; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--compiled", action="store_true", help="count those of a compiled update")
     parser.add_argument("--json", metavar="OUT", help="write the counts there")
     parser.add_argument("--against", metavar="FILE", help="show the share of the counts in a file of --json")
     parser.add_argument("--most", type=int, default=20, help="operations that are shown (default: 20)")
     args, words = parser.parse_known_args(argv)
-    config = load_config(words, CONFIGS).replace(compile=False)
-    counts = count(config).counts
+    config = load_config(words, CONFIGS)
+    counts = (count_compiled if args.compiled else count)(config)
     total = sum(counts.values())
     for name, number in counts.most_common(args.most):
         print(f"{number:7,}  {name}")

@@ -11,12 +11,6 @@ _count = 1  # of ranks
 _rank = 0
 
 
-def start(rank, count):
-    """Compute with `count` ranks, of which this is number `rank`, in torch.distributed's default group from now on."""
-    global _rank, _count
-    _rank, _count = rank, count
-
-
 def count():
     """Return the number of ranks."""
     return _count
@@ -85,7 +79,6 @@ class _Mean(torch.autograd.Function):
         return grad
 
 
-@torch.compiler.disable
 def _reduce_(tensor):
     """Replace a tensor by its mean over the ranks."""
     from torch import distributed
@@ -95,7 +88,6 @@ def _reduce_(tensor):
     tensor.div_(_count)
 
 
-@torch.compiler.disable
 def _gather(value):
     from torch import distributed
 
@@ -104,3 +96,11 @@ def _gather(value):
     with peers():
         distributed.all_gather(list(out.chunk(_count)), value)
     return out
+
+
+def start(rank, count):
+    """Compute with `count` ranks, of which this is number `rank`, in torch.distributed's default group from now on."""
+    global _rank, _count, _reduce_, _gather
+    _rank, _count = rank, count
+    if count > 1:
+        _reduce_, _gather = map(torch.compiler.disable, (_reduce_, _gather))  # which takes long to import

@@ -212,3 +212,16 @@ def test_cleaning_up_leaves_runs_alone():
 @pytest.mark.parametrize("name", [".venv", "logdir", ".git"])
 def test_an_image_is_built_without_what_weighs_gigabytes(name):
     assert name in (ROOT / ".dockerignore").read_text().splitlines()
+
+
+def test_what_compiles_nothing_does_not_import_the_compiler(tmp_path):
+    code = """
+import runpy, sys
+sys.argv = ["dreamer.py", *sys.argv[1:]]
+runpy.run_path("dreamer.py")["main"](sys.argv[1:])
+print(sorted({"torch._dynamo", "sympy"} & sys.modules.keys()))
+"""
+    flags = ["--configs", "debug", "--task", "dummy_vector", "--steps", "60", "--logdir", tmp_path / "run"]
+    done = run(sys.executable, "-c", code, *flags)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
