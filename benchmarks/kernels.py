@@ -159,7 +159,7 @@ def count_compiled(config):
 
 
 def is_part(event):
-    """Whether an operation belongs to another one."""
+    """Return True if an operation belongs to another one."""
     while event := event.cpu_parent:
         if event.name.startswith("aten::"):
             return True

@@ -263,7 +263,7 @@ class NormSiLU(torch.autograd.Function):
 
 
 def has_norm_kernel(device):
-    """Whether PyTorch computes an RMS norm in one kernel on a device, and its gradient in two."""
+    """Return True if PyTorch computes an RMS norm in one kernel on a device, and its gradient in two."""
     return device.type == "cuda"
 
 

@@ -11,7 +11,7 @@ TINY = 1e-17
 
 
 def repeats(device):
-    """Whether to repeat a factor for each number is faster than to launch a kernel for each factor."""
+    """Return True if to repeat a factor for each number takes less time there than a kernel for each factor."""
     return device.type == "cuda"
 
 
