@@ -15,7 +15,7 @@ test: .venv/test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	.venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
+	.venv/bin/python -m pytest -q -n 2 --dist loadfile tests
 
 .venv/core: requirements.txt
 	$(PYTHON) -m venv .venv
