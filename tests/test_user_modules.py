@@ -29,6 +29,11 @@ CAVE = """
 """
 
 
+@pytest.fixture(autouse=True)
+def no_cave_of_other_tests(monkeypatch):
+    monkeypatch.delitem(sys.modules, "cave", raising=False)
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Return a function that writes {path: text} into the working directory; modules imported from it are forgotten."""
