@@ -12,6 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import ops.distributions as dists
+from ops import kernels
 from ops.layers import DREAMERV3, MLP, Blend, BlockLinear, LayerNorm, Linear, Norm
 from ops.scan import call_step, scan
 from tools import UserError
@@ -382,24 +383,8 @@ def make_rssm(embed, act_spec, config, style=DREAMERV3, scan="loop"):
     latent = LATENTS[config.latent](config)
     cell = CELLS[config.cell](config.deter, latent.size, act_spec.size, config, style)
     rssm = RSSM(cell, latent, embed, config, style)
-    rssm.kernels = triton_kernels(config, style) if scan == "triton" else None
+    rssm.kernels = kernels.observing(config, style) if scan == "triton" else None
     return rssm
-
-
-def triton_kernels(config, style):
-    """Return `ops.triton_scan.observe`."""
-    known = {"cell": "block_gru", "latent": "onehot", "dyn_layers": 1, "obs_layers": 1, "initial": "zeros"}
-    other = [f"--rssm.{key} {getattr(config, key)}" for key, value in known.items() if getattr(config, key) != value]
-    other += [
-        f"--{key} {getattr(style, key)}" for key in ("norm", "act") if getattr(style, key) != getattr(DREAMERV3, key)
-    ]
-    if other:
-        raise UserError(f"--ops.scan triton: its kernels do not know {', '.join(other)}; take --ops.scan loop")
-    try:
-        from ops import triton_scan
-    except ImportError:
-        raise UserError("--ops.scan triton: triton is missing, which comes with PyTorch for CUDA") from None
-    return triton_scan.observe
 
 
 class RSSM(nn.Module):

@@ -35,7 +35,7 @@ def observed(rssm, arguments):
 
 
 def check_gradients():
-    from ops.triton_scan import observe
+    from ops.kernels.observe import observe
 
     agent = shake(make_agent("proprio", *TINY))  # no size is a power of two
     rssm, (rows, steps) = agent.world.rssm, (2, 3)
@@ -85,11 +85,12 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from ops import triton_scan
+from ops.kernels import observe
+from ops.kernels.gradient import gradient_kernel
 
-sizes = triton_scan.constants(64, 16, 4, 4, 8, 0.01)
-for kernel in (triton_scan.observe_kernel, triton_scan.gradient_kernel):
-    wide = ("s_", "noise") if kernel is triton_scan.observe_kernel else ("s_", "on_", "scale_", "back_")
+sizes = observe.constants(64, 16, 4, 4, 8, 0.01)
+for kernel in (observe.observe_kernel, gradient_kernel):
+    wide = ("s_", "noise") if kernel is observe.observe_kernel else ("s_", "on_", "scale_", "back_")
     kinds = {name: "*fp32" if name.startswith(wide) else "*bf16" for name in kernel.arg_names}
     kinds |= {"T": "i32", **dict.fromkeys(sizes, "constexpr")}
     source = ASTSource(fn=kernel, signature=kinds, constexprs=sizes)

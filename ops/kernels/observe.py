@@ -4,8 +4,7 @@ A program computes one sequence and loops over time, as sequences do not depend 
 product to the next goes through memory, where the backward pass finds it again. As in `ops.scan`, gradients of kernels
 are computed afterwards, for all steps in one matrix product. `networks.RSSM.observe_step` says what is computed.
 
-Letters: B batch, T time, D deter, G blocks of W = D / G, H hidden, S groups x K classes. Names in the kernels: `pre` is
-what enters a norm, `n` sizes and `p` the next powers of two.
+Letters: B batch, T time, D deter, G blocks of W = D / G, H hidden, S groups x K classes.
 """
 
 from typing import NamedTuple
@@ -15,6 +14,8 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from ops.kernels.gradient import gradient_kernel
+from ops.kernels.parts import fetch, norm_silu, probabilities, product, put, tanh
 from ops.layers import EPS
 
 TILE = 16  # rows of a weight that a program reads together
@@ -58,79 +59,6 @@ def pair(layer):
 
 
 SCALES = {name for name in Weights._fields if name.endswith("_scale")}  # which stay in float32
-
-
-@triton.jit
-def fetch(x, n: tl.constexpr, p: tl.constexpr):
-    """Load n numbers as (p,) float32."""
-    i = tl.arange(0, p)
-    return tl.load(x + i, mask=i < n, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def put(x, value, n: tl.constexpr, p: tl.constexpr):
-    """Store the first n numbers of (p,)."""
-    i = tl.arange(0, p)
-    tl.store(x + i, value, mask=i < n)
-
-
-@triton.jit
-def product(x, w, stride: tl.constexpr, rows: tl.constexpr, n: tl.constexpr, p: tl.constexpr, tile: tl.constexpr):
-    """A vector in memory (rows,) times a weight (rows, n) whose rows are `stride` apart: (p,)."""
-    j = tl.arange(0, p)
-    total = tl.zeros((p,), tl.float32)
-    for begin in range(0, rows, tile):
-        i = begin + tl.arange(0, tile)
-        part = tl.load(x + i, mask=i < rows, other=0.0).to(tl.float32)
-        inside = (i[:, None] < rows) & (j[None, :] < n)
-        weight = tl.load(w + i[:, None] * stride + j[None, :], mask=inside, other=0.0).to(tl.float32)
-        total += tl.sum(part[:, None] * weight, 0)
-    return total
-
-
-@triton.jit
-def pull(grad, w, stride: tl.constexpr, out, rows: tl.constexpr, n: tl.constexpr, p: tl.constexpr, tile: tl.constexpr):
-    """Add a weight (rows, n) times a gradient (p,) to a vector in memory (rows,), which all threads see afterwards."""
-    j = tl.arange(0, p)
-    for begin in range(0, rows, tile):
-        i = begin + tl.arange(0, tile)
-        inside = (i[:, None] < rows) & (j[None, :] < n)
-        weight = tl.load(w + i[:, None] * stride + j[None, :], mask=inside, other=0.0).to(tl.float32)
-        before = tl.load(out + i, mask=i < rows, other=0.0)
-        tl.store(out + i, before + tl.sum(weight * grad[None, :], 1), mask=i < rows)
-    tl.debug_barrier()
-
-
-@triton.jit
-def norm_silu(pre, scale, n: tl.constexpr, eps: tl.constexpr):
-    """silu(pre / rms(pre) * scale) of (p,), zeros beyond n."""
-    y = pre * (1 / tl.sqrt(tl.sum(pre * pre, 0) / n + eps)) * scale
-    return y * tl.sigmoid(y)
-
-
-@triton.jit
-def norm_silu_gradient(grad, pre, scale, n: tl.constexpr, eps: tl.constexpr):
-    """Return the gradients of `pre` and of `scale`, (p,) each, of that of the result."""
-    inverse = 1 / tl.sqrt(tl.sum(pre * pre, 0) / n + eps)
-    unit = pre * inverse
-    y = unit * scale
-    half = tl.sigmoid(y)
-    grad = grad * half * (1 + y * (1 - half))
-    on_unit = grad * scale
-    return inverse * (on_unit - unit * (tl.sum(on_unit * unit, 0) / n)), grad * unit
-
-
-@triton.jit
-def tanh(x):
-    return 2 * tl.sigmoid(2 * x) - 1
-
-
-@triton.jit
-def probabilities(logit, inside):
-    """Softmax over the classes of (S, K); what is not inside has none."""
-    logit = tl.where(inside, logit, float("-inf"))
-    raised = tl.where(inside, tl.exp(logit - tl.max(logit, 1)[:, None]), 0.0)
-    return raised / tl.sum(raised, 1)[:, None]
 
 
 @triton.jit
@@ -232,147 +160,6 @@ def observe_kernel(
             D, H, S, K, PH, PS, PK, PSK, unimix, eps, tile,
         )  # fmt: skip
         last_deter, last_stoch = deter + row * D, stoch + row * SK
-
-
-@triton.jit
-def gradient_of_posterior(
-    back_deter, back_stoch, back_post, on_logit, on_post, grad_deter, grad_stoch, grad_logit,
-    logit, pre_post, w_post, s_post, w_logit,
-    D: tl.constexpr, H: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
-    PD: tl.constexpr, PH: tl.constexpr, PS: tl.constexpr, PK: tl.constexpr, PSK: tl.constexpr,
-    unimix: tl.constexpr, eps: tl.constexpr, tile: tl.constexpr,
-):  # fmt: skip
-    """Go from the gradients of deter, stoch and logits to that of deter alone; return that of the norm's scale."""
-    groups, classes = tl.arange(0, PS), tl.arange(0, PK)
-    inside = (groups[:, None] < S) & (classes[None, :] < K)
-    places = groups[:, None] * K + classes[None, :]
-    on = tl.load(back_stoch + places, mask=inside, other=0.0)
-    on = (1 - unimix) * (on + tl.load(grad_stoch + places, mask=inside, other=0.0).to(tl.float32))
-    shares = probabilities(tl.load(logit + places, mask=inside, other=0.0).to(tl.float32), inside)
-    on = shares * (on - tl.sum(on * shares, 1)[:, None])
-    on += tl.load(grad_logit + places, mask=inside, other=0.0).to(tl.float32)
-    tl.store(on_logit + places, on, mask=inside)
-    put(back_post, tl.zeros((PH,), tl.float32), H, PH)
-    put(back_deter, fetch(back_deter, D, PD) + fetch(grad_deter, D, PD), D, PD)
-    tl.debug_barrier()
-    pull(fetch(on_logit, S * K, PSK), w_logit, S * K, back_post, H, S * K, PSK, tile)
-    on_pre, on_scale = norm_silu_gradient(fetch(back_post, H, PH), fetch(pre_post, H, PH), fetch(s_post, H, PH), H, eps)
-    put(on_post, on_pre, H, PH)
-    pull(on_pre, w_post, H, back_deter, D, H, PH, tile)
-    return on_scale
-
-
-@triton.jit
-def gradient_of_gates(
-    back_deter, back_hidden, on_gates, gates, old_deter, w_gates,
-    D: tl.constexpr, G: tl.constexpr, PD: tl.constexpr, PW: tl.constexpr, tile: tl.constexpr,
-):  # fmt: skip
-    """Go from the gradient of deter to those of the old deter and of the hidden layer."""
-    W: tl.constexpr = D // G
-    put(back_hidden, tl.zeros((PD,), tl.float32), D, PD)
-    tl.debug_barrier()
-    for g in range(G):
-        at, to, weight = gates + g * 3 * W, on_gates + g * 3 * W, w_gates + g * 3 * W * W
-        reset, cand = tl.sigmoid(fetch(at, W, PW)), fetch(at + W, W, PW)
-        update = tl.sigmoid(fetch(at + 2 * W, W, PW) - 1)
-        new, old = tanh(reset * cand), fetch(old_deter + g * W, W, PW)
-        grad = fetch(back_deter + g * W, W, PW)
-        put(back_deter + g * W, grad * (1 - update), W, PW)
-        inner = grad * update * (1 - new * new)
-        on_reset, on_cand = inner * cand * reset * (1 - reset), inner * reset
-        on_update = grad * (new - old) * update * (1 - update)
-        put(to, on_reset, W, PW)
-        put(to + W, on_cand, W, PW)
-        put(to + 2 * W, on_update, W, PW)
-        pull(on_reset, weight, 3 * W, back_hidden + g * W, W, W, PW, tile)
-        pull(on_cand, weight + W, 3 * W, back_hidden + g * W, W, W, PW, tile)
-        pull(on_update, weight + 2 * W, 3 * W, back_hidden + g * W, W, W, PW, tile)
-
-
-@triton.jit
-def gradient_of_inputs(
-    back_deter, back_stoch, back_hidden, on_hidden, on_joint, on_deter, on_stoch, pre_hidden, pre_deter, pre_stoch,
-    w_hidden, s_hidden, w_deter, s_deter, w_stoch, s_stoch,
-    D: tl.constexpr, H: tl.constexpr, SK: tl.constexpr, G: tl.constexpr,
-    PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, PSK: tl.constexpr, eps: tl.constexpr, tile: tl.constexpr,
-):  # fmt: skip
-    """Go from the gradient of the hidden layer to those of the old deter and stoch; return those of three scales."""
-    W: tl.constexpr = D // G
-    on_pre, of_hidden = norm_silu_gradient(
-        fetch(back_hidden, D, PD), fetch(pre_hidden, D, PD), fetch(s_hidden, D, PD), D, eps
-    )
-    put(on_hidden, on_pre, D, PD)
-    put(back_stoch, tl.zeros((PSK,), tl.float32), SK, PSK)
-    tl.debug_barrier()
-    for g in range(G):
-        first, grad = w_hidden + g * (W + 3 * H) * W, fetch(on_hidden + g * W, W, PW)
-        pull(grad, first, W, back_deter + g * W, W, W, PW, tile)
-        pull(grad, first + W * W, W, on_joint, 3 * H, W, PW, tile)
-    on_pre, of_deter = norm_silu_gradient(
-        fetch(on_joint, H, PH), fetch(pre_deter, H, PH), fetch(s_deter, H, PH), H, eps
-    )
-    put(on_deter, on_pre, H, PH)
-    pull(on_pre, w_deter, H, back_deter, D, H, PH, tile)
-    on_pre, of_stoch = norm_silu_gradient(
-        fetch(on_joint + H, H, PH), fetch(pre_stoch, H, PH), fetch(s_stoch, H, PH), H, eps
-    )
-    put(on_stoch, on_pre, H, PH)
-    pull(on_pre, w_stoch, H, back_stoch, SK, H, PH, tile)
-    return of_deter, of_stoch, of_hidden
-
-
-@triton.jit
-def gradient_kernel(
-    # gradients of the results
-    grad_deter, grad_stoch, grad_logit,
-    # what was given and kept
-    keep, w_deter, s_deter, w_stoch, s_stoch, w_hidden, s_hidden, w_gates, w_post, s_post, w_logit,
-    logit, old_deter, pre_deter, pre_stoch, pre_hidden, gates, pre_post,
-    # gradients: of what enters norms and gates, of logits, of norms' scales (B, ...); and memory of a step
-    on_deter, on_stoch, on_joint, on_hidden, on_gates, on_post, on_logit,
-    scale_deter, scale_stoch, scale_hidden, scale_post,
-    back_deter, back_stoch, back_hidden, back_post,
-    T,
-    D: tl.constexpr, H: tl.constexpr, S: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
-    PD: tl.constexpr, PH: tl.constexpr, PS: tl.constexpr, PK: tl.constexpr, PW: tl.constexpr, PSK: tl.constexpr,
-    unimix: tl.constexpr, eps: tl.constexpr, tile: tl.constexpr,
-):  # fmt: skip
-    """Go back through one sequence; back_deter and back_stoch hold the gradients of the carried state."""
-    SK: tl.constexpr = S * K
-    b = tl.program_id(0)
-    back_deter += b * D
-    back_stoch += b * SK
-    back_hidden += b * D
-    back_post += b * H
-    total_deter, total_stoch = tl.zeros((PH,), tl.float32), tl.zeros((PH,), tl.float32)
-    total_hidden, total_post = tl.zeros((PD,), tl.float32), tl.zeros((PH,), tl.float32)
-    for back in range(T):
-        row = b * T + T - 1 - back
-        total_post += gradient_of_posterior(
-            back_deter, back_stoch, back_post, on_logit + row * SK, on_post + row * H,
-            grad_deter + row * D, grad_stoch + row * SK, grad_logit + row * SK, logit + row * SK, pre_post + row * H,
-            w_post, s_post, w_logit, D, H, S, K, PD, PH, PS, PK, PSK, unimix, eps, tile,
-        )  # fmt: skip
-        gradient_of_gates(
-            back_deter, back_hidden, on_gates + row * 3 * D, gates + row * 3 * D, old_deter + row * D, w_gates,
-            D, G, PD, PW, tile,
-        )  # fmt: skip
-        of_deter, of_stoch, of_hidden = gradient_of_inputs(
-            back_deter, back_stoch, back_hidden, on_hidden + row * D, on_joint + row * 3 * H, on_deter + row * H,
-            on_stoch + row * H, pre_hidden + row * D, pre_deter + row * H, pre_stoch + row * H,
-            w_hidden, s_hidden, w_deter, s_deter, w_stoch, s_stoch, D, H, SK, G, PD, PH, PW, PSK, eps, tile,
-        )  # fmt: skip
-        total_deter += of_deter
-        total_stoch += of_stoch
-        total_hidden += of_hidden
-        kept = tl.load(keep + row).to(tl.float32)
-        put(back_deter, fetch(back_deter, D, PD) * kept, D, PD)
-        put(back_stoch, fetch(back_stoch, SK, PSK) * kept, SK, PSK)
-        tl.debug_barrier()
-    put(scale_deter + b * H, total_deter, H, PH)
-    put(scale_stoch + b * H, total_stoch, H, PH)
-    put(scale_hidden + b * D, total_hidden, D, PD)
-    put(scale_post + b * H, total_post, H, PH)
 
 
 class Observe(torch.autograd.Function):

@@ -1,0 +1,28 @@
+"""Triton's kernels behind `--ops.scan triton`: what they know of, and where they are."""
+
+from ops.layers import DREAMERV3
+from tools import UserError
+
+
+def observing(config, style):
+    """Return `ops.kernels.observe.observe` for a configuration's section `rssm` and a Style.
+
+    Raises UserError where it does not know them, or triton is missing.
+    """
+    known = {"cell": "block_gru", "latent": "onehot", "dyn_layers": 1, "obs_layers": 1, "initial": "zeros"}
+    other = [f"--rssm.{key} {getattr(config, key)}" for key, value in known.items() if getattr(config, key) != value]
+    other += [
+        f"--{key} {getattr(style, key)}" for key in ("norm", "act") if getattr(style, key) != getattr(DREAMERV3, key)
+    ]
+    refuse(other)
+    try:
+        from ops.kernels import observe
+    except ImportError:
+        raise UserError("--ops.scan triton: triton is missing, which comes with PyTorch for CUDA") from None
+    return observe.observe
+
+
+def refuse(other):
+    """Raise UserError if there are flags that the kernels do not know."""
+    if other:
+        raise UserError(f"--ops.scan triton: its kernels do not know {', '.join(other)}; take --ops.scan loop")

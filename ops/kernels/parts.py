@@ -1,0 +1,80 @@
+"""Parts of the kernels in Triton: products, norms and distributions of one sequence.
+
+Names: `pre` is what enters a norm, `n` sizes and `p` the next powers of two.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def fetch(x, n: tl.constexpr, p: tl.constexpr):
+    """Load n numbers as (p,) float32."""
+    i = tl.arange(0, p)
+    return tl.load(x + i, mask=i < n, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def put(x, value, n: tl.constexpr, p: tl.constexpr):
+    """Store the first n numbers of (p,)."""
+    i = tl.arange(0, p)
+    tl.store(x + i, value, mask=i < n)
+
+
+@triton.jit
+def product(x, w, stride: tl.constexpr, rows: tl.constexpr, n: tl.constexpr, p: tl.constexpr, tile: tl.constexpr):
+    """A vector in memory (rows,) times a weight (rows, n) whose rows are `stride` apart: (p,)."""
+    j = tl.arange(0, p)
+    total = tl.zeros((p,), tl.float32)
+    for begin in range(0, rows, tile):
+        i = begin + tl.arange(0, tile)
+        part = tl.load(x + i, mask=i < rows, other=0.0).to(tl.float32)
+        inside = (i[:, None] < rows) & (j[None, :] < n)
+        weight = tl.load(w + i[:, None] * stride + j[None, :], mask=inside, other=0.0).to(tl.float32)
+        total += tl.sum(part[:, None] * weight, 0)
+    return total
+
+
+@triton.jit
+def pull(grad, w, stride: tl.constexpr, out, rows: tl.constexpr, n: tl.constexpr, p: tl.constexpr, tile: tl.constexpr):
+    """Add a weight (rows, n) times a gradient (p,) to a vector in memory (rows,), which all threads see afterwards."""
+    j = tl.arange(0, p)
+    for begin in range(0, rows, tile):
+        i = begin + tl.arange(0, tile)
+        inside = (i[:, None] < rows) & (j[None, :] < n)
+        weight = tl.load(w + i[:, None] * stride + j[None, :], mask=inside, other=0.0).to(tl.float32)
+        before = tl.load(out + i, mask=i < rows, other=0.0)
+        tl.store(out + i, before + tl.sum(weight * grad[None, :], 1), mask=i < rows)
+    tl.debug_barrier()
+
+
+@triton.jit
+def norm_silu(pre, scale, n: tl.constexpr, eps: tl.constexpr):
+    """silu(pre / rms(pre) * scale) of (p,), zeros beyond n."""
+    y = pre * (1 / tl.sqrt(tl.sum(pre * pre, 0) / n + eps)) * scale
+    return y * tl.sigmoid(y)
+
+
+@triton.jit
+def norm_silu_gradient(grad, pre, scale, n: tl.constexpr, eps: tl.constexpr):
+    """Return the gradients of `pre` and of `scale`, (p,) each, of that of the result."""
+    inverse = 1 / tl.sqrt(tl.sum(pre * pre, 0) / n + eps)
+    unit = pre * inverse
+    y = unit * scale
+    half = tl.sigmoid(y)
+    grad = grad * half * (1 + y * (1 - half))
+    on_unit = grad * scale
+    return inverse * (on_unit - unit * (tl.sum(on_unit * unit, 0) / n)), grad * unit
+
+
+@triton.jit
+def tanh(x):
+    return 2 * tl.sigmoid(2 * x) - 1
+
+
+@triton.jit
+def probabilities(logit, inside):
+    """Softmax over the classes of (S, K); what is not inside has none."""
+    logit = tl.where(inside, logit, float("-inf"))
+    raised = tl.where(inside, tl.exp(logit - tl.max(logit, 1)[:, None]), 0.0)
+    return raised / tl.sum(raised, 1)[:, None]
