@@ -14,7 +14,7 @@ import torch.nn as nn
 import ops.distributions as dists
 from modalities.joint import MultiDecoder, MultiEncoder
 from networks import Actor, Head, State, feature, make_rssm, scalar_head
-from ops import collectives
+from ops import collectives, kernels
 from ops.layers import Style, cast_once
 from ops.math import lambda_return
 from tools import UserError
@@ -176,6 +176,7 @@ class ImagBehavior(nn.Module):
         self.discount, self.lam = 1 - 1 / config.horizon, config.lam
         self.entropy = config.actor.entropy
         self.replayed = config.loss_scales.repval > 0
+        self.kernel = kernels.imagining(config, act_spec) if config.ops.scan == "triton" else None
 
     def optimized(self):
         """Return {name of an optimizer's group: module}."""
@@ -209,9 +210,14 @@ class ImagBehavior(nn.Module):
     def rollout(self, world, states):
         """Imagine with the policy from every state (B, T, ...): a Rollout."""
         start = states.map(lambda x: x.detach().flatten(0, 1))  # (N, ...)
-        noise = iter(self.actor.noise((self.horizon, len(start.deter)), start.deter.device))  # (H, N, n)
-        with cast_once(start.deter.dtype, world.rssm, self.actor):
-            states, actions = world.rssm.imagine(start, lambda state: self.policy(*state, next(noise)), self.horizon)
+        rssm, shape = world.rssm, (self.horizon, len(start.deter))
+        noises = (part.noise(shape, start.deter.device) for part in (self.actor, rssm.latent))  # (H, N, n)
+        with cast_once(start.deter.dtype, rssm, self.actor):
+            if self.kernel:
+                states, actions = self.kernel(rssm, self.actor, start, *noises)
+            else:
+                noise = iter(next(noises))
+                states, actions = rssm.imagine(start, lambda state: self.policy(*state, next(noise)), self.horizon)
         return Rollout(states, actions, feature(states))
 
     def losses(self, world, rollout, batch, rewards):

@@ -1,4 +1,4 @@
-"""The posterior's recurrence in Triton's kernels equals the loop, and is machine code for a GPU.
+"""Posterior and imagination in Triton's kernels equal the loops, and are machine code for a GPU.
 
 There may be no GPU: what they compute is shown by Triton's interpreter, in a process of its own, as it has to be chosen
 before anything imports triton.
@@ -14,11 +14,13 @@ from tools import UserError
 from training.machine import check_scan
 
 pytest.importorskip("triton")
-TINY = ("--rssm.deter", "18", "--rssm.blocks", "2", "--rssm.hidden", "6", "--rssm.stoch", "3", "--rssm.classes", "5")
+SIZES = {"rssm.deter": 18, "rssm.blocks": 2, "rssm.hidden": 6, "rssm.stoch": 3, "rssm.classes": 5, "decoder.blocks": 2}
+TINY = [word for key, size in SIZES.items() for word in (f"--{key}", str(size))]
 
 
-def test_states_gradients_and_an_update_are_those_of_the_loop():
-    code = "from tests import test_triton as t; t.check_gradients(); t.check_learning()"
+def test_states_gradients_actions_and_an_update_are_those_of_the_loops():
+    checks = ["gradients", "imagination", "learning"]
+    code = "; ".join(["from tests import test_triton as t", *(f"t.check_{name}()" for name in checks)])
     done = run_python(code, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr
 
@@ -55,9 +57,28 @@ def check_gradients():
         assert (found[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
 
 
+def check_imagination():
+    """Numbers and choices of several sizes, from more starts than a program computes, and not a multiple of them."""
+    from ops.kernels.imagine import ROWS, imagine
+
+    agent, count = shake(make_agent("mixed", *TINY, "--rssm.img_layers", "3")), ROWS + 3
+    torch.manual_seed(0)
+    start = State(torch.randn(1, count, 18), torch.eye(5)[torch.randint(5, (1, count, 3))])
+    found = []
+    for kernel in (None, imagine):
+        agent.behavior.kernel = kernel
+        with drawing_from(torch.Generator().manual_seed(1)):
+            found.append(agent.behavior.rollout(agent.world, start))
+    loop, kernel = found
+    assert torch.equal(kernel.states.stoch, loop.states.stoch)
+    assert torch.equal(kernel.actions[..., :8], loop.actions[..., :8])  # choices of 2, 3 and 3; then two numbers
+    torch.testing.assert_close(kernel, loop, rtol=1e-5, atol=1e-5)
+
+
 def check_learning():
     agents = [make_agent("proprio", *TINY, "--ops.scan", scan) for scan in ("loop", "triton")]
     assert agents[0].world.rssm.kernels is None and agents[1].world.rssm.kernels
+    assert agents[0].behavior.kernel is None and agents[1].behavior.kernel
     shake(agents[0])
     agents[1].load_state_dict(agents[0].state_dict())
     found = []
@@ -73,6 +94,7 @@ def check_learning():
     [
         (("--configs", "debug", "dreamerv2"), "--rssm.cell norm_gru_bias, --norm none, --act elu"),
         (("--rssm.dyn_layers", "2", "--rssm.initial", "learned"), "--rssm.dyn_layers 2, --rssm.initial learned"),
+        (("--actor.dist", "tanh_normal"), "--actor.dist tanh_normal"),
     ],
 )
 def test_what_they_do_not_know_is_refused(flags, said):
@@ -85,14 +107,22 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from ops.kernels import observe
+from ops.kernels import imagine, observe
 from ops.kernels.gradient import gradient_kernel
+from tests.factories import make_agent
 
-sizes = observe.constants(64, 16, 4, 4, 8, 0.01)
-for kernel in (observe.observe_kernel, gradient_kernel):
-    wide = ("s_", "noise") if kernel is observe.observe_kernel else ("s_", "on_", "scale_", "back_")
+agent = make_agent("mixed", "--rssm.deter", "64", "--rssm.hidden", "16", "--rssm.stoch", "4", "--rssm.classes", "4")
+observed = observe.constants(64, 16, 4, 4, 8, 0.01)
+imagined = imagine.constants(agent.world.rssm, agent.behavior.actor)
+for kernel, sizes, wide in (
+    (observe.observe_kernel, observed, ("s_", "noise")),
+    (gradient_kernel, observed, ("s_", "on_", "scale_", "back_")),
+    (imagine.imagine_kernel, imagined, ("s_", "action", "noise")),
+):
     kinds = {name: "*fp32" if name.startswith(wide) else "*bf16" for name in kernel.arg_names}
-    kinds |= {"T": "i32", **dict.fromkeys(sizes, "constexpr")}
+    kinds |= dict.fromkeys(["begins", "sizes", "drawn", "numbers"], "*i32") if kernel is imagine.imagine_kernel else {}
+    kinds |= {"T": "i32", "N": "i32", **dict.fromkeys(sizes, "constexpr")}
+    kinds = {name: kinds[name] for name in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=kinds, constexprs=sizes)
     print(len(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]))
 """
@@ -102,7 +132,7 @@ def test_they_are_machine_code_of_a_gpu_that_is_not_there():
     done = run_python(COMPILE)
     assert done.returncode == 0, done.stderr
     sizes = done.stdout.split()
-    assert len(sizes) == 2 and min(map(int, sizes)) > 10_000
+    assert len(sizes) == 3 and min(map(int, sizes)) > 10_000
 
 
 def test_without_a_gpu_they_are_refused(monkeypatch):

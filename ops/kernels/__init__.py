@@ -22,6 +22,20 @@ def observing(config, style):
     return observe.observe
 
 
+def imagining(config, spec):
+    """Return `ops.kernels.imagine.imagine` for a whole configuration and an ActionSpec, after `observing`.
+
+    Raises UserError where it does not know the actor.
+    """
+    continuous = set(spec.widths) - set(spec.classes)
+    dist = [f"--actor.dist {config.actor.dist}"] if continuous and config.actor.dist != "bounded_normal" else []
+    sizes = {"--actor.layers": config.actor.layers, "--rssm.img_layers": config.rssm.img_layers}
+    refuse(dist + [f"{flag} {layers}" for flag, layers in sizes.items() if not layers])
+    from ops.kernels import imagine
+
+    return imagine.imagine
+
+
 def refuse(other):
     """Raise UserError if there are flags that the kernels do not know."""
     if other:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from ops.kernels.gradient import gradient_kernel
-from ops.kernels.parts import fetch, norm_silu, probabilities, product, put, tanh
+from ops.kernels.parts import fetch, norm_silu, pair, probabilities, product, put, tanh
 from ops.layers import EPS
 
 TILE = 16  # rows of a weight that a program reads together
@@ -51,11 +51,6 @@ class Weights(NamedTuple):
         inputs = (x for layer, norm in (cell.embed_deter, cell.embed_stoch) for x in (*pair(layer), norm.scale))
         hidden = *pair(cell.hidden[0]), cell.norms[0].scale
         return cls(*inputs, *hidden, *pair(cell.gates), first.kernel[: rssm.deter], norm.scale, *pair(out))
-
-
-def pair(layer):
-    """The kernel and the bias of a layer."""
-    return layer.kernel, layer.bias
 
 
 SCALES = {name for name in Weights._fields if name.endswith("_scale")}  # which stay in float32

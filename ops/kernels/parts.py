@@ -7,6 +7,11 @@ import triton
 import triton.language as tl
 
 
+def pair(layer):
+    """Return the kernel and the bias of a layer."""
+    return layer.kernel, layer.bias
+
+
 @triton.jit
 def fetch(x, n: tl.constexpr, p: tl.constexpr):
     """Load n numbers as (p,) float32."""
