@@ -14,6 +14,7 @@ import torch
 
 from ops.collectives import count, place
 from replay import memory
+from replay.ahead import Lookahead
 from replay.episodes import Arrays, Layout, Step, check_keys, load_episode
 from replay.memory import step_bytes
 from replay.npz import steps_in
@@ -44,6 +45,7 @@ class Replay:
       length: trained steps in a sequence (T); context: steps that precede them.
       seed: of the sampling.
       device: that has a copy of all steps, to sample from, or None; see `resident`.
+      ahead: device that the next batch may be copied to before it is asked for, or None; see `look_ahead`.
     Attributes:
       memory: the Need of all its steps; tight: a warning if this leaves little of the memory, or None.
     Raises UserError for a capacity that is less than a window, or does not fit into memory.
@@ -61,6 +63,7 @@ class Replay:
         seed: int = 0,
         windows: str = "fresh",
         device: torch.device | None = None,
+        ahead: torch.device | None = None,
     ):
         self.layout = layout if isinstance(layout, dict) else dict(layout)  # a StepLayout stays one
         self.stored = dict(stored)
@@ -75,6 +78,7 @@ class Replay:
         self.tight = memory.check(self.memory)
         self.streams = [Stream(self.layout, self.stored, share, self.window + self.spared) for share in shares]
         self.mirror = Mirror(self.streams, device) if device else None
+        self.ahead = Lookahead(ahead) if ahead else None
         self.fresh: collections.deque[tuple[int, int]] = collections.deque()
         self.queued = [0] * streams
         self.rng = np.random.default_rng(seed)
@@ -90,6 +94,7 @@ class Replay:
 
     def add(self, index: int, step: Step, stored: Mapping[str, Any] | None = None) -> None:
         """Append one step {key: value} to stream `index`, with what the agent stores with it, or zeros."""
+        self.changes()
         if step["is_first"] and len(self.streams[index]):  # even if a worker died after a single step
             self.end_episode(index)
         self.streams[index].append({**step, **(stored or dict.fromkeys(self.stored, 0))})
@@ -98,6 +103,7 @@ class Replay:
 
     def extend(self, index: int, name: str, episode: Arrays, stored: Arrays | None = None) -> None:
         """Append {key: (T, ...)} of an episode file to stream `index`, with what is stored, or zeros; not as fresh."""
+        self.changes()
         length = len(episode["reward"])
         zeros = {key: np.zeros((length, *shape), dtype) for key, (shape, dtype) in self.stored.items()}
         self.streams[index].extend({**episode, **zeros, **(stored or {})})
@@ -116,18 +122,49 @@ class Replay:
           {key: (B, context + T, ...)} arrays, or tensors on `device` if there is one, and of what is stored that of the
           context steps alone, {key: (B, context, ...)}; and their places: list of (stream, position).
         """
+        taken = self.ahead.take(batch, fresh) if self.ahead else None
+        places, out = taken or (self.draw_places(batch, fresh), {})
+        lengths = {key: self.context if key in self.stored else self.window for key in self.streams[0].data}
+        return out | self.gather(places, {key: n for key, n in lengths.items() if key not in out}), places
+
+    def look_ahead(self, batch: int) -> None:
+        """Take the observations of `sample(batch)` early, if it is likely to come next, while a device is at work.
+
+        What is drawn, and what it shows, are bit for bit what they would have been.
+        """
+        if self.ahead and self.ahead.due():
+            fresh, state = list(self.fresh), self.rng.bit_generator.state
+            places = self.draw_places(batch, fresh=True)
+            observations = self.gather(places, dict.fromkeys(self.layout, self.window))
+            self.ahead.keep((batch, True), places, observations, functools.partial(self.undraw, fresh, state))
+
+    def undraw(self, fresh, state):
+        """Go back to what was fresh, and to the state of the generator."""
+        self.fresh = collections.deque(fresh)
+        self.rng.bit_generator.state = state
+
+    def changes(self):
+        """Forget what was taken early, before steps or their ends are written."""
+        if self.ahead:
+            self.ahead.changed()
+
+    def draw_places(self, batch, fresh):
+        """Draw the places of `batch` windows."""
         draw = self.draw_episode if self.windows.startswith("episode") else self.draw
         places: list[tuple[int, int]] = []
         while len(places) < batch:
             places.append((fresh and self.next_fresh()) or draw())
-        lengths = {key: self.context if key in self.stored else self.window for key in self.streams[0].data}
+        return places
+
+    def gather(self, places, lengths):
+        """Return {key: (B, n, ...)} of the first n steps of windows, for {key: n}: arrays, or the mirror's tensors."""
         if self.mirror:
-            return self.mirror.gather(places, lengths), places
+            return self.mirror.gather(places, lengths)
         data = self.streams[0].data
-        out = {key: np.empty((batch, n, *data[key].shape[1:]), data[key].dtype) for key, n in lengths.items()}
+        out = {key: np.empty((len(places), n, *data[key].shape[1:]), data[key].dtype) for key, n in lengths.items()}
         for row, (index, position) in enumerate(places):
             self.streams[index].gather(position, out, row)
-        return out, places
+        return out
 
     def next_fresh(self):
         while self.fresh:
@@ -180,6 +217,7 @@ class Replay:
 
     def end_episode(self, index):
         """Mark the newest step of stream `index` as its episode's last."""
+        self.changes()
         self.streams[index].end_episode()
         if self.mirror:
             self.mirror.end_episode(index)
@@ -192,6 +230,7 @@ class Replay:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `restore` needs besides the episode files, in types that `torch.load` reads with weights_only."""
+        self.changes()
         if self.mirror:
             self.mirror.pull()
         return {
@@ -311,6 +350,7 @@ def make_replay(
     offline, own = (sum(map(steps_in, group)) for group in paths)
     room = max(room_for_run(config, layout), own) + offline
     capacity = min(config.dataset_size, -(-room // count()))
+    there = resident(device, {**layout, **agent.stored}, capacity)
     return Replay(
         layout,
         agent.stored,
@@ -320,7 +360,8 @@ def make_replay(
         context=agent.context,
         seed=derive_seed(config.seed, 4, *place()),
         windows=config.replay_window,
-        device=resident(device, {**layout, **agent.stored}, capacity),
+        device=there,
+        ahead=device if device.type == "cuda" and not there else None,
     )
 
 

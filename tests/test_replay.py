@@ -1,5 +1,6 @@
 """Episode files and the replay, on steps whose entries all identify the step."""
 
+import contextlib
 import re
 import zipfile
 from types import SimpleNamespace
@@ -237,6 +238,60 @@ def test_a_copy_on_the_device_gives_what_the_host_gives(streams, capacity, store
         assert stream.keys() == copied.keys() and stream["episodes"] == copied["episodes"]
         for key in stored:
             assert torch.equal(stream[key], copied[key])
+
+
+@pytest.mark.parametrize("windows", ["fresh", "episode"])
+def test_a_batch_that_is_taken_early_is_the_one_that_would_have_come(windows):
+    """Whatever comes between: steps, the end of an episode, another size, a save. The device is the CPU here."""
+    options = {"streams": 2, "capacity": 90, "windows": windows}
+    pair = [make_replay(ahead=device, **options) for device in (None, torch.device("cpu"))]
+    rng, early, in_vain = np.random.default_rng(0), 0, 0
+    for turn in range(150):
+        for replay in pair:
+            for step in steps_of(make_episode(7 * turn, 7)):
+                replay.add(turn % 2, {**step, "is_last": False}, latent_of(int(step["reward"])))
+            if turn % 3:
+                replay.close_episode(turn % 2, str(turn), 7)
+        if not pair[0].ready():
+            continue
+        for number in range(3 if turn % 10 else 1):  # most bursts are as long as the last
+            early += pair[1].ahead.batch is not None
+            size, kind = (6, {}) if rng.random() < 0.9 else (4, {"fresh": False})
+            (one, places), (other, others) = (replay.sample(size, **kind) for replay in pair)
+            assert places == others and one.keys() == other.keys()
+            for key, value in one.items():
+                np.testing.assert_array_equal(value, np.asarray(other[key]), err_msg=f"{turn} {number} {key}")
+            latents = {"deter": torch.from_numpy(rng.random((size, 4, 4))), "stoch": torch.zeros(size, 4, 2)}
+            for replay in pair:
+                replay.look_ahead(6)
+                replay.refresh(places, latents)
+        in_vain += pair[1].ahead.batch is not None
+        if turn % 4 == 0:
+            one, other = (replay.state_dict() for replay in pair)
+            assert one["rng"] == other["rng"] and one["fresh"] == other["fresh"] and one["queued"] == other["queued"]
+    assert early > 200 and 0 < in_vain < 30
+
+
+def test_a_batch_is_taken_early_on_a_stream_of_its_own(monkeypatch):
+    """torch.cuda is a stand-in that notes what is asked of streams, as there is no GPU."""
+    notes, now = [], SimpleNamespace(wait_stream=lambda other: notes.append("main waits for the copies"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "copies")
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: notes.append(f"on {stream}") or contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: notes.append(stream))
+    monkeypatch.setattr("replay.ahead.upload", lambda arrays, device: list(map(torch.from_numpy, arrays)))
+    replay = make_replay([make_episode(0, 60)], ahead=torch.device("cuda", 1))
+    for _ in range(2):
+        replay.sample(3)
+    replay.look_ahead(3)
+    assert not notes  # nothing is known yet of how long bursts are
+    replay.add(0, steps_of(make_episode(60, 1))[0], latent_of(60))
+    replay.sample(3)
+    replay.look_ahead(3)
+    assert notes == ["on copies"]
+    replay.sample(3)
+    replay.look_ahead(3)
+    assert notes == ["on copies", "main waits for the copies", *[now] * len(LAYOUT)]
 
 
 def test_only_what_fits_is_copied_to_a_gpu(monkeypatch):
