@@ -41,7 +41,7 @@ NOT_RUN = {  # a pattern -> why a command is not run
 AFTER = re.compile(r"checkpoint \./logdir/quickstart")  # which make demo has left
 TRAINS = re.compile(r"dreamer\.py(?!.*--(help|completion))|^make demo")
 STOPPED = 128 + signal.SIGTERM
-PATIENCE = {"cheap": 300, "after": 900, "long": 1800}  # seconds
+PATIENCE = {"cheap": 900, "after": 900, "long": 1800}  # seconds
 
 
 class Command(NamedTuple):
@@ -111,15 +111,23 @@ def environment(place, active):
 
 def run_cheap(command, place):
     """Run a command to its end; return what is wrong, or an empty text."""
-    done = subprocess.run(
+    patience = PATIENCE[command.kind]
+    process = subprocess.Popen(
         ["bash", "-c", command.text],
         cwd=place,
         env=environment(place, command.active),
-        capture_output=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=PATIENCE[command.kind],
+        start_new_session=True,
     )
-    return f"exit status {done.returncode}: {done.stderr[-300:]}" if done.returncode else ""
+    try:
+        errors = process.communicate(timeout=patience)[1]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return f"took longer than {patience} s"
+    return f"exit status {process.returncode}: {errors[-300:]}" if process.returncode else ""
 
 
 def run_long(command, place):
