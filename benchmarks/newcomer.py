@@ -39,7 +39,7 @@ NOT_RUN = {  # a pattern -> why a command is not run
     r"(plot_scores|--checkpoint|--from_checkpoint|train_offline)(?!.*logdir/quickstart)": "needs runs that are there",
 }
 AFTER = re.compile(r"checkpoint \./logdir/quickstart")  # which make demo has left
-TRAINS = re.compile(r"dreamer\.py(?!.*--(help|completion))|^make demo")
+TRAINS = re.compile(r"(dreamer|sweep)\.py(?!.*--(help|completion))|^make demo")
 STOPPED = 128 + signal.SIGTERM
 PATIENCE = {"cheap": 900, "after": 900, "long": 1800}  # seconds
 
@@ -136,7 +136,7 @@ def run_long(command, place):
     Metrics are logged at every frame, so that the update is seen: nothing else is added to what the page says.
     """
     logs, files = sizes(place.parent, "metrics.jsonl"), sizes(place.parent, "latest.pt")
-    text = command.text + " --log_every 1" * ("dreamer.py" in command.text)
+    text = command.text + " --log_every 1" * bool(re.search(r"(dreamer|sweep)\.py", command.text))
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
             ["bash", "-c", f"exec {text}"],

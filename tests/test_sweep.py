@@ -60,6 +60,13 @@ def test_a_list_is_a_grid_a_mapping_a_range_and_a_single_value_is_for_all(tmp_pa
     assert config.logdir == f"{tmp_path}/dummy_multi/007-5"
 
 
+def test_the_file_that_comes_along_is_right_and_is_the_one_that_the_page_shows(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    plan = read_plan("sweep.yaml")
+    assert list(plan.search) == ["opt.lr", "imag_horizon"] and plan.trials == 10 and plan.base.task == "gym_CartPole-v1"
+    assert f"```yaml\n{(ROOT / 'sweep.yaml').read_text()}```" in (ROOT / "docs" / "sweeps.md").read_text()
+
+
 MISTAKES = {
     "opt.lrr: unknown key": {"opt.lrr": [1e-4, 1e-3]},
     "sweep.trails: unknown key": {"sweep": {"trails": 3}},
