@@ -286,7 +286,10 @@ def make_run(config, spaces, saved, ranks, device):
 
 def finish(run, evaluate):
     """Write the final log and checkpoint; evaluate and film unless interrupted."""
-    run.agent_steps += run.ending()
+    if run.ending:
+        if run.stopped:
+            run.save()  # what collects by itself may have died of the same signal, and take this process along
+        run.agent_steps += run.ending()
     run.log()
     stage = run.clock.stage()
     if stage and not (run.stopped or run.clock.finished()):

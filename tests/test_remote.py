@@ -3,6 +3,9 @@
 import json
 import os
 import pathlib
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import deque
@@ -17,7 +20,7 @@ import dreamer
 import envs.dummy
 from agents.actor import Actor
 from replay.episodes import episode_files
-from tests.factories import one_line_error
+from tests.factories import ROOT, one_line_error
 from tools import UserError
 from training.config import CONFIGS, load_config
 from training.remote import Chunk, Collector, Fleet
@@ -101,6 +104,29 @@ def test_with_many_actors_ahead_steps_and_updates_are_those_that_the_ratio_says(
     assert saved["counters"]["episodes"] == len(lines) > 0 and len(finished) >= len(lines)
     more = run(tmp_path / "run", words.replace("120", "150").replace("actors 3", "actors 2"), monkeypatch)
     assert 150 <= more["counters"]["agent_steps"] < 152  # with another number of actors
+
+
+def test_a_run_that_is_told_to_end_saves_before_it_asks_for_what_has_arrived(tmp_path, monkeypatch):
+    """The signal may have been its node's, too; without that, Ray ends the process at the next call."""
+    saved = []
+
+    def drain(collector):
+        saved.append(torch.load(tmp_path / "latest.pt", weights_only=True)["counters"])
+        return 0
+
+    def wait(fleet, going):
+        if len(fleet.chunks) and fleet.restarts == 40:  # chunks later
+            os.kill(os.getpid(), signal.SIGTERM)
+        fleet.restarts += 1
+        return fleet.chunks.popleft() if going() else None
+
+    monkeypatch.setattr(Collector, "drain", drain)
+    monkeypatch.setattr(Here, "wait", wait)
+    monkeypatch.setattr(agents.actor, "open_fleet", lambda config, behind, stack: Here(config, behind))
+    words = f"--remote.actors 1 --remote.envs 2 --remote.length 1 --save_every 0 --logdir {tmp_path} --steps 1000"
+    assert dreamer.main([*SMALL.split(), *words.split()]) == 128 + signal.SIGTERM
+    (counters,) = saved
+    assert counters["updates"] > 5 and counters["agent_steps"] > 70
 
 
 class Script:
@@ -314,3 +340,21 @@ def test_when_a_node_dies_another_actor_goes_on_elsewhere_and_the_run_comes_to_i
     assert saved["counters"]["episodes"] == len(told) > 20
     assert sum(len(episode["reward"]) == 4 * (20 + 1) for episode in finished) == len(told)  # none is lost
     assert logged(logdir, "env_restarts")[-1] == 1
+
+
+def test_what_this_machine_runs_for_ray_is_not_hit_by_a_signal_for_the_whole_group(tmp_path):
+    pytest.importorskip("ray")
+    words = f"--remote.actors 1 --remote.envs 2 --eval_envs 0 --steps 1000000 --logdir {tmp_path / 'run'}"
+    command = [sys.executable, "dreamer.py", *SMALL.split(), *words.split()]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+        while not (metrics.exists() and "model_loss" in metrics.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert children and process.pid not in [os.getsid(int(child)) for child in children]
+        os.killpg(process.pid, signal.SIGTERM)
+        said = process.communicate(timeout=100)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM and (tmp_path / "run" / "latest.pt").exists(), said

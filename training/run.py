@@ -79,7 +79,7 @@ class Run:
         self.logged_at = self.saved_at = time.monotonic()  # or when last nothing was due
         self.restarts: Callable[[], int] = lambda: 0  # of environments
         self.extras: Callable[[], dict[str, float]] = dict  # metrics of how steps are collected
-        self.ending: Callable[[], int] = int  # ends what collects by itself; returns its last agent steps
+        self.ending: Callable[[], int] | None = None  # ends what collects by itself; returns its last agent steps
         self.spaces: Mapping[str, Any] | None = None  # the environments' own, as envs/spaces.py describes them
         self.background = Background()  # which writes the episodes
 
