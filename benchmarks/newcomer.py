@@ -35,7 +35,7 @@ NOT_RUN = {  # a pattern -> why a command is not run
     r"^make test|-m pytest": "is what runs this",
     r"^pip |bin/pip |-m venv|^make \.venv": "installs packages",
     r"custom_|mine\.yaml|PRESET|\bNAME\b|<\w+>|\bPATH\b|\bDIR\b|\.\.\.": "stands for commands of your own",
-    r"benchmarks/(family|environments|throughput|attack)": "takes minutes to hours",
+    r"benchmarks[/.](?!reading|plot_scores)": "takes minutes to hours",
     r"(plot_scores|--checkpoint|--from_checkpoint|train_offline)(?!.*logdir/quickstart)": "needs runs that are there",
 }
 AFTER = re.compile(r"checkpoint \./logdir/quickstart")  # which make demo has left
