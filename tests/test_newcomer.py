@@ -56,6 +56,18 @@ def test_a_printed_training_is_understood(text):
         split_task(load_config(words, CONFIGS).task)
 
 
+def test_printed_trainings_name_logdirs_of_their_own():
+    """So that one can follow the pages: another task or size is refused in a logdir that is another run's."""
+    taken = {}
+    for text in (text for text, command in TEXTS.items() if command.kind == "long"):
+        words = newcomer.words_of(text, "dreamer.py")
+        if words is not None:
+            assert "--logdir" in words, text
+            at = words.index("--logdir")
+            run = taken.setdefault(words[at + 1].removeprefix("./"), words[:at] + words[at + 2 :])
+            assert run == words[:at] + words[at + 2 :], text
+
+
 @pytest.mark.parametrize("text", [text for text in TEXTS if re.search(r"[\w/]+\.(py|txt)", text)])
 def test_the_files_that_a_command_names_are_there(text):
     for name in re.findall(r"(?:benchmarks|requirements|docs)/\w+\.(?:py|txt)|\b(?:dreamer|inference_video)\.py", text):
