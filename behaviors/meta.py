@@ -128,8 +128,17 @@ class MetaGradients(nn.Module):
         average_([gradient])
         return gradient
 
+    def state_dict(self):
+        """Return the numbers, what moves them, and whose they are."""
+        return {**super().state_dict(), "learn": list(self.names)}
+
     def load_state_dict(self, state):
-        """Restore the numbers and what moves them."""
+        """Undo `state_dict`. Raises UserError for the numbers of other constants."""
+        state = dict(state)
+        learned = state.pop("learn", self.names if len(state["numbers"]) == len(self.names) else ["others"])
+        if list(learned) != list(self.names):
+            ours, theirs = " ".join(self.names), " ".join(learned)
+            raise UserError(f"the checkpoint is of another agent: --meta.learn moved {theirs} there and {ours} here")
         super().load_state_dict(state)
         self.read()
 

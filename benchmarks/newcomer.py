@@ -34,7 +34,7 @@ NOT_RUN = {  # a pattern -> why a command is not run
     r"^tensorboard|tensorboard\.main": "serves until it is stopped",
     r"^make test|-m pytest": "is what runs this",
     r"^pip |bin/pip |-m venv|^make \.venv": "installs packages",
-    r"custom_|mine\.yaml|PRESET|\bNAME\b|<\w+>|\bPATH\b|\bDIR\b|\.\.\.": "stands for commands of your own",
+    r"custom_|mine\.yaml|PRESET|\bNAME\b|SEED=N|<\w+>|\bPATH\b|\bDIR\b|\.\.\.": "stands for commands of your own",
     r"benchmarks[/.](?!reading|plot_scores)": "takes minutes to hours",
     r"(plot_scores|--checkpoint|--from_checkpoint|train_offline)(?!.*logdir/quickstart)": "needs runs that are there",
 }

@@ -319,8 +319,21 @@ def test_a_loaded_agent_goes_on_with_the_same_rates_and_constants(flags):
         torch.manual_seed(5)
         each.update(dict(batch), initial(each, 4))
     assert equal(agent.nets.state_dict(), other.nets.state_dict())
-    assert equal(agent.state_dict()["meta"], other.state_dict()["meta"])
+    constants = [each.state_dict()["meta"] for each in (agent, other)]
+    assert constants[0].pop("learn") == constants[1].pop("learn") == ["entropy", "lam"]
+    assert equal(*constants)
     assert getattr(agent.opt, "factors", None) == getattr(other.opt, "factors", None)
+
+
+@pytest.mark.parametrize("other", [["lam"], ["entropy", "lam"]])
+def test_the_numbers_of_other_constants_are_refused(other):
+    saved = make_agent("proprio", "--meta.learn", "entropy", "--actor.grad", "reinforce").state_dict()
+    with pytest.raises(UserError, match=f"--meta.learn moved entropy there and {' '.join(other)} here"):
+        make_agent("proprio", "--meta.learn", *other, "--actor.grad", "reinforce").load_state_dict(saved)
+    saved["meta"].pop("learn")  # as an older version has saved
+    if len(other) > 1:
+        with pytest.raises(UserError, match=r"--meta\.learn moved others there"):
+            make_agent("proprio", "--meta.learn", *other, "--actor.grad", "reinforce").load_state_dict(saved)
 
 
 def test_an_agent_that_begins_to_learn_constants_starts_them_where_they_were():
