@@ -17,7 +17,6 @@ from networks import State, feature
 from ops.distributions import VectorNormal
 from ops.layers import MLP, Linear, Style
 from ops.random import rand, randn
-from tools import UserError
 
 
 class Explorer(Protocol):
@@ -104,11 +103,8 @@ def make_explorers(world, act_spec, config):
 def task_rewards(world, explorers, config):
     """Return the Rewards of the task's behavior: the task's own, and those of the explorers that `intrinsic` names.
 
-    Raises UserError if the task's is to weigh nothing: what only explores is a behavior of its own.
+    The task's weigh 1 where `expl_extr_scale` is 0: what only explores is a behavior of its own.
     """
-    if config.intrinsic and not config.expl_extr_scale and "expl_extr_scale" in config.explicit:
-        instead = f"without that one take --expl_behavior {config.intrinsic[0]}"
-        raise UserError(f"--expl_extr_scale 0: --intrinsic adds to the task's reward; {instead}")
     if not config.intrinsic:
         return Rewards({"extr": world.rewards})
     parts, scales = weighed_parts([explorers[name] for name in config.intrinsic])

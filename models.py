@@ -44,7 +44,7 @@ class WorldModel(nn.Module):
         sizes = cont.layers, cont.units
         self.cont = Head(self.feat_size, 1, dists.Bernoulli, *sizes, style=style) if cont.use else None
         self.discount = 1 - 1 / config.horizon
-        self.cont_target = self.discount if cont.discounted else 1.0  # of a state that is not terminal
+        self.cont_target = (self.discount if cont.discounted else 0.0) or 1.0  # of a state that is not terminal
         self.squash_reward = REWARDS[config.clip_rewards]
         self.clip_kl = CLIPS[config.kl_clip]
         self.free_nats = config.free_nats

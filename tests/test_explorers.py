@@ -23,6 +23,7 @@ from ops.layers import DREAMERV3
 from ops.random import drawing_from
 from specs import ActionSpec
 from tests.factories import (
+    SPACES,
     VERSIONS,
     act,
     family_agent,
@@ -30,10 +31,11 @@ from tests.factories import (
     make_agent,
     make_batch,
     make_config,
+    make_dreamer,
     make_sequences,
     observations,
 )
-from tools import UserError
+from training.config import CONFIGS, load_config
 
 every_explorer = pytest.mark.parametrize("name", EXPLORERS)
 MOVES = ((-1, 0), (0, 1), (1, 0), (0, -1), (0, 0))
@@ -354,9 +356,20 @@ def test_a_planner_plans_for_what_is_new_only_to_collect():
     assert asked == [(3, 3 * 20, 6)] * 2
 
 
+@pytest.mark.parametrize("preset", ["curious_icm", "curious_rnd", "empowered", "hierarchical_full"])
+def test_an_agent_that_is_curious_can_be_loaded_elsewhere(preset, tmp_path):
+    """Its configuration is read from a file there, where every key is given."""
+    config = load_config(["--configs", "debug", preset, "--task", "dummy_vector", "--logdir", str(tmp_path)], CONFIGS)
+    config.save(tmp_path / "config.yaml")
+    again = load_config(["--config", str(tmp_path / "config.yaml")], CONFIGS)
+    rewards = [make_dreamer(*SPACES["proprio"], each).rewards for each in (config, again)]
+    assert len(rewards[0].parts) > 1
+    assert [each.scale("extr") for each in rewards] == [1.0, 1.0]
+
+
 def test_the_tasks_reward_cannot_be_left_out_of_the_tasks_behavior():
-    with pytest.raises(UserError, match="take --expl_behavior rnd"):
-        make_agent("proprio", "--intrinsic", "rnd", "--expl_extr_scale", "0")
+    rewards = make_agent("proprio", "--intrinsic", "rnd", "--expl_extr_scale", "0").rewards
+    assert rewards.scale("extr") == 1.0
     flags = "--intrinsic", "rnd,icm", "--expl_intr_scale", "0.5", "--icm.scale", "4"
     rewards = make_agent("proprio", *flags).rewards
     assert {name: rewards.scale(name) for name in rewards.parts} == {"extr": 1.0, "rnd": 0.5, "icm": 2.0}

@@ -37,6 +37,7 @@ from tests.factories import (
     one_line_error,
     play,
 )
+from training.config import CONFIGS, load_config
 
 F32 = np.float32
 TEXT = Observed("text", (6,), (9,) * 6)
@@ -92,6 +93,11 @@ def test_a_tokenizer_from_a_file_gives_its_own_words(tmp_path):
     tokenizer.save(path)
     assert said("go left", tokenizer=path) == ([2, 3, END, PAD, PAD, PAD], "go left")
     assert said("налево go", tokenizer=path)[0][:3] == [4, 2, END]
+    gaps, strict = str(tmp_path / "gaps.json"), str(tmp_path / "strict.json")
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"go": 0, "left": 9}, unk_token="go")).save(gaps)
+    assert vocabulary(text_section(tokenizer=gaps)).size == 2 + 10
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"go": 0}, unk_token="?")).save(strict)
+    assert "it has no tokens for 'left'" in one_line_error(lambda: said("left", tokenizer=strict))
     (tmp_path / "other.json").write_text("{}")
     for name, words in (("other.json", "expected a tokenizer.json"), ("none.json", "there is no such file")):
         assert words in one_line_error(said_by(tokenizer=str(tmp_path / name)))
@@ -165,6 +171,7 @@ def test_what_was_told_of_a_space_is_saved_with_it():
     [
         (Box(0, 255, (4,), np.uint8), 128, 128),
         (Box(-32768, 32767, (4,), np.int16), 16384, 0.5),
+        (Box(-(2**31), 2**31 - 1, (4,), np.int32), 2**30, 0.5),
         (Box(-1, 1, (4, 2)), 0.25, 0.25),
         (Box(-np.inf, np.inf, (4,)), 3.0, 3.0),
         (Box(-10, 10, (4,)), 5.0, 0.5),
@@ -440,8 +447,8 @@ def test_texts_are_drawn_and_read_and_sounds_are_drawn_and_heard():
     assert drawing.lines[2] == [("go", "")] * 4 and drawing[0].shape[:2] == (2, 4) and drawing[0].dtype == np.uint8
     assert len(np.unique(drawing[0][0, 0].reshape(-1, 3), axis=0)) > 3  # letters
     assert pages.wrapped("a\0b\n\u202e") == ["a·b··"]
-    long = pages.page("word " * 99, "", True, pages.MOST)
-    assert long.shape == (2 * pages.MOST * pages.LINE + 12, pages.WIDTH, 3)
+    long, short = pages.page("word " * 99, "", True), pages.page("word", "", True)
+    assert long.shape == short.shape == (2 * pages.MOST * pages.LINE + 12, pages.WIDTH, 3)
     wave = np.sin(np.arange(3 * 4 * 512).reshape(3, 4, 512, 1)).astype(F32)
     heard = strips.draw((wave * 127 + 128).astype(np.uint8), wave * 2, 2, 16000)
     rate, sound = heard.sound
@@ -502,3 +509,12 @@ def test_all_kinds_are_needed_where_there_are_all():
     stream = play(env, 9)
     assert [int(obs["tone/present"]) for obs in stream[:7]] == [1, 0, 0, 1, 0, 0, 1]
     assert isinstance(env.obs_space["instruction"], Tokens) and isinstance(env.obs_space["tone/present"], Discrete)
+
+
+@pytest.mark.parametrize(
+    "suite, task", [("minigrid", "minigrid_"), ("atari100k", "atari100k_"), ("crafter", "crafter_")]
+)
+def test_the_preset_multimodal_goes_behind_a_suite(suite, task):
+    config = load_config(["--configs", suite, "multimodal"], CONFIGS)
+    assert config.task.startswith(task) and config.encoder.fusion == "attention"
+    assert all(config.encoder[key] == ".*" for key in ("mlp_keys", "cnn_keys", "text_keys", "audio_keys"))

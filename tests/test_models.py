@@ -384,3 +384,10 @@ def test_the_world_model_takes_its_dtype():
     assert states.deter.dtype == torch.bfloat16
     assert {loss.dtype for loss in losses.values()} == {torch.float32}
     assert all(loss.isfinite().all() for loss in losses.values())
+
+
+def test_a_horizon_of_one_step_discounts_all_that_follows():
+    agent = make_agent("proprio", "--horizon", "1")
+    _, metrics = agent.update(make_batch("proprio"), initial(agent))
+    assert torch.isfinite(metrics["loss"]) and all(torch.isfinite(param).all() for param in agent.nets.parameters())
+    assert (agent.world.discounts(torch.randn(4, agent.world.feat_size)) == 0).all()

@@ -16,7 +16,7 @@ from tools import UserError
 
 KEYS = "audio_keys"
 CHANNELS = 8  # most that are told from samples
-HUGE = 1e9  # a bound that is no bound
+HUGE = 1e9  # a bound of floats that is no bound
 
 
 class Waveform(spaces.Box):
@@ -35,7 +35,8 @@ class Converter:
         samples, channels = self._shape = (*space.shape, 1)[:2]
         low, high = (bound.astype(np.float64) for bound in (space.low, space.high))
         self._bytes = space.dtype == np.uint8
-        bounded = max(np.abs(low).max(), np.abs(high).max()) < HUGE and low.min() < high.max()
+        whole = np.issubdtype(space.dtype, np.integer)
+        bounded = (whole or max(np.abs(low).max(), np.abs(high).max()) < HUGE) and low.min() < high.max()
         self._scale = 1 / max(-low.min(), high.max()) if bounded else 1.0
         words = f"audio {samples} samples" + (f", {channels} channels" if channels > 1 else "")
         scaled = " (scaled to [-1, 1])" if not self._bytes and self._scale != 1 else ""

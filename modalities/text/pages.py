@@ -31,8 +31,7 @@ def draw(truth, model, seen, words):
 
     lines = [[(text(a), text(b)) for a, b in zip(*pair, strict=True)] for pair in zip(truth, model, strict=True)]
     shown = lines[:SEQUENCES]
-    rows = max(len(wrapped(side)) for sequence in shown for pair in sequence for side in pair)
-    films = [np.stack([page(*pair, time < seen, rows) for time, pair in enumerate(each)]) for each in shown]
+    films = [np.stack([page(*pair, time < seen) for time, pair in enumerate(each)]) for each in shown]
     drawing = Drawing([np.stack(films)])
     drawing.lines = lines
     return drawing
@@ -44,11 +43,11 @@ def wrapped(text):
     return textwrap.wrap(text, LETTERS, max_lines=MOST, placeholder=" …") or ["(nothing)"]
 
 
-def page(truth, model, sees, rows):
-    """Return a picture (H, W, 3) of two texts, each on `rows` lines."""
-    image = Image.new("RGB", (WIDTH, 2 * rows * LINE + 12), PAPER)
+def page(truth, model, sees):
+    """Return a picture (H, W, 3) of two texts, of one size for all, as a film is made in pieces."""
+    image = Image.new("RGB", (WIDTH, 2 * MOST * LINE + 12), PAPER)
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(11)
-    for top, text, color in ((3, truth, TRUTH), (rows * LINE + 7, model, SEEN if sees else IMAGINED)):
+    for top, text, color in ((3, truth, TRUTH), (MOST * LINE + 7, model, SEEN if sees else IMAGINED)):
         for row, line in enumerate(wrapped(text)):
             pen.text((4, top + row * LINE), line, color, font)
     return np.asarray(image)

@@ -95,11 +95,16 @@ class Words:
             raise UserError(f"--text.tokenizer {path}: expected a tokenizer.json ({reason})") from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self.size = FIRST + self._tokenizer.get_vocab_size()
+        self._path = path
+        self.size = FIRST + 1 + max(self._tokenizer.get_vocab().values(), default=-1)  # there may be gaps
 
     def ids(self, text: str, length: int) -> Sequence[int]:
         plain = text.encode("utf-8", "replace").decode()  # half a surrogate is no text to it
-        return [FIRST + index for index in self._tokenizer.encode(plain, add_special_tokens=False).ids[:length]]
+        try:
+            found = self._tokenizer.encode(plain, add_special_tokens=False).ids
+        except Exception as error:  # of no type of its own, where a word is unknown and no token stands for such
+            raise UserError(f"--text.tokenizer {self._path}: it has no tokens for {text[:100]!a} ({error})") from None
+        return [FIRST + index for index in found[:length]]
 
     def text(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([index - FIRST for index in ids])
