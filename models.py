@@ -210,14 +210,13 @@ class ImagBehavior(nn.Module):
     def rollout(self, world, states):
         """Imagine with the policy from every state (B, T, ...): a Rollout."""
         start = states.map(lambda x: x.detach().flatten(0, 1))  # (N, ...)
-        rssm, shape = world.rssm, (self.horizon, len(start.deter))
-        noises = (part.noise(shape, start.deter.device) for part in (self.actor, rssm.latent))  # (H, N, n)
-        with cast_once(start.deter.dtype, rssm, self.actor):
+        noise = self.actor.noise((self.horizon, len(start.deter)), start.deter.device)  # (H, N, n)
+        with cast_once(start.deter.dtype, world.rssm, self.actor):
             if self.kernel:
-                states, actions = self.kernel(rssm, self.actor, start, *noises)
+                states, actions = self.kernel(world.rssm, self.actor, start, noise)
             else:
-                noise = iter(next(noises))
-                states, actions = rssm.imagine(start, lambda state: self.policy(*state, next(noise)), self.horizon)
+                each = iter(noise)
+                states, actions = world.rssm.imagine(start, lambda state: self.policy(*state, next(each)), self.horizon)
         return Rollout(states, actions, feature(states))
 
     def losses(self, world, rollout, batch, rewards):

@@ -97,7 +97,6 @@ class Dreamer:
         arrays, places = replay.sample(self.batch_size)
         with drawing_from(self.generators["learn"]):
             states, metrics = self.update(*self.batch(arrays))
-        replay.look_ahead(self.batch_size)  # while a GPU computes: what follows waits for it
         if self.stored:
             replay.refresh(places, self.world.rssm.pack(states))
         return metrics

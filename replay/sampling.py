@@ -127,8 +127,8 @@ class Replay:
         lengths = {key: self.context if key in self.stored else self.window for key in self.streams[0].data}
         return out | self.gather(places, {key: n for key, n in lengths.items() if key not in out}), places
 
-    def look_ahead(self, batch: int) -> None:
-        """Take the observations of `sample(batch)` early, if it is likely to come next, while a device is at work.
+    def look_ahead(self, batch):
+        """Take the observations of `sample(batch)` early, if it is likely to come next.
 
         What is drawn, and what it shows, are bit for bit what they would have been.
         """
@@ -195,7 +195,11 @@ class Replay:
         return index, number - int(bounds[index - 1] if index else 0)
 
     def refresh(self, places: Places, stored: Mapping[str, torch.Tensor]) -> None:
-        """Write back what the agent stores with the trained steps: {key: tensor (B, T, ...)}."""
+        """Write back what the agent stores with the trained steps: {key: tensor (B, T, ...)}.
+
+        A GPU may be computing it still; the next batch is taken meanwhile.
+        """
+        self.look_ahead(len(places))
         rows = rows_of(self.streams, places, np.arange(self.context, self.window)).reshape(-1)
         rows, first = np.unique(rows[::-1], return_index=True)
         newest = len(places) * self.length - 1 - first  # windows may overlap: the last one's is kept

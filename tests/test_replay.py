@@ -263,7 +263,6 @@ def test_a_batch_that_is_taken_early_is_the_one_that_would_have_come(windows):
                 np.testing.assert_array_equal(value, np.asarray(other[key]), err_msg=f"{turn} {number} {key}")
             latents = {"deter": torch.from_numpy(rng.random((size, 4, 4))), "stoch": torch.zeros(size, 4, 2)}
             for replay in pair:
-                replay.look_ahead(6)
                 replay.refresh(places, latents)
         in_vain += pair[1].ahead.batch is not None
         if turn % 4 == 0:

@@ -357,16 +357,17 @@ def constants(rssm, actor):
     return sizes | layers | padded | shares | {"M": ROWS, "C": COLUMNS, "eps": EPS, "tile": TILE}
 
 
-def imagine(rssm, actor, start, action_noise, noise):
+def imagine(rssm, actor, start, action_noise):
     """Roll the prior forward by an actor's samples, as `rssm.imagine` does.
 
     Args:
       rssm: networks.RSSM of a BlockGRU of one hidden layer and a OneHotLatent; actor: Actor of bounded normals.
       start: State (N, ...), in the dtype that is computed in.
-      action_noise: (H, N, n), as of `actor.noise`; noise: (H, N, S), uniform.
+      action_noise: (H, N, n), as of `actor.noise`; that of the prior is drawn here.
     Returns: State (H + 1, N, ...) with the start first, actions (H, N, A) in float32.
     """
-    deter, (T, N) = start.deter, noise.shape[:2]
+    deter, (T, N) = start.deter, action_noise.shape[:2]
+    noise = rssm.latent.noise((T, N), deter.device)  # (H, N, S)
     c = constants(rssm, actor)
     states = start.map(lambda x: torch.cat([x[None], x.new_empty(T, *x.shape)]))
     actions = deter.new_empty(T, N, c["A"], dtype=torch.float32)
