@@ -63,7 +63,7 @@ class Lookahead:
         return batch.places, batch.observations
 
     def due(self) -> bool:
-        """Return whether another batch is expected before the replay changes."""
+        """True if another batch is expected before the replay changes."""
         return self.batch is None and 0 < self.sampled < self.expected
 
     def keep(self, asked: tuple, places: Any, arrays: dict[str, Any], undo: Callable[[], None]) -> None:

@@ -59,12 +59,13 @@ def check_gradients():
 
 def check_imagination():
     """Numbers and choices of several sizes, from more starts than a program computes, and not a multiple of them."""
-    from ops.kernels.imagine import ROWS, imagine
+    from ops.kernels.imagine import ROWS, Imagine
 
     agent, count = shake(make_agent("mixed", *TINY, "--rssm.img_layers", "3")), ROWS + 3
     torch.manual_seed(0)
     start = State(torch.randn(1, count, 18), torch.eye(5)[torch.randint(5, (1, count, 3))])
     found = []
+    imagine = Imagine(agent.act_spec)
     for kernel in (None, imagine):
         agent.behavior.kernel = kernel
         with drawing_from(torch.Generator().manual_seed(1)):
@@ -73,6 +74,7 @@ def check_imagination():
     assert torch.equal(kernel.states.stoch, loop.states.stoch)
     assert torch.equal(kernel.actions[..., :8], loop.actions[..., :8])  # choices of 2, 3 and 3; then two numbers
     torch.testing.assert_close(kernel, loop, rtol=1e-5, atol=1e-5)
+    assert imagine.places(torch.device("cpu")) is imagine.places(torch.device("cpu"))  # as a recording needs it
 
 
 def check_learning():

@@ -23,7 +23,7 @@ def observing(config, style):
 
 
 def imagining(config, spec):
-    """Return `ops.kernels.imagine.imagine` for a whole configuration and an ActionSpec, after `observing`.
+    """Return an `ops.kernels.imagine.Imagine` for a whole configuration and an ActionSpec, after `observing`.
 
     Raises UserError where it does not know the actor.
     """
@@ -33,7 +33,7 @@ def imagining(config, spec):
     refuse(dist + [f"{flag} {layers}" for flag, layers in sizes.items() if not layers])
     from ops.kernels import imagine
 
-    return imagine.imagine
+    return imagine.Imagine(spec)
 
 
 def refuse(other):

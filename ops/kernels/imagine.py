@@ -8,6 +8,7 @@ Letters: N sequences, D deter, G blocks of W = D / G, H hidden, S groups x K cla
 V choices of at most Q classes. In the kernel: M sequences of a program, C columns that it computes together.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -91,7 +92,7 @@ def outputs(actor):
 
 
 class Places(NamedTuple):
-    """Where an action's parts are: int32.
+    """Places of an action's parts, int32.
 
     begin, size, drawn: of each choice, its first column, its classes, and the column of its noise (V,); number: of each
     column, that of its noise, or -1 for one of a choice (A,).
@@ -357,13 +358,27 @@ def constants(rssm, actor):
     return sizes | layers | padded | shares | {"M": ROWS, "C": COLUMNS, "eps": EPS, "tile": TILE}
 
 
-def imagine(rssm, actor, start, action_noise):
-    """Roll the prior forward by an actor's samples, as `rssm.imagine` does.
+class Imagine:
+    """Rolls the prior forward by an actor's samples, as `RSSM.imagine` does.
+
+    spec: ActionSpec. What the kernel is told of it goes to a device once: nothing may while a CUDA graph is recorded.
+    """
+
+    def __init__(self, spec):
+        self.places = functools.cache(functools.partial(Places.of, spec))
+
+    def __call__(self, rssm, actor, start, action_noise):
+        """Imagine; arguments and results as of `imagine`."""
+        return imagine(rssm, actor, start, action_noise, self.places(start.deter.device))
+
+
+def imagine(rssm, actor, start, action_noise, places):
+    """Compute all steps of a rollout in one kernel.
 
     Args:
       rssm: networks.RSSM of a BlockGRU of one hidden layer and a OneHotLatent; actor: Actor of bounded normals.
       start: State (N, ...), in the dtype that is computed in.
-      action_noise: (H, N, n), as of `actor.noise`; that of the prior is drawn here.
+      action_noise: (H, N, n), as of `actor.noise`; that of the prior is drawn here. places: Places.
     Returns: State (H + 1, N, ...) with the start first, actions (H, N, A) in float32.
     """
     deter, (T, N) = start.deter, action_noise.shape[:2]
@@ -373,7 +388,6 @@ def imagine(rssm, actor, start, action_noise):
     actions = deter.new_empty(T, N, c["A"], dtype=torch.float32)
     wide = max(c["U"], c["H"])
     memory = [deter.new_empty(N, n) for n in (wide, wide, 2 * c["A"], c["A"], 3 * c["H"], c["D"], c["S"] * c["K"])]
-    weights, places = Weights.of(rssm, actor, deter.dtype), Places.of(actor.spec, deter.device)
-    given = [x.contiguous() for x in (action_noise, noise)]
+    weights, given = Weights.of(rssm, actor, deter.dtype), [x.contiguous() for x in (action_noise, noise)]
     imagine_kernel[(triton.cdiv(N, ROWS),)](*states, actions, *given, *places, *weights, *memory, T, N, **c)
     return states, actions
