@@ -390,8 +390,14 @@ def make_optimizer(nets, config):
 
 
 def with_learned_rates(opt, nets, names, config):
-    """Return an optimizer as it is, or one whose rates of actors or critics learn; names: {parameter: its name}."""
-    groups = {}
+    """Return an optimizer as it is, or one whose rates of actors or critics learn; names: {parameter: its name}.
+
+    Raises UserError if there is no such rate, or if its factor may not be where it is to start.
+    """
+    groups, rates = {}, [name for name in config.learn if name.endswith("_lr")]
+    if rates and not 1 / config.limit <= config.start <= config.limit:
+        limit = f"--meta.limit {config.limit:g} leaves factors from {1 / config.limit:g} to {config.limit:g}"
+        raise UserError(f"--meta.start {config.start:g}: {limit}")
     for kind in ("actor", "critic"):
         modules = [nets[net].optimized().get(kind) for net in ("behavior", "expl_behavior") if net in nets]
         if f"{kind}_lr" in config.learn:

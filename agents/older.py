@@ -30,6 +30,8 @@ RENAMED = {
     r"explorer\.behavior\.(.*)": r"expl_behavior.\1",
     r"(behavior|expl_behavior)\.return_norm\.weight": None,
 }
+# Buffers that a state may have or lack: of an own Adam whose rate learns, and of a hierarchy's usual state.
+OPTIONAL = r"_opt\.(factor|last)$|\.goals\.(usual|count)$"
 
 
 def rename(name):
@@ -65,7 +67,8 @@ def read_specs(saved):
 def modernize(saved, nets):
     """Return a saved state in today's names and forms. Raises UserError if it has none of theirs.
 
-    A bias that it lacks starts at the zeros that it implied. The optimizer's state is matched by name.
+    A bias that it lacks starts at the zeros that it implied, and what is `OPTIONAL`, such as the factor of a rate that
+    learns on one side alone, where it starts here. The optimizer's state is matched by name.
 
     Args:
       saved: what `Dreamer.state_dict` returned then; nets: module that it is for.
@@ -74,7 +77,10 @@ def modernize(saved, nets):
     model = renamed(saved["model"])
     implied = {n: torch.zeros_like(p) for n, p in nets.named_parameters() if n not in model and n.endswith(".bias")}
     own = {name: tuple(value.shape) for name, value in nets.state_dict().items()}
+    implied |= {n: value for n, value in nets.state_dict().items() if n not in model and re.search(OPTIONAL, n)}
+    model = {name: value for name, value in model.items() if name in own or not re.search(OPTIONAL, name)}
     told = {name: text for name, text in renamed(saved["signature"]).items() if name in model or name not in own}
+    told = {name: text for name, text in told.items() if name in own or not re.search(OPTIONAL, name)}
     signature = told | {name: str(tuple(value.shape)) for name, value in (model | implied).items()}
     specs = dict(saved.get("specs", {}))
     if specs:

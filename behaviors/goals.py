@@ -14,6 +14,7 @@ from ops.random import rand
 
 ROOM, SPEED = 0.1, 0.1  # how far the KL may be from its target, and how fast its weight then moves
 LEAST, MOST = 1e-5, 1.0  # bounds of that weight
+RATE = 0.01  # of running means, once they are of as many batches
 
 
 class GoalAutoencoder(nn.Module):
@@ -42,6 +43,8 @@ class GoalAutoencoder(nn.Module):
         )
         self.target = c.goal_kl * c.groups * math.log(c.classes)
         self.register_buffer("beta", torch.ones(()))
+        self.register_buffer("usual", torch.zeros(deter))
+        self.register_buffer("count", torch.zeros(()))
         self.opt = OwnAdam([*self.encoder.parameters(), *self.decoder.parameters()], c.goal_lr, 1e-6, 100.0)
 
     def compile_parts(self):
@@ -55,6 +58,10 @@ class GoalAutoencoder(nn.Module):
     def decode(self, code):
         """Codes (..., G C) -> recurrent states (..., D) float32."""
         return self.decoder(code).float()
+
+    def near(self, goal, deter):
+        """Return the `max_cosine` (...) of how goals and recurrent states (..., D) differ from the usual state."""
+        return max_cosine(goal - self.usual, deter - self.usual)
 
     def error(self, deter):
         """Return the mean squared error (...) of recurrent states (..., D) that come back from codes: it is large where
@@ -70,7 +77,7 @@ class GoalAutoencoder(nn.Module):
         return (back - deter).square().sum(-1), (math.log(self.shape[1]) - dist.entropy()).sum(-1)
 
     def learn(self, deter):
-        """Take a gradient step on recurrent states (N, D) and move beta; return {name: 0-d metric}."""
+        """Take a gradient step on recurrent states (N, D), move beta and the usual state; return {name: 0-d metric}."""
         errors, kls = self.loss(deter, rand((len(deter), self.shape[0]), deter.device))
         error, kl = errors.mean(), kls.mean()
         with torch.no_grad():
@@ -78,6 +85,8 @@ class GoalAutoencoder(nn.Module):
             up, down = seen > self.target * (1 + ROOM), seen < self.target / (1 + ROOM)
             factor = torch.where(up, 1 + SPEED, torch.where(down, 1 / (1 + SPEED), 1.0))
             self.beta.mul_(factor).clamp_(LEAST, MOST)
+            self.count += 1
+            self.usual.lerp_(collectives.mean(deter.mean(0)), (1 / self.count).clamp(min=RATE))
         loss = error + self.beta * kl
         norm = self.opt.step(loss)
         metrics = {"goal_loss": loss.detach(), "goal_error": error.detach() / deter.shape[-1], "goal_kl": kl.detach()}
@@ -93,7 +102,7 @@ class Novelty(nn.Module):
     rate: share of a new batch, once there were more than 1 / rate of them.
     """
 
-    def __init__(self, rate=0.01):
+    def __init__(self, rate=RATE):
         super().__init__()
         self.rate = rate
         for name in ("count", "mean", "square"):

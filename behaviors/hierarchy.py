@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 
-from behaviors.goals import GoalAutoencoder, Novelty, max_cosine
+from behaviors.goals import GoalAutoencoder, Novelty
 from behaviors.ppo import PPO
 from networks import State, feature
 from specs import ActionSpec
@@ -31,7 +31,7 @@ class HierarchicalPPO(nn.Module):
 
         state       s_0        s_1   ...   s_k               s_k+1   ...   s_2k
         goal        g_0        g_0         g_k               g_k
-        worker      sees [s_t, g], is paid max_cosine(g, deter_t+1); a goal ends with a value in s_k under the old one
+        worker      sees [s_t, g], is paid for how near deter_t+1 is to g; a goal ends with a value in s_k under the old one
         manager     sees s_0 and s_k; a choice is paid sum_i (c_1 ... c_i-1) R_i over its k steps, and what follows it
                     counts c_1 ... c_k, with c the predicted continuation times the discount gamma = 1 - 1 / horizon
 
@@ -138,7 +138,7 @@ class HierarchicalPPO(nn.Module):
         reward, cont, error = rewards(rollout), world.discounts(feat), self.goals.error(deter)  # (H + 1, N)
         mixed, weight = self.extr_scale * reward + self.expl_scale * self.novelty(error), cont.cumprod(0)
         manager = self.manager.estimate(feat[::k], rollout.codes, *decisions(mixed, cont, k), weight[::k])
-        near = max_cosine(rollout.goals.flatten(0, 1), pieces(deter, k))  # (k + 1, P N)
+        near = self.goals.near(rollout.goals.flatten(0, 1), pieces(deter, k))  # (k + 1, P N)
         actions = pieces(rollout.actions, k, 0)
         worker = self.worker.estimate(self.worker_feat(rollout), actions, near, pieces(cont, k), pieces(weight, k))
         outs = {"reward": reward, "error": error}

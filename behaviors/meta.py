@@ -1,6 +1,7 @@
 """Constants of the behavior that learn by the gradient through its own update (arXiv:1805.09801, 2002.12928)."""
 
 import contextlib
+import copy
 import functools
 import math
 
@@ -10,6 +11,7 @@ from torch.utils._pytree import tree_map
 
 from models import frozen
 from ops.collectives import average_
+from ops.optim import OwnAdam
 from tools import UserError
 
 # name -> (the constant as a function of the number x that is learned, x as a function of the constant)
@@ -32,8 +34,9 @@ class MetaGradients(nn.Module):
 
     P comes from the optimizer's second moment and is held constant, as are critic, normalizer and world model. Of eta
     there are the entropy's weight, lambda, and the weight of intrinsic rewards; L0 has the weight `meta.entropy`, the
-    configured lambda, and the task's rewards alone. The numbers that eta is made of (a logarithm or a logit) are moved
-    by Adam without momentum.
+    configured lambda, and the same rewards. Where the weight of intrinsic ones learns, L0 has the task's alone and a
+    critic of these, `TaskCritic`. The numbers that eta is made of (a logarithm or a logit) are moved by Adam without
+    momentum.
 
     Args:
       behavior: whose constants learn; names: of `LEARNED`.
@@ -51,7 +54,11 @@ class MetaGradients(nn.Module):
         if config.batch_size % 2:
             raise UserError(f"--meta.learn {' '.join(names)}: halves the batch, so --batch_size has to be even")
         self.names, self.lr, self.limit = list(names), config.meta.lr, math.log(config.meta.limit)
-        self.judge = {"entropy": config.meta.entropy, "lam": config.lam, "intr_scale": 0.0, "expl_scale": 0.0}
+        self.judge = {"entropy": config.meta.entropy, "lam": config.lam}
+        self.task_critic = None
+        if "intr_scale" in names:
+            self.judge |= {"intr_scale": 0.0, "expl_scale": 0.0}  # the latter is a manager's
+            self.task_critic = TaskCritic(learner_of(behavior), config.ppo.critic_lr)
         start = {"entropy": config.actor.entropy, "lam": config.lam, "intr_scale": config.expl_intr_scale}
         for name in names:
             if not (start[name] > 0 and (name != "lam" or start[name] < 1)):
@@ -91,6 +98,11 @@ class MetaGradients(nn.Module):
             scales = {name: found[f"behavior.actor.{name}"] for name in names}
         with frozen(world):
             gradient = self.gradient(world, rollout, outs, batch, rewards, scales)
+            if self.task_critic:
+                theta = {name: param.detach() for name, param in self.holders[0].actor.named_parameters()}
+                loss = ActorLoss(self.behavior[0], self.holders)
+                _, seen = loss(theta, self.judge, world, rollout, outs, batch, rewards, self.task_critic)
+                self.task_critic.learn(self.holders[0], seen)
         with torch.no_grad():
             self.count += 1
             self.square.lerp_(gradient.square(), 1 - BETA)
@@ -114,14 +126,16 @@ class MetaGradients(nn.Module):
         first, second = halves(rollout, outs, batch)
         loss = ActorLoss(self.behavior[0], self.holders)
         rewards = functools.partial(with_gradient, rewards)
-        inner = torch.autograd.grad(loss(theta, eta, world, *first, rewards), theta.values(), create_graph=True)
+        inner, _ = loss(theta, eta, world, *first, rewards)
+        inner = torch.autograd.grad(inner, theta.values(), create_graph=True)
         with torch.no_grad():
             grads = [grad.detach().clone() for grad in inner]
             average_(grads)
             pairs = zip(theta.items(), grads, strict=True)
             moved = {name: param - scales[name] * grad for (name, param), grad in pairs}
         moved = {name: param.requires_grad_() for name, param in moved.items()}
-        outer = torch.autograd.grad(loss(moved, self.judge, world, *second, rewards), moved.values())
+        outer, _ = loss(moved, self.judge, world, *second, rewards, self.task_critic)
+        outer = torch.autograd.grad(outer, moved.values())
         average_(outer)
         pull = sum((scales[name] * o * i).sum() for name, o, i in zip(theta, outer, inner, strict=True))
         gradient = -torch.autograd.grad(pull, numbers)[0]
@@ -139,8 +153,34 @@ class MetaGradients(nn.Module):
         if list(learned) != list(self.names):
             ours, theirs = " ".join(self.names), " ".join(learned)
             raise UserError(f"the checkpoint is of another agent: --meta.learn moved {theirs} there and {ours} here")
-        super().load_state_dict(state)
+        super().load_state_dict({**super().state_dict(), **state})  # an older version had no critic of the task
         self.read()
+
+
+class TaskCritic(nn.Module):
+    """A critic of the task's rewards alone, by which an actor is judged that also seeks others (arXiv:1804.06459).
+
+    The behavior's own predicts the sum of all: beside it the task's rewards seem too few wherever others are expected,
+    and every intrinsic one would count against itself. It learns where the behavior's does in imagination, by an Adam.
+
+    Args:
+      learner: with critic and slow critic, from which it starts; lr: learning rate.
+    """
+
+    def __init__(self, learner, lr):
+        super().__init__()
+        self.critic, self.slow = copy.deepcopy(learner.critic), copy.deepcopy(learner.slow)
+        self.opt = OwnAdam(self.critic.parameters(), lr)
+
+    def learn(self, learner, seen):
+        """Learn the returns of trajectories; seen: what `ActorLoss` returns of them with this critic."""
+        length = len(seen["adv"])
+        dist = self.critic(seen["feat"][:length].detach())
+        loss = learner.critic_loss(dist, seen["ret"][:length].detach(), seen["slow"][:length].detach())
+        self.opt.step((seen["weight"][:length].detach() * loss).mean())
+        with torch.no_grad():
+            slow, fast = list(self.slow.parameters()), list(self.critic.parameters())
+            torch._foreach_lerp_(slow, fast, [learner.slow_rate] * len(slow))
 
 
 class ActorLoss:
@@ -152,13 +192,20 @@ class ActorLoss:
 
     def __init__(self, behavior, holders):
         self.holder, self.holders = Holder(behavior), (behavior, *holders)
-        learner = holders[0]
-        (self.actor,) = (name for name, module in self.holder.named_modules() if module is learner.actor)
+        (self.learner,) = {name for name, module in self.holder.named_modules() if module is holders[0]}
         self.buffers = {name: value for name, value in self.holder.named_buffers() if "_opt." not in name}
 
-    def __call__(self, theta, eta, world, rollout, outs, batch, rewards):
-        """Return the loss (0-d) with parameters {name: tensor} and constants {name: tensor or number}."""
-        state = {f"{self.actor}.{name}": param for name, param in theta.items()}
+    def __call__(self, theta, eta, world, rollout, outs, batch, rewards, critic=None):
+        """Return the loss (0-d), and {name: tensor} of what it is made of.
+
+        Args:
+          theta: {name: tensor} parameters of the actor; eta: {name: tensor or number} constants.
+          critic: TaskCritic in place of the behavior's, or None.
+        """
+        state = {f"actor.{name}": param for name, param in theta.items()}
+        for part in ("critic", "slow") if critic else ():
+            state |= {f"{part}.{name}": param.detach() for name, param in getattr(critic, part).named_parameters()}
+        state = {f"{self.learner}.{name}": param for name, param in state.items()}
         state |= {name: value.clone() for name, value in self.buffers.items()}
         with replaced(self.holders, eta):
             return torch.func.functional_call(self.holder, state, (world, rollout, outs, batch, rewards))
@@ -174,8 +221,8 @@ class Holder(nn.Module):
     def forward(self, world, rollout, outs, batch, rewards):
         if hasattr(self.behavior, "actor_loss"):  # a behavior whose `losses` has none
             return self.behavior.actor_loss(world, rollout, rewards, outs)
-        losses, _ = type(self.behavior).losses(self.behavior, world, rollout, batch, rewards)
-        return losses["policy"].mean()
+        losses, outs = type(self.behavior).losses(self.behavior, world, rollout, batch, rewards)
+        return losses["policy"].mean(), {**outs, "feat": rollout.feat}
 
 
 def learner_of(behavior):

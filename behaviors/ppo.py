@@ -58,7 +58,8 @@ class PPO(ImagBehavior):
             return {}, self.estimate(rollout.feat, rollout.actions, reward, cont, cont.cumprod(0))
 
     def actor_loss(self, world, rollout, rewards, outs):
-        """Return the actor's loss over whole trajectories, 0-d, with gradient towards all that it depends on.
+        """Return the actor's loss over whole trajectories, 0-d, with gradient towards all that it depends on; and what
+        it is made of, as `estimate`, with the features (H + 1, N, F).
 
         outs: what `losses` returned of the policy that imagined.
         """
@@ -67,10 +68,11 @@ class PPO(ImagBehavior):
         return self.whole_loss(rollout.feat, rollout.actions, reward, cont, cont.cumprod(0), outs["logpi"])
 
     def whole_loss(self, feat, actions, reward, cont, weight, logpi):
-        """Return the policy's loss, 0-d; logpi: (H, N) of the actions when they were imagined, else as `estimate`."""
+        """Return what `actor_loss` does; logpi: (H, N) of the actions when they were imagined, else as `estimate`."""
         outs = PPO.estimate(self, feat, actions, reward, cont, weight)  # as written: what is compiled has no gradient
         parts = (feat, actions, logpi, outs["adv"], weight)  # of its gradient
-        return PPO.policy_loss(self, *(part[: len(actions)].flatten(0, 1) for part in parts))[0]
+        loss, _, _ = PPO.policy_loss(self, *(part[: len(actions)].flatten(0, 1) for part in parts))
+        return loss, {**outs, "feat": feat}
 
     def estimate(self, feat, actions, reward, cont, weight):
         """Return {name: tensor} of what is known about trajectories before anything is learned from them.

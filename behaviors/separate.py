@@ -9,7 +9,7 @@ class SeparateCritics(nn.Module):
         policy loss = -weight (sum_i scale_i objective_i + eta entropy)
 
     objective_i is what the behavior's actor climbs for reward i alone, such as its advantage divided by the scale of
-    its returns. So a reward counts by its weight and not by its size.
+    its returns. So a reward counts by its weight and not by its size, as far as that scale goes.
 
     Args:
       parts: {name of a reward: Behavior that learns from it}, alike; the first one's actor is everyone's.

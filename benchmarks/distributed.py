@@ -30,6 +30,7 @@ CASES = {  # presets and flags
     "dreamerv3": TINY,
     "dreamerv2": ["dreamerv2", *TINY],
     "plan2explore": [*TINY, "--expl_behavior", "plan2explore"],
+    "icm and rnd": [*TINY, "--expl_behavior", "icm", "--intrinsic", "rnd"],
     "dreamerv3_2023": ["dreamerv3_2023", *TINY],
     "dreamerv1": ["dreamerv1", *TINY],
     "planet": ["planet", *TINY],

@@ -35,7 +35,9 @@ EXPLORERS = {  # name: flags
     --disag_units 64 --disag_models 5""",
     "ICM": f"--expl_behavior icm --icm.width 64 --icm.features 32 {NOVEL}",
     "RND": f"--expl_behavior rnd --rnd.width 64 --rnd.features 32 {NOVEL}",
-    "empowerment": f"--expl_behavior empowerment --empowerment.width 64 --empowerment.anneal 300 {NOVEL}",
+    # What a step leads to is told from what other steps do only where places are known to less than a cell.
+    "empowerment": f"""--expl_behavior empowerment --empowerment.width 64 --empowerment.anneal 300
+    --loss_scales.rec 100 {NOVEL}""",
 }
 TELEVISIONS = {"maze_tv": "changes by itself", "maze_remote": "is controlled"}
 

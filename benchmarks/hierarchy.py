@@ -21,7 +21,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from agents import make_agent
 from agents.random import Random
-from behaviors.goals import max_cosine
 from benchmarks.family import eval_curve, final_scores, is_done, lines, run_all
 from benchmarks.pages import markdown, publish
 from envs import make_envs
@@ -38,12 +37,13 @@ from training.driver import Driver
 CARTPOLE = "--behavior ppo --video_pred_log false"
 SOLVED = 195.0  # mean return of the last evaluation
 WORKER = """--task dummy_pixels --size 16 16 --encoder.depth 4 --decoder.depth 4 --imag_horizon 8 --train_ratio 0
---replay_window uniform --replay_context false
+--compile true --replay_window uniform --replay_context false
 --hierarchy.units 64 --hierarchy.layers 2 --hierarchy.goal_lr 1e-3 --loss_scales.rec 10"""
 STEPS, UPDATES, PIECE = 2000, 2000, 200  # agent steps of random acting, updates, and those between two measurements
 SAMPLES = 16  # batches that goals are drawn from
-REACH = """--task dummy_maze --steps 20000 --train_ratio 64 --eval_every 4000 --eval_episode_num 20
---video_pred_log false --horizon 100 --loss_scales.rec 10 --log_every 1000"""
+# Its episodes begin in one place, where the modes of a policy would take one way only: evaluations draw actions.
+REACH = """--task dummy_maze --steps 20000 --train_ratio 64 --eval_every 4000 --eval_episode_num 20 --eval_mode sample
+--video_pred_log false --horizon 100 --loss_scales.rec 10 --log_every 1000 --pretrain 300 --compile true"""
 REACHERS = {  # name -> its presets, its own flags, and how many seeds
     "manager and worker": (
         "quickstart hierarchical",
@@ -189,8 +189,9 @@ def nearness(agent, replay):
             for name in found:
                 behavior.move = move if name == "worker" else lambda deter, *_: anything(len(deter), size)
                 plan = behavior.rollout(world, states)
-                end = plan.states.deter[behavior.every].float()
-                found[name].append((F.cosine_similarity(plan.goals[0], end, -1), max_cosine(plan.goals[0], end)))
+                goal, end, usual = plan.goals[0], plan.states.deter[behavior.every].float(), behavior.goals.usual
+                cosine = F.cosine_similarity(goal - usual, end - usual, -1)
+                found[name].append((cosine, behavior.goals.near(goal, end)))
     behavior.move = move
     cosines = {name: 1 - float(torch.cat([cosine for cosine, _ in pairs]).mean()) for name, pairs in found.items()}
     return {**cosines, "success": float((torch.cat([near for _, near in found["worker"]]) > 0.7).float().mean())}

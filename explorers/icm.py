@@ -3,15 +3,14 @@
 import torch
 import torch.nn as nn
 
-from explorers.scale import ReturnScale
-from networks import feature, scalar_head
+from explorers.carried import Carried
 from ops.distributions import MultiOneHot, VectorNormal
 from ops.layers import MLP, Linear, Style
 
 INVERSE, FORWARD, WEIGHT = 0.8, 0.2, 10.0  # of the losses: beta 0.2, and 1 / lambda (src/constants.py)
 
 
-class ICM(nn.Module):
+class ICM(Carried):
     """Reward steps whose outcome a forward model does not predict, in features that tell which action was taken.
 
         phi[t]      = features(embed[t])                      numbers, of what is observed at t alone
@@ -24,9 +23,6 @@ class ICM(nn.Module):
     and target are both held (large-scale-curiosity, arXiv:1808.04355, from which the bonus's form is, too). They see
     the embedding and not the state, whose recurrent part has been told the action.
 
-    Against an imagined next feature the error would only be the world model's noise: the bonus is computed on replayed
-    steps, and a head predicts it in imagined states.
-
     Args:
       world: WorldModel; act_spec: ActionSpec.
       config: the whole configuration, with icm.features n, layers, width, and icm.eta; if that is not 0, the bonus is
@@ -34,7 +30,7 @@ class ICM(nn.Module):
     """
 
     def __init__(self, world, act_spec, config):
-        super().__init__()
+        super().__init__("icm", world, config)
         c, style = config.icm, Style(config.norm, config.act, config.init)
         self.spec, self.size, self.eta = act_spec, c.features, c.eta
         self.weight = c.scale
@@ -45,8 +41,6 @@ class ICM(nn.Module):
         self.features = net(world.encoder.size, c.features)
         self.inverse = net(2 * c.features, act_spec.size)
         self.forward_model = net(c.features + act_spec.size, c.features)
-        self.scale = ReturnScale(world.discount)
-        self.head = scalar_head(world.feat_size, config.reward_head, style)
 
     def losses(self, world, states, batch):
         """Return {loss of the three models, loss of the head: (B, T - 1)} and what came up; see `Explorer`.
@@ -58,7 +52,7 @@ class ICM(nn.Module):
         inverse = self.inverse_loss(phi[:, :-1], phi[:, 1:], action) * within
         error = self.errors(phi[:, :-1].detach(), phi[:, 1:].detach(), action) * within  # (B, T - 1)
         bonus = self.bonus(error.detach())
-        head = -self.head(feature(states)[:, 1:].detach()).log_prob(bonus) * within
+        head = self.head_loss(states.map(lambda x: x[:, 1:]), bonus) * within
         losses = {"intrinsic/icm": WEIGHT * (INVERSE * inverse + FORWARD * error), "intrinsic/icm_head": head}
         return losses, {"icm_inverse": inverse, "icm_forward": error, "icm_reward": bonus}
 
@@ -82,11 +76,3 @@ class ICM(nn.Module):
     def bonus(self, error):
         """Half the squared errors (B, T - 1) of replayed steps -> the bonus that they pay (B, T - 1)."""
         return self.eta * error if self.eta else self.scale(2 * error / self.size)
-
-    def rewards(self):
-        """Return the one reward of ICM."""
-        return {"icm": self.reward}
-
-    def reward(self, rollout):
-        """Return the bonus that is expected on arriving in each state: (H + 1, N)."""
-        return self.head(rollout.feat).mode().clamp(min=0)

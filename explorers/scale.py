@@ -3,6 +3,8 @@
 import torch
 import torch.nn as nn
 
+from ops.collectives import average_
+
 
 class Moments(nn.Module):
     """Mean and variance of what was seen: at first every sample counts as much as any other (Chan et al., 1979), and
@@ -12,7 +14,7 @@ class Moments(nn.Module):
       shape: of one sample.
     """
 
-    RATE = 0.01  # as of the returns' scale
+    RATE = 0.05  # an error falls a hundredfold within some hundred updates: at 0.01 its scale would lag behind
 
     def __init__(self, *shape):
         super().__init__()
@@ -22,8 +24,11 @@ class Moments(nn.Module):
 
     @torch.no_grad()
     def add(self, samples):
-        """Fold in samples (n, *shape)."""
-        size, mean, var = len(samples), samples.mean(0), samples.var(0, correction=0)
+        """Fold in samples (n, *shape), and those of the other ranks."""
+        size, mean = len(samples), samples.mean(0)
+        average_([mean])
+        var = (samples - mean).square().mean(0)
+        average_([var])
         known, total = (self.count / (self.count + size)).clamp(max=1 - self.RATE), self.count + size
         delta = mean - self.mean
         self.var.copy_(known * self.var + (1 - known) * var + known * (1 - known) * delta.square())

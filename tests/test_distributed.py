@@ -78,7 +78,7 @@ def two(logdir, words, *args):
 def write_comparison(rank, path):
     config = load_config(["--device", "cpu"], CONFIGS)
     with joined(config, collectives.start):
-        found = [compare(CASES[name], rank, 2, updates=2) for name in ("dreamerv2", "plan2explore")]
+        found = [compare(CASES[name], rank, 2, updates=2) for name in ("dreamerv2", "plan2explore", "icm and rnd")]
     torch.save(found, f"{path}/{rank}.pt")
 
 

@@ -54,6 +54,16 @@ def test_max_cosine_by_hand():
     assert max_cosine(goal[:1], -state[:1]).item() == pytest.approx(-1)
 
 
+def test_nearness_is_told_by_what_differs_from_the_usual_state():
+    goals = make("proprio").behavior.goals
+    states = torch.randn(200, len(goals.usual)) + 50
+    for part in states.split(50):
+        goals.learn(part)
+    torch.testing.assert_close(goals.usual, states.mean(0), rtol=1e-4, atol=1e-4)
+    apart = goals.near(states[:100], states[100:])
+    assert apart.abs().max() < 0.95 and max_cosine(states[:100], states[100:]).min() > 0.95
+
+
 def test_rewards_and_discounts_of_decisions_by_hand():
     reward = torch.tensor([100.0, 1.0, 2.0, 4.0, 8.0])[:, None]  # of the start: no decision led there
     cont = torch.tensor([0.9, 0.5, 0.8, 0.25, 0.4])[:, None]
@@ -178,9 +188,10 @@ def test_an_imagined_trajectory_begins_with_a_fresh_goal_and_acts_for_the_one_it
 def test_the_worker_is_paid_for_nearness_and_the_manager_for_the_rewards_of_its_steps():
     agent = make("proprio", "--hierarchy.expl_scale", "0", "--hierarchy.extr_scale", "2", "--ppo.advantage", "none")
     rollout, outs = imagined(agent)
-    near = max_cosine(rollout.goals[1], rollout.states.deter[K + 1])  # on arriving in the second piece's first state
+    goals, deter = agent.behavior.goals, rollout.states.deter
+    near = goals.near(rollout.goals[1], deter[K + 1])  # on arriving in the second piece's first state
     torch.testing.assert_close(outs["worker_reward"][1].view(2, 15)[1], near)
-    under_old = max_cosine(rollout.goals[0], rollout.states.deter[K])  # where a piece ends, its own goal counts
+    under_old = goals.near(rollout.goals[0], deter[K])  # where a piece ends, its own goal counts
     torch.testing.assert_close(outs["worker_reward"][K].view(2, 15)[0], under_old)
     cont = agent.world.discounts(rollout.feat)
     weight = cont.cumprod(0)

@@ -194,9 +194,9 @@ def judged(meta, numbers, world, rollout, outs, batch, rewards, scales):
     eta = {name: LEARNED[name][0](x) for name, x in zip(meta.names, numbers, strict=True)}
     theta = {name: param.detach().requires_grad_() for name, param in meta.holders[0].actor.named_parameters()}
     loss, (first, second) = ActorLoss(meta.behavior[0], meta.holders), halves(rollout, outs, batch)
-    grads = torch.autograd.grad(loss(theta, eta, world, *first, rewards), theta.values())
+    grads = torch.autograd.grad(loss(theta, eta, world, *first, rewards)[0], theta.values())
     moved = {name: p.detach() - scales[name] * g for (name, p), g in zip(theta.items(), grads, strict=True)}
-    return float(loss(moved, meta.judge, world, *second, rewards).detach().double())
+    return float(loss(moved, meta.judge, world, *second, rewards, meta.task_critic)[0].detach().double())
 
 
 def differences(meta, step, *args):
@@ -236,7 +236,8 @@ def test_constants_have_the_derivative_of_differences_on_the_agent(kind, flags):
     names = ("entropy", "lam", *(["intr_scale"] if "--intrinsic" in flags else []))
     agent, batch = learned(*names, kind=kind, flags=("--actor.entropy", "0.1", *flags))
     torch.manual_seed(7)
-    shake(agent, 0.03)  # so that values differ from state to state
+    for module in (agent.nets, agent.meta.task_critic) if "intr_scale" in names else (agent.nets,):
+        shake(module, 0.03)  # so that values differ from state to state
     behavior, world = agent.behavior, agent.world
     rollout = behavior.rollout(world, batch_states(agent, batch).map(torch.Tensor.detach))
     learner = agent.meta.holders[0]
@@ -263,6 +264,31 @@ def test_the_losses_read_the_constants_that_were_learned():
     assert agent.behavior.entropy.data_ptr() == agent.meta.constants.data_ptr()
     assert float(agent.behavior.entropy) != pytest.approx(3e-4, rel=1e-4)
     assert 0 < float(agent.behavior.lam) < 1
+
+
+PAID = {"extr": 0.0, "icm": 5.0}
+
+
+@pytest.mark.parametrize("flags", [(), ("--behavior", "ppo")])
+def test_an_actor_is_judged_by_a_critic_of_the_tasks_rewards_alone(flags):
+    agent, batch = learned("intr_scale", updates=0, flags=("--intrinsic", "icm", *flags))
+    agent.rewards.parts.update({name: lambda at, paid=paid: 0 * at.feat[..., 0] + paid for name, paid in PAID.items()})
+    rollout = agent.behavior.rollout(agent.world, batch_states(agent, batch).map(torch.Tensor.detach))
+    with frozen(agent.world):
+        _, outs = agent.behavior.losses(agent.world, rollout, batch, agent.rewards)
+    critic, found = agent.meta.task_critic, []
+    critic.opt.lr = 1e-2
+    for module in (critic.critic, critic.slow):
+        shake(module, 0.1)
+    for _ in range(60):
+        agent.meta.step(agent.world, rollout, outs, batch, agent.rewards, agent.opt)
+        found.append(critic.critic(rollout.feat).mode().abs().mean().item())
+    assert found[0] > 0.02 and found[-1] < found[0] / 2 and outs["ret"].mean() > 5
+
+
+def test_without_a_weight_that_learns_the_judge_seeks_what_the_actor_does():
+    agent, _ = learned("entropy", updates=0, flags=("--intrinsic", "icm"))
+    assert agent.meta.judge.keys() == {"entropy", "lam"} and agent.meta.task_critic is None
 
 
 def test_constants_and_rates_stay_within_their_limit():
@@ -325,6 +351,21 @@ def test_a_loaded_agent_goes_on_with_the_same_rates_and_constants(flags):
     assert getattr(agent.opt, "factors", None) == getattr(other.opt, "factors", None)
 
 
+@pytest.mark.parametrize("behavior", ["ppo", "hierarchical_ppo"])
+def test_the_rates_of_a_behavior_that_trains_itself_can_begin_and_cease_to_learn(behavior):
+    flags = ("--behavior", behavior, "--imag_horizon", "10")
+    plain, (agent, batch) = make_agent("proprio", *flags), learned("actor_lr", flags=flags)
+    own = next(module for module in agent.behavior.modules() if hasattr(module, "actor_opt"))
+    assert float(own.actor_opt.factor) != 1
+    plain.load_state_dict(copy.deepcopy(agent.state_dict()))
+    assert all(torch.equal(value, agent.nets.state_dict()[name]) for name, value in plain.nets.state_dict().items())
+    other, _ = learned("actor_lr", updates=0, flags=(*flags, "--meta.start", "2"))
+    other.load_state_dict(copy.deepcopy(plain.state_dict()))
+    own = next(module for module in other.behavior.modules() if hasattr(module, "actor_opt"))
+    assert float(own.actor_opt.factor) == 2
+    other.update(dict(batch), initial(other, 4))
+
+
 @pytest.mark.parametrize("other", [["lam"], ["entropy", "lam"]])
 def test_the_numbers_of_other_constants_are_refused(other):
     saved = make_agent("proprio", "--meta.learn", "entropy", "--actor.grad", "reinforce").state_dict()
@@ -354,6 +395,7 @@ def test_an_agent_that_begins_to_learn_constants_starts_them_where_they_were():
         (("--meta.learn", "intr_scale"), "no intrinsic reward"),
         (("--lam", "1", "--meta.learn", "lam"), "nothing to start from"),
         (("--actor.entropy", "0", "--meta.learn", "entropy"), "nothing to start from"),
+        (("--meta.learn", "actor_lr", "--meta.start", "0.01", "--meta.limit", "10"), "from 0.1 to 10"),
     ],
 )
 def test_what_cannot_learn_is_said_in_a_line(flags, message):
