@@ -19,7 +19,7 @@ from exploration import EXPLORERS, explorer_rewards, make_explorers, perturb, re
 from models import WorldModel, frozen
 from networks import State
 from ops.collectives import average_metrics, place
-from ops.compiling import eagerly
+from ops.compiling import compiled, eagerly
 from ops.graphs import Graphs
 from ops.layers import MLP
 from ops.optim import Adams, LaProp, TFAdams
@@ -30,7 +30,8 @@ from tools import Ratio, UserError, derive_seed
 from training.console import warn_at
 from training.machine import check_compiler, check_scan, choose_graphs
 
-MODES = ("mode", "sample", "noisy", "explore")  # of acting; the last two collect data
+COLLECTING = ("noisy", "explore")  # data
+MODES = ("mode", "sample", *COLLECTING)  # of acting
 # What is_first (B, T) says of windows without stored latents: that each begins an episode, so that the action that led
 # to its first step counts for nothing, or what was recorded (Dreamer).
 WINDOW_STARTS = {
@@ -197,7 +198,7 @@ class Dreamer:
     def compile_parts(self):
         """Compile what an update spends its time in: one step of each scan, and the behaviors' losses.
 
-        The scans themselves stay Python loops, whose compilation would take minutes. Acting stays as it is written.
+        The scans themselves stay Python loops, whose compilation would take minutes.
         """
         self.world.rssm.compile_parts()
         for behavior in (self.behavior, self.expl_behavior):
@@ -205,6 +206,8 @@ class Dreamer:
                 behavior.compile_parts()
         if self.device.type == "cuda":
             compile_rest(self)
+        elif self.behavior.policies():  # a planner would be a graph of thousands of kernels
+            self.capture = compile_collecting
 
     # -- acting
 
@@ -238,7 +241,7 @@ class Dreamer:
         with drawing_from(self.generators["act"]):
             carry = self.choosers[count, mode](obs, carry)
         actions = {key: part.numpy() for key, part in self.act_spec.split(carry.action.cpu()).items()}
-        stored = self.world.rssm.pack(carry.state) if self.stored and mode in ("noisy", "explore") else {}
+        stored = self.world.rssm.pack(carry.state) if self.stored and mode in COLLECTING else {}
         return actions, carry, {key: value.cpu().numpy() for key, value in stored.items()} or None
 
     def choose(self, obs, carry, mode):
@@ -255,7 +258,7 @@ class Dreamer:
             action, explorer = self.expl_behavior.act(world, state, explorer, mode)
         else:
             action, task = self.behavior.act(world, state, task, mode)
-        if mode in ("noisy", "explore") and self.expl_noise:
+        if mode in COLLECTING and self.expl_noise:
             action = perturb(action, self.act_spec, self.expl_noise)
         return Carry(state, action, task, explorer)
 
@@ -337,6 +340,11 @@ def compile_rest(agent):
     calls = [(agent.world, "encode"), (agent.world, "losses"), *((behavior, "replay_losses") for behavior in behaviors)]
     for part, name in calls:
         setattr(part, name, torch.compile(getattr(part, name), dynamic=False))
+
+
+def compile_collecting(choose, generator):
+    """Return a chooser of actions, compiled if it collects data; evaluations are too short to pay for that."""
+    return compiled(choose) if choose.keywords["mode"] in COLLECTING else choose
 
 
 def remat_parts(agent):

@@ -31,7 +31,7 @@ class HierarchicalPPO(nn.Module):
 
         state       s_0        s_1   ...   s_k               s_k+1   ...   s_2k
         goal        g_0        g_0         g_k               g_k
-        worker      sees [s_t, g], is paid for how near deter_t+1 is to g; a goal ends with a value in s_k under the old one
+        worker      sees [s_t, g], is paid for how near deter_t+1 is to g; a piece ends with a value in s_k under its g
         manager     sees s_0 and s_k; a choice is paid sum_i (c_1 ... c_i-1) R_i over its k steps, and what follows it
                     counts c_1 ... c_k, with c the predicted continuation times the discount gamma = 1 - 1 / horizon
 

@@ -48,11 +48,29 @@ def test_compiled_update_equals_eager_update(version, monkeypatch):
 
     graphs = counters["stats"]["unique_graphs"]
     update(compiled, batch)
-    act(compiled, make_obs("proprio", count=2))  # another batch size and mode: acting must not compile anything
+    act(compiled, make_obs("proprio", count=2))  # another batch size and mode: evaluations must not compile anything
     assert counters["stats"]["unique_graphs"] == graphs
 
     assert list(compiled.nets.state_dict()) == list(eager.nets.state_dict())  # names are not changed by compilation
     eager.load_state_dict(compiled.state_dict())
+
+
+@pytest.mark.parametrize("version, stored", [("dreamerv3", True), ("dreamerv1", False)])
+def test_compiled_acting_to_collect_equals_eager_acting_and_draws_the_same(version, stored, monkeypatch):
+    if not stored:
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    agents, states = [make_agent(version, "proprio", {"expl_noise": 0.1}) for _ in range(2)], []
+    agents[1].compile_parts()
+    counters.clear()
+    for agent in agents:
+        obs, carry = make_obs("proprio", count=2), agent.initial(2)
+        for _ in range(3):
+            actions, carry, kept = agent.act(obs, carry, "noisy")
+        assert (kept is not None) == stored
+        states.append((actions, carry.state.deter, agent.generators["act"].get_state()))
+    assert counters["stats"]["unique_graphs"] == 1
+    torch.testing.assert_close(*([actions, deter] for actions, deter, _ in states), rtol=1e-4, atol=1e-5)
+    assert torch.equal(states[0][2], states[1][2])
 
 
 def test_a_missing_compiler_is_said_in_one_line(monkeypatch):
