@@ -39,8 +39,8 @@ ROWS = 14  # of the table of texts
 class Case(NamedTuple):
     """A task with what tells what to do in it.
 
-    flags: of its runs; blind: flags that leave out what tells; best: the best return, None where it is not known; loss:
-    whose fall is told; seeds: how many runs there are, if not as many as are asked for.
+    flags: of its runs; blind: flags that leave out what tells, "" for no such runs; best: the best return, None where it
+    is not known; loss: whose fall is told; seeds: how many runs there are, if not as many as are asked for.
     """
 
     flags: str
@@ -56,7 +56,7 @@ CASES = {
     ),
     "tone": Case(f"{SHARED} --task dummy_tone --steps 8000", SOUND, Tone.best(), "tone_loss"),
     "instruction_new": Case(
-        f"{SHARED} {WORDS} --task dummy_instruction_new --steps 8000", TEXT, New.best(), "instruction_loss"
+        f"{SHARED} {WORDS} --task dummy_instruction_new --steps 8000", "", New.best(), "instruction_loss"
     ),
     "all": Case(
         f"""--configs multimodal quickstart {SHARED.removeprefix("--configs quickstart ")} {WORDS} --task dummy_all
@@ -64,6 +64,7 @@ CASES = {
         f"{TEXT} {SOUND}",
         All.best(),
         "instruction_loss",
+        1,
     ),
     "babyai": Case(
         """--configs minigrid quickstart --task minigrid_BabyAI-GoToLocal-v0 --steps 20000 --train_ratio 16
@@ -122,8 +123,8 @@ def compare(args):
 
 
 def logdirs(args, name, blind):
-    """Return the logdirs of a case, one for each seed."""
-    count = CASES[name].seeds or args.seeds
+    """Return the logdirs of a case, one for each seed; none of blind runs where there are no such."""
+    count = 0 if blind and not CASES[name].blind else CASES[name].seeds or args.seeds
     return [args.out / f"{name}{'_blind' if blind else ''}_{seed}" for seed in range(count)]
 
 
@@ -136,7 +137,7 @@ def described(args, name):
     """Return the rows of a case: with what tells, blind, and a random agent."""
     case, rows = CASES[name], []
     task = case.flags.split()[case.flags.split().index("--task") + 1]
-    for blind in (False, True):
+    for blind in (False, True) if case.blind else (False,):
         done = [logdir for logdir in logdirs(args, name, blind) if is_done(logdir)]
         finals = [final(logdir) for logdir in done]
         means = [mean for mean, _ in finals]
