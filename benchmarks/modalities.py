@@ -39,8 +39,8 @@ ROWS = 14  # of the table of texts
 class Case(NamedTuple):
     """A task with what tells what to do in it.
 
-    flags: of its runs; blind: flags that leave out what tells, "" for no such runs; best: the best return, None where it
-    is not known; loss: whose fall is told; seeds: how many runs there are, if not as many as are asked for.
+    flags: of its runs; blind: flags that leave out what tells, "" for no such runs; best: the best return, None where
+    it is not known; loss: whose fall is told; seeds: how many runs there are, if not as many as are asked for.
     """
 
     flags: str
