@@ -118,11 +118,13 @@ class ActionSpec(NamedTuple):
 class StepLayout(dict[str, tuple[tuple[int, ...], np.dtype]]):
     """{key: (shape, dtype)} of a stored step: observation, action, reward and flags.
 
-    actions: what the actions are; classes: {key: (k, ...)} of the observations that are integers.
+    actions: what the actions are; classes: {key: (k, ...)} of the observations that are integers; sounds: the keys of
+    waveforms, whose spaces have a `silence`.
     """
 
     actions: ActionSpec
     classes: dict[str, tuple[int, ...]]
+    sounds: frozenset[str]
 
 
 def named(space: AnySpace, about: str) -> AnySpace:
@@ -186,4 +188,5 @@ def step_layout(obs_space: Mapping[str, spaces.Space], actions: ActionSpec) -> S
     steps = StepLayout(layout)
     steps.actions = actions
     steps.classes = {key: classes for key, space in obs_space.items() if (classes := classes_of(space))}
+    steps.sounds = frozenset(key for key, space in obs_space.items() if hasattr(space, "silence"))
     return steps

@@ -12,6 +12,23 @@ from specs import StepLayout
 OWN = re.compile(r"\d{8}T\d{6}F\d{6}-[0-9a-f]{32}-[0-9]+\.npz")  # the names that `save_episode` gives
 
 
+def as_sound(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Return waveforms of any type as bytes, silent at 128, or as numbers in [-1, 1], whichever `dtype` asks for.
+
+    What a file's numbers mean is what their type says: bytes are silent at 128, other integers have the range of
+    their type, and floats are in [-1, 1] as they are.
+    """
+    if value.dtype == dtype:
+        return value
+    if value.dtype == np.uint8:
+        value = (value.astype(np.float32) - 128) / 128
+    elif value.dtype.kind == "i":
+        value = value.astype(np.float32) / 2 ** (8 * value.dtype.itemsize - 1)
+    if dtype == np.uint8:
+        value = np.clip(np.rint(value * 128 + 128), 0, 255)
+    return value.astype(dtype)
+
+
 def check_content(name: str, episode: Mapping[str, np.ndarray], layout: Mapping) -> None:
     """Raise ValueError for classes that there are not, and for actions that no agent could have taken.
 

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from replay import npz
-from replay.content import check_content
+from replay.content import as_sound, check_content
 from replay.memory import memory_limit, size, step_bytes
 from tools import UserError, atomic_write
 
@@ -105,6 +105,7 @@ def load_episode(path: pathlib.Path, layout: Layout) -> dict[str, np.ndarray]:
             raise ValueError(f"{key} is not finite")
         if np.dtype(dtype).kind == "i" and ((value < 0).any() or (value % 1).any()):
             raise ValueError(f"{key} holds what is no class: 0, 1, 2, ...")
+        value = as_sound(value, np.dtype(dtype)) if key in getattr(layout, "sounds", ()) else value
         episode[key] = value.reshape(length, *shape).astype(dtype)
     episode["is_first"][0] = True
     episode["is_last"][-1] = True  # even if a run was stopped here: the next step in a stream is of another episode
@@ -135,7 +136,8 @@ def check_heads(heads: Mapping[str, npz.Head], layout: Layout, keys: Collection[
             raise ValueError(f"{key} holds pickles, which may run code")
         if found[:1] != (length,) or not fits(found[1:], shape):
             raise Misfit(f"{key} has shape {found} where {(length, *shape)} was expected")
-        if kind.kind not in "biuf" or (dtype == np.uint8 and kind != np.uint8):
+        sound = key in getattr(layout, "sounds", ()) and (kind.kind in "if" or kind == np.uint8)
+        if kind.kind not in "biuf" or (dtype == np.uint8 and kind != np.uint8 and not sound):
             raise Misfit(f"{key} has type {kind} where {np.dtype(dtype)} was expected")
     taken = sum(head.nbytes for head in heads.values()) + length * step_bytes(layout)
     if taken > SMALL and taken > memory_limit() / SHARE:
@@ -152,9 +154,9 @@ def finite(value: np.ndarray) -> bool:
 
 
 def fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """True if values of a shape fit another: images may lack a channel axis of size 1, the rest needs equal size."""
+    """True if values of a shape fit another: an axis of size 1 at the end, of channels, may be left out of several."""
     if len(wanted) > 1:
-        return shape == wanted or (len(wanted) == 3 and (*shape, 1) == wanted)
+        return wanted in (shape, (*shape, 1))
     return int(np.prod(shape)) == int(np.prod(wanted))
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from gymnasium.spaces import Box, Discrete, MultiDiscrete
 
+from modalities.audio.space import Converter as Sound
 from replay import npz
 from replay.episodes import EpisodeWriter, episode_files, load_episode, save_episode
 from replay.sampling import Replay, resident, room_for_run
@@ -629,6 +630,23 @@ def test_classes_and_actions_that_there_are_not_are_refused(tmp_path, name):
 def test_samples_beyond_the_bounds_are_taken_from_own_files(tmp_path):
     path = save_episode(tmp_path, {**GOOD, "move": np.full((9, 1), 2.7)})
     assert load_episode(path, STEPS)["move"].max() == pytest.approx(2.7)
+
+
+@pytest.mark.parametrize("own", [Box(0, 255, (4,), np.uint8), Box(-1, 1, (4,))], ids=["bytes", "numbers"])
+def test_a_sound_in_a_file_is_what_its_type_says_whatever_the_environment_gives(tmp_path, own):
+    layout = step_layout({"mic": Sound(own).space}, act_spec({"move": Box(-1, 1, (1,))}))
+    half = 192 if own.dtype == np.uint8 else 0.5
+    for number, value in enumerate([np.uint8(192), np.int16(16384), np.int32(2**30), np.float32(0.5), np.float64(0.5)]):
+        for shape in ((9, 4), (9, 4, 1)):
+            np.savez(tmp_path / f"{number}.npz", mic=np.full(shape, value), move=GOOD["move"], reward=GOOD["reward"])
+            mic = load_episode(tmp_path / f"{number}.npz", layout)["mic"]
+            assert mic.shape == (9, 4, 1) and mic.dtype == own.dtype and (mic == half).all()
+    np.savez(tmp_path / "loud.npz", mic=np.full((9, 4), 1.5), move=GOOD["move"], reward=GOOD["reward"])
+    assert (load_episode(tmp_path / "loud.npz", layout)["mic"] == (255 if half == 192 else 1.5)).all()
+    np.savez(tmp_path / "bits.npz", mic=np.ones((9, 4), bool), move=GOOD["move"], reward=GOOD["reward"])
+    if half == 192:
+        with pytest.raises(ValueError, match="mic has type bool where uint8 was expected"):
+            load_episode(tmp_path / "bits.npz", layout)
 
 
 @pytest.mark.parametrize("phase", [[0.5] * 9, [-1] * 9])

@@ -17,10 +17,16 @@ from tools import UserError
 KEYS = "audio_keys"
 CHANNELS = 8  # most that are told from samples
 HUGE = 1e9  # a bound of floats that is no bound
+SILENT = 128  # of bytes
 
 
 class Waveform(spaces.Box):
     """The space of plain sounds: (n, channels) uint8, silent at 128, or float32."""
+
+    @property
+    def silence(self) -> int:
+        """Return the number that stands where nothing is heard."""
+        return SILENT if self.dtype == np.uint8 else 0
 
 
 def accepts(space: spaces.Space, config: Any = None) -> bool:
