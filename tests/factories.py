@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from agents.dreamer import Dreamer
 from envs import make_env
 from modalities import kind_of, obs_spec
+from modalities.audio.space import Waveform
+from modalities.text.space import Tokens
 from specs import act_spec
 from tools import UserError
 from training.config import load_config
@@ -40,6 +42,16 @@ SPACES = {
         {"move": Box(-1, 1, (2,)), "mode": Discrete(3), "buttons": MultiDiscrete([2, 3])},
     ),
 }
+TOLD = (  # what is read and heard, some of it not always
+    {
+        "said": Tokens(6, 9),
+        "mic": Waveform(-1, 1, (64, 1)),
+        "mic/present": Discrete(2),
+        "noise": Waveform(0, 255, (16, 2), np.uint8),
+    },
+    {"action": Discrete(5)},
+)
+KINDS = {**SPACES, "told": TOLD}
 
 
 def make_config(*flags):
@@ -54,7 +66,7 @@ def make_dreamer(obs_space, act_space, config, **kwargs):
 
 def make_agent(kind, *flags, seed=0):
     torch.manual_seed(seed)
-    return make_dreamer(*SPACES[kind], make_config(*flags))
+    return make_dreamer(*KINDS[kind], make_config(*flags))
 
 
 def shake(agent, scale=0.1):
@@ -93,7 +105,7 @@ def make_batch(kind, size=(3, 5), seed=0):
         parts = zip(value.reshape(*size, -1).transpose(2, 0, 1), counts, strict=True)
         return np.concatenate([np.eye(n, dtype=np.float32)[part] for part, n in parts], -1)
 
-    obs_space, act_space = SPACES[kind]
+    obs_space, act_space = KINDS[kind]
     batch = {key: draw(space) for key, space in obs_space.items()}
     batch |= {key: one_hot(space, draw(space)) for key, space in act_space.items()}
     batch["reward"] = rng.normal(size=size).astype(np.float32)
@@ -114,7 +126,7 @@ def world_losses(world, batch, noise=None):
 def make_obs(kind, count=3, is_first=False, seed=0):
     """Return observations of `count` environments, as arrays."""
     batch = make_batch(kind, (count, 1), seed)
-    obs = {key: batch[key][:, 0].numpy() for key in SPACES[kind][0]}
+    obs = {key: batch[key][:, 0].numpy() for key in KINDS[kind][0]}
     return {**obs, "is_first": np.full(count, is_first)}
 
 
@@ -174,7 +186,7 @@ def family_config(version, changes=()):
 def family_agent(version, kind, changes=(), seed=0):
     """Return an agent whose parameters were moved away from their initial values."""
     torch.manual_seed(seed)
-    return shake(make_dreamer(*FAMILY[kind], family_config(version, changes)))
+    return shake(make_dreamer(*{**KINDS, **FAMILY}[kind], family_config(version, changes)))
 
 
 def make_sequences(kind, seed=0):

@@ -13,10 +13,11 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 
 import dreamer
 from agents.dreamer import Dreamer
+from envs import make_env
 from envs.from_gym import FromGym
 from envs.wrappers import PlainActions
-from specs import act_spec
-from tests.factories import make_config, one_line_error
+from specs import act_spec, step_layout
+from tests.factories import env_config, make_config, one_line_error, play
 from tests.test_run import FORK, checkpoint, command, episodes, lines
 from tools import Ratio
 from training import async_learner
@@ -178,6 +179,21 @@ def test_what_is_left_of_a_journal_becomes_episodes(journal, tmp_path):
         [0, 1, 2],
         [5, 6, 7, 8],
     ]
+
+
+def test_what_is_read_and_heard_is_in_the_journal_as_it_came(tmp_path):
+    env = make_env(env_config("dummy_all", size=(16, 16)), "train", 0)
+    layout, stream = step_layout(env.obs_space, act_spec(env.act_space)), play(env, 20)
+    (tmp_path / FOLDER).mkdir()
+    journal = Journal(tmp_path / FOLDER, layout, LATENT)
+    for obs in stream:
+        journal.add(0, obs | {"action": np.zeros(5, np.float32)}, None, {})
+    journal.close()
+    assert recover(tmp_path) == len(stream)
+    found = {key: np.concatenate([episode[key] for episode in episodes(tmp_path / "train_eps")]) for key in layout}
+    for key in ("instruction", "tone", "tone/present"):
+        assert found[key].dtype == layout[key][1] and any((each == stream[0][key]).all() for each in found[key])
+        assert sorted(map(bytes, found[key])) == sorted(bytes(obs[key]) for obs in stream)
 
 
 # ---------------------------------------------------------------------------

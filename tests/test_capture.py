@@ -180,8 +180,7 @@ def state_of(agent):
     return tensors | {f"adam {i} {key}": value for i, state in enumerate(states) for key, value in state.items()}
 
 
-@pytest.mark.parametrize("kind", ["proprio", "pixels"])
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version, kind", [*itertools.product(VERSIONS, ["proprio", "pixels"]), ("dreamerv3", "told")])
 def test_an_update_and_acting_are_fit_to_be_recorded(version, kind, monkeypatch):
     flags = VERSIONS[version]
     if kind == "pixels" and "debug" in flags:

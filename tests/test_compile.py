@@ -10,6 +10,7 @@ from torch._dynamo.utils import counters
 from agents.dreamer import compile_rest
 from tests.factories import act, initial, make_batch, make_obs
 from tests.factories import family_agent as make_agent
+from tests.factories import make_agent as make_small
 from tools import UserError
 from training import machine
 
@@ -71,6 +72,16 @@ def test_compiled_acting_to_collect_equals_eager_acting_and_draws_the_same(versi
     assert counters["stats"]["unique_graphs"] == 1
     torch.testing.assert_close(*([actions, deter] for actions, deter, _ in states), rtol=1e-4, atol=1e-5)
     assert torch.equal(states[0][2], states[1][2])
+
+
+def test_an_encoder_that_reads_and_hears_is_one_graph():
+    world, batch = make_small("told", "--encoder.fusion", "attention").world, make_batch("told")
+    prepared = world.prepare(batch)
+    counters.clear()
+    with torch.no_grad():
+        found = torch.compile(world.encode, backend="eager", fullgraph=True, dynamic=False)(prepared)
+        torch.testing.assert_close(found, world.encode(prepared))
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_a_missing_compiler_is_said_in_one_line(monkeypatch):

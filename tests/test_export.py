@@ -14,7 +14,7 @@ import dreamer
 import export
 from agents.acting import ActingStep, draw, make_decoder
 from agents.policy import load_policy
-from tests.factories import ROOT, VERSIONS, family_agent, make_agent, observations, shake
+from tests.factories import KINDS, ROOT, VERSIONS, family_agent, make_agent, make_batch, observations, shake
 from tools import UserError
 
 ELSEWHERE = """
@@ -130,6 +130,23 @@ def test_a_file_may_be_for_several_environments():
     _, program = export.trace(step, 3)
     outs = program.module()(export.example(step, 3))
     assert {len(value) for value in outs.values()} == {3}
+
+
+def test_an_encoder_that_reads_and_hears_is_exported():
+    encoder, batch = make_agent("told", "--audio.mel", "4", "--audio.window", "16").world.encoder, make_batch("told")
+    given, step = encoder.prepare({key: batch[key] for key in KINDS["told"][0]}), Encoding(encoder)
+    with torch.no_grad():
+        program = torch.export.export(step, (given,), strict=False)
+        torch.testing.assert_close(program.module()(given), step(given))
+
+
+class Encoding(torch.nn.Module):
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, obs):
+        return self.encoder(obs, torch.float32)
 
 
 @pytest.mark.parametrize("kind", ["uniform", "normal"])

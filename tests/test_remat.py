@@ -42,11 +42,12 @@ def update(agent, batch):
 
 
 # Dreamer's actor has its gradient through the world model, whose heads are frozen then.
-@pytest.mark.parametrize("version, kind", [("dreamerv3", "pixels"), ("dreamerv1", "proprio")])
+@pytest.mark.parametrize("version, kind", [("dreamerv3", "pixels"), ("dreamerv1", "proprio"), ("dreamerv3", "told")])
 def test_losses_and_gradients_are_equal_and_less_is_kept(version, kind, monkeypatch):
     plain, batch = family_agent(version, kind), make_sequences(kind)
     names, (expected, much) = list(plain.nets.state_dict()), update(plain, batch)
-    for chunks, rounding in ((1, 0), (ops.remat.CHUNKS, 3e-5)):  # of sums over parts of the batch
+    equal = 3e-7 if kind == "told" else 0  # what the decoder of sounds rounds otherwise where no gradient is kept
+    for chunks, rounding in ((1, equal), (ops.remat.CHUNKS, 3e-5)):  # of sums over parts of the batch
         monkeypatch.setattr(ops.remat, "CHUNKS", chunks)
         remat = family_agent(version, kind)
         remat_parts(remat)
