@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from agents import make_agent
 from agents.acting import certain
 from agents.older import read_specs
+from envs.checks import problem
 from envs.spaces import Converter
 from specs import presence
 from tools import UserError
@@ -26,7 +27,10 @@ class Unfit(UserError, ValueError):
 
 
 class Memory(NamedTuple):
-    """Memory of a Policy in N environments: the agent's carry, and {key: the last images of a stack (N, ...)}."""
+    """Memory of a Policy in N environments: the agent's carry, and {key: the last images of a stack (N, ...)}.
+
+    Beside those of a key, `presence` of it says where there has been an image in this episode (N,).
+    """
 
     carry: Any
     frames: Mapping[str, np.ndarray]
@@ -62,7 +66,8 @@ class Policy:
         Args:
           obs: {key: (N, ...)} arrays, or {key: (...)} of a single environment, as the environment gives them, for each
             key that the agent was trained on; nested dicts and tuples as well, texts as strings or lists of them, and
-            images also as the agent sees them. What may be missing may be left out, or None. Other keys are ignored.
+            images also as the agent sees them. What may be missing may be left out, or None, also in a list of N: one
+            or all of them. Where nothing of a batch is there, `is_first` (N,) says so. Other keys are ignored.
             `is_first` (N,) or () says where an episode starts; left out, one starts everywhere if `state` is None, and
             nowhere else.
           state: what the last call returned, or None.
@@ -98,26 +103,20 @@ class Policy:
         leaves = flat(obs) if isinstance(obs, Mapping) or hasattr(obs, "keys") else {}
         wanted = self.obs_spec.keys() - self.flags.keys()  # flags are made here, if they are not given
         optional = set(self.flags.values())
+        gaps = {key: gaps_of(leaves[key]) for key in optional & leaves.keys()}  # {key: where a batch has None}
+        leaves |= {key: filled(leaves[key]) for key, holes in gaps.items() if holes is not None}
         there = {key for key in wanted & leaves.keys() if leaves[key] is not None or key not in optional}
-        if wanted - there - optional or not there:
+        if wanted - there - optional or not (there or (optional and isinstance(obs, Mapping))):
             found = sorted(leaves) if leaves else type(obs).__name__
             raise Unfit(f"expected an observation with the keys {sorted(wanted)}, got {found}")
         arrays = {key: numbers(key, leaves[key], self.obs_spec[key].kind) for key in self.obs_spec if key in there}
-        singles = {key: self.is_single(key, value) for key, value in arrays.items()}
-        single = all(singles.values())
-        if any(singles.values()) != single:
-            one, many = (next(key for key in singles if singles[key] == kind) for kind in (True, False))
-            raise Unfit(f"observation {one} is of one environment, and {many} of a batch")
-        leads = {key: () if single else value.shape[:1] for key, value in arrays.items()}
-        lead = next(iter(leads.values()))
-        first = np.asarray(leaves.get("is_first", np.full(lead, is_first)))
-        leads["is_first"] = first.shape
-        if set(leads.values()) != {lead} or 0 in lead:
-            raise Unfit(f"expected as many of each observation and of is_first, got {leads}")
+        lead, single = self.lead(arrays, gaps, leaves)
+        first = np.broadcast_to(leaves.get("is_first", is_first), lead)
         count = 1 if single else lead[0]
         items = [{key: value if single else value[i] for key, value in arrays.items()} for i in range(count)]
         for flag, key in self.flags.items():  # what is said to be missing, or not given, is None
             said = np.broadcast_to(np.asarray(leaves.get(flag, key in there)).astype(bool), lead or (1,))
+            said = said if gaps.get(key) is None else said & ~gaps[key]
             for item, known in zip(items, said, strict=True):
                 item[key] = item[key] if known and key in there else None
         plain = [self.plain(item) for item in items]
@@ -125,6 +124,29 @@ class Policy:
             **{key: np.stack([item[key] for item in plain]) for key in self.obs_spec},
             "is_first": np.atleast_1d(first).astype(bool),
         }, single
+
+    def lead(self, arrays, gaps, leaves):
+        """Return the shape in front of all that is given, (N,) or (), and True if it is (). Raises Unfit if it differs.
+
+        Args:
+          arrays: {key: array} of what is there; gaps: see `gaps_of`; leaves: all that is given, flags included.
+        """
+        singles = {key: self.is_single(key, value) for key, value in arrays.items()}
+        singles |= {key: False for key, holes in gaps.items() if holes is not None}
+        given = {key: np.shape(leaves[key]) for key in ("is_first", *self.flags) if key in leaves}
+        if not singles:  # all is missing: of how many, the flags tell
+            singles = {key: not shape for key, shape in given.items()} or {"is_first": True}
+        single = all(singles.values())
+        if any(singles.values()) != single:
+            one, many = (next(key for key in singles if singles[key] == kind) for kind in (True, False))
+            raise Unfit(f"observation {one} is of one environment, and {many} of a batch")
+        leads = {key: () if single else value.shape[:1] for key, value in arrays.items()}
+        leads |= {key: holes.shape for key, holes in gaps.items() if holes is not None}
+        leads |= {key: shape for key, shape in given.items() if shape or key == "is_first"}
+        lead = next(iter(leads.values()), ())
+        if any(shape != lead for shape in leads.values()) or 0 in lead:
+            raise Unfit(f"expected as many of each observation and of is_first, got {leads}")
+        return lead, single
 
     def shapes(self, key):
         """Return the shapes that one observation of a key may have: the environment's own, and an image's as seen."""
@@ -165,7 +187,11 @@ class Policy:
         plain = {flag: np.int32(item[key] is not None) for flag, key in self.flags.items()}
         for key, value in item.items():
             seen = self.obs_spec[key]
-            value = np.zeros(seen.shape, np.int32 if seen.classes else np.float32) if value is None else value
+            if value is None:
+                dtype = np.uint8 if seen.kind == "image" else np.int32 if seen.classes else np.float32
+                value = np.zeros(seen.shape, dtype)
+            if seen.kind == "audio" and value.dtype == np.uint8:  # silent at 128
+                value = (value.astype(np.float32) - 128) / 128
             is_float = not seen.classes and (seen.kind == "vector" or value.dtype.kind == "f")
             plain[key] = np.asarray(value, np.float32) if is_float else value
         return plain
@@ -173,19 +199,24 @@ class Policy:
     def stacked(self, batch, frames):
         """Return a batch whose images are the last ones along the channels, and these alone {key: (N, ...)}.
 
-        The oldest comes first; the first of an episode fills the stack.
+        The oldest comes first; the first of an episode fills the stack. Where one is missing, all are zeros, and the
+        stack stays as it is.
         """
         count = self.config.frame_stack if self.converter else 1
         if count == 1:
             return batch, {}
         frames, first = dict(frames), batch["is_first"]
         for key in self.obs_spec.of("image"):
-            image = batch[key]
+            image, flag = batch[key], presence(key)
+            there = np.asarray(batch.get(flag, np.ones_like(first))) > 0
             fresh = np.concatenate([image] * count, -1)
             before = frames.get(key, fresh)
             moved = np.concatenate([before[..., image.shape[-1] :], image], -1)
-            frames[key] = np.where(first[:, None, None, None], fresh, moved)
-        return batch | frames, frames
+            begun = frames.get(flag, np.full_like(first, key in frames)) & ~first
+            stack = np.where(begun[:, None, None, None], moved, fresh)
+            batch = batch | {key: np.where(there[:, None, None, None], stack, np.uint8(0))}
+            frames |= {key: np.where(there[:, None, None, None], stack, before), flag: begun | there}
+        return batch, frames
 
 
 def flat(tree, path=""):
@@ -198,6 +229,19 @@ def flat(tree, path=""):
         for key, child in children
         for name, leaf in flat(child, f"{path}/{key}" if path else str(key)).items()
     }
+
+
+def gaps_of(value):
+    """Return where a list or an array of N observations has None (N,), or None if it has it nowhere."""
+    several = isinstance(value, list) or (isinstance(value, np.ndarray) and value.dtype == object and value.ndim == 1)
+    holes = np.array([item is None for item in value], bool) if several else np.zeros(0, bool)
+    return holes if holes.any() else None
+
+
+def filled(value):
+    """Return a list of observations in which one that is there stands for None, or None if there is none."""
+    known = next((item for item in value if item is not None), None)
+    return None if known is None else [known if item is None else item for item in value]
 
 
 def numbers(key, value, kind):
@@ -218,7 +262,7 @@ def check_values(key, value, seen, own):
         wanted = "text" if isinstance(own, Text) else "numbers"
         raise Unfit(f"observation {key}: expected {wanted}, got {value.dtype}")
     if value.dtype.kind == "U":
-        return
+        return check_own(key, str(value), seen, own)
     whole = (seen.kind == "image" and (own is None or own.dtype.kind in "iu")) or bool(seen.classes)
     if whole and value.dtype.kind == "f":
         raise Unfit(f"observation {key}: expected integers, got {value.dtype}")
@@ -234,6 +278,14 @@ def check_values(key, value, seen, own):
             raise Unfit(
                 f"observation {key}: expected integers from {low} to {high}, got {value.min()} to {value.max()}"
             )
+    if own is not None and value.shape == (own.shape or ()):
+        check_own(key, value, seen, own)
+
+
+def check_own(key, value, seen, own):
+    """Raise Unfit for what would end a run, were it the environment's."""
+    if found := problem(own, value, seen.kind == "image"):
+        raise Unfit(f"observation {key} {found}")
 
 
 def load_policy(path, device="auto", **changes):

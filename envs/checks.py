@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
+from gymnasium.spaces.text import alphanumeric
 
 import modalities
 from envs.env import Env
@@ -29,6 +30,7 @@ UINT8 = np.dtype(np.uint8)
 INTEGERS = {int, *(np.dtype(code).type for code in "bBhHiIlLqQ")}
 FLOATS = {float, np.float64, np.float32}
 BOOLS = {bool, np.bool_}
+ALPHANUMERIC = frozenset(alphanumeric)  # the characters of a Text space of which nothing was said
 
 
 class Checked(Wrapper):
@@ -90,7 +92,7 @@ def test_of(space: spaces.Space, image: bool) -> Callable[[Any], bool]:
     if isinstance(space, spaces.MultiBinary):
         return lambda value: is_array(value, shape, "biu") and bool(((value == 0) | (value == 1)).all())
     if isinstance(space, spaces.Text):
-        return lambda value: isinstance(value, str)
+        return text_test(space)
     if not isinstance(space, spaces.Box):  # which the kind refuses
         return lambda value: True
     if space.dtype == UINT8 and (space.low == 0).all() and (space.high == 255).all():
@@ -101,6 +103,22 @@ def test_of(space: spaces.Space, image: bool) -> Callable[[Any], bool]:
     if space.dtype.kind != "f":
         return lambda value: is_array(value, shape, "biu")
     return numbers_test(shape)
+
+
+def text_test(space: spaces.Text) -> Callable[[Any], bool]:
+    """Return a test of texts: as long as the space says, and of its characters if it names any.
+
+    Gymnasium's own, letters and digits, and at least one of them, are what a space has of which nothing was said.
+    """
+    least, letters = least_letters(space), space.character_set
+    if letters == ALPHANUMERIC:
+        return lambda value: isinstance(value, str) and len(value) >= least
+    return lambda value: isinstance(value, str) and len(value) >= least and letters.issuperset(value)
+
+
+def least_letters(space: spaces.Text) -> int:
+    """Return the length that a text must have: one stands for what nobody has said."""
+    return space.min_length if space.min_length > 1 else 0
 
 
 def or_missing(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -155,7 +173,7 @@ def problem(space: spaces.Space, value: Any, image: bool = False) -> str | None:
     """Say what is wrong with an observation in a plain space, to follow its name; None if nothing is."""
     shape = space.shape or ()
     if isinstance(space, spaces.Text):
-        return None if isinstance(value, str) else f"is {article(value)} where its space has text"
+        return text_problem(space, value)
     if not isinstance(space, PLAIN):
         return None
     if value is None or isinstance(value, (Mapping, str, bytes)):
@@ -174,6 +192,19 @@ def problem(space: spaces.Space, value: Any, image: bool = False) -> str | None:
         wrong = (array < space.start) | (array >= stop) | (array % 1 != 0)
         return f"is {first(array, wrong)} where its space has {expected(space)}" if wrong.any() else None
     return numbers_problem(space, array, image)
+
+
+def text_problem(space: spaces.Text, value: Any) -> str | None:
+    """Say what is wrong with what should be a text."""
+    if not isinstance(value, str):
+        cure = ": decode them, as by .decode()" if isinstance(value, bytes) else ""
+        return f"is {article(value)} where its space has text{cure}"
+    if len(value) < least_letters(space):
+        return f"is {value!a}, of {len(value)} characters, where its space has {space.min_length} or more"
+    strange = next((letter for letter in value if letter not in space.character_set), None)
+    if strange is not None and space.character_set != ALPHANUMERIC:
+        return f"has {strange!a}, which is none of the characters of its space"
+    return None
 
 
 def numbers_problem(space: spaces.Box | spaces.MultiBinary, array: np.ndarray, image: bool) -> str | None:
@@ -216,7 +247,7 @@ def expected(space: spaces.Space) -> str:
 def article(value: Any) -> str:
     """Return the kind of a value that is no number, such as "a dict"."""
     if value is None or isinstance(value, (str, bytes)):
-        return "None" if value is None else "text"
+        return "None" if value is None else "bytes" if isinstance(value, bytes) else "text"
     return f"an array {value.shape}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
 
 

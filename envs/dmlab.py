@@ -158,5 +158,5 @@ class DMLab:
             self._image = shown["RGB_INTERLEAVED"]
             if self._told:
                 words = shown[INSTRUCTION]
-                self._told = {"instruction": words.decode() if isinstance(words, bytes) else str(words)}
+                self._told = {"instruction": words.decode(errors="replace") if isinstance(words, bytes) else str(words)}
         return {"image": self._image, **self._told, **flags(reward, is_first, is_last)}

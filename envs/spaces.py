@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
+from envs.checks import ALPHANUMERIC
 from envs.wrappers import PlainActions, PlainObs, flags
 from specs import tagged
 
@@ -23,6 +24,7 @@ def describe(space: spaces.Space) -> dict[str, Any]:
     plain = {"kind": type(space).__name__, "shape": list(space.shape or ()), "dtype": np.dtype(space.dtype).name}
     plain |= {name: vars(space)[name] for name in TAGS if vars(space).get(name)}
     if isinstance(space, spaces.Text):
+        plain |= {"letters": "".join(sorted(space.character_set))} if space.character_set != ALPHANUMERIC else {}
         return {**plain, "kind": "Text", "length": [space.min_length, space.max_length]}
     if isinstance(space, spaces.Box):
         return {**plain, "kind": "Box", "low": _bound(space.low), "high": _bound(space.high)}
@@ -41,7 +43,7 @@ def rebuild(plain: Mapping[str, Any]) -> spaces.Space:
 def _rebuild(plain):
     if plain["kind"] == "Text":
         low, high = plain["length"]
-        return spaces.Text(high, min_length=low)
+        return spaces.Text(high, min_length=low, charset=plain.get("letters", ALPHANUMERIC))
     shape, dtype = tuple(plain["shape"]), np.dtype(plain["dtype"])
     if plain["kind"] == "Box":
         low, high = (np.broadcast_to(np.asarray(plain[name], dtype), shape) for name in ("low", "high"))

@@ -178,7 +178,8 @@ def _choices(encoder, kinds):
 class PlainObs(Wrapper):
     """Makes observations what `Env` promises, each as its kind in `modalities` has it.
 
-    Beside one that may be missing, for which None stands, an integer says whether it is there; if not, it is zeros.
+    Beside one that may be missing, for which None stands, an integer says whether it is there; if not, it is zeros, or
+    the silence of a sound. No observation of the environment's own may be called as that integer of another is.
     """
 
     def __init__(self, env: Env, config: Any):
@@ -188,14 +189,18 @@ class PlainObs(Wrapper):
             for key, space in env.obs_space.items()
         }
         self.obs_space: dict[str, spaces.Space] = {}
-        self._missing = {}  # {key: zeros} of those that may be
+        self._missing = {}  # {key: what stands for it} of those that may be
+        self._unseen: set[str] = set()  # those of them that were not there yet in this episode
         for key, converter in self._converters.items():
+            if presence(key) in self._converters:
+                means = f"would say whether there is '{key}'"
+                raise UserError(
+                    f"observation '{presence(key)}' {means}: give it another name, or leave one of them out"
+                )
             self.obs_space[key] = plain = converter.space
             if is_optional(env.obs_space[key]):
-                if presence(key) in self._converters:
-                    raise UserError(f"observation '{key}' may be missing, and '{presence(key)}' is an observation, too")
                 self.obs_space[presence(key)] = named(spaces.Discrete(2), f"whether there is {key}")
-                self._missing[key] = np.zeros(plain.shape or (), step_dtype(plain))
+                self._missing[key] = np.full(plain.shape or (), getattr(plain, "silence", 0), step_dtype(plain))
 
     def reset(self):
         return self._plain(self.env.reset())
@@ -205,10 +210,14 @@ class PlainObs(Wrapper):
 
     def _plain(self, obs):
         is_first = obs["is_first"]
-        for key, zeros in self._missing.items():
+        if is_first:
+            self._unseen = set(self._missing)
+        for key, nothing in self._missing.items():
             there = obs[key] is not None
             obs[presence(key)] = np.int32(there)
-            obs[key] = self._converters[key](obs[key], is_first) if there else zeros.copy()
+            obs[key] = self._converters[key](obs[key], key in self._unseen) if there else nothing.copy()
+            if there:
+                self._unseen.discard(key)
         for key, converter in self._converters.items():
             if key not in self._missing:
                 obs[key] = converter(obs[key], is_first)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from gymnasium import spaces
 from gymnasium.spaces import Box, Discrete
 
+from agents.policy import Policy
 from envs import make_env
 from envs.dummy_told import COLUMNS, CYCLES, ROWS, All, Instruction, Known, New, Tone
 from envs.spaces import describe, rebuild
@@ -127,6 +128,9 @@ def test_sentences_of_a_file_are_known_by_their_vectors_which_stay_fixed(tmp_pat
 MISTAKES = {
     "no text": (Toy(spaces.Text(9), lambda step: 3), {}, "'text' is a int where its space has text"),
     "nothing": (Toy(spaces.Text(9), lambda step: None), {}, "'text' is None where its space has text"),
+    "bytes": (Toy(spaces.Text(9), lambda step: b"go"), {}, "'text' is bytes where its space has text: decode them"),
+    "too short": (Toy(spaces.Text(9, min_length=3), lambda step: "go"), {}, "is 'go', of 2 characters, where its"),
+    "another letter": (Toy(spaces.Text(9, charset="abg"), lambda step: "go"), {}, "has 'o', which is none of the"),
     "not a number": (
         Toy(Box(-1, 1, (8,)), lambda step: np.full(8, np.nan, F32)),
         {"modalities": Section(state="audio")},
@@ -157,7 +161,9 @@ def test_what_is_no_text_or_sound_is_one_line(name):
 
 
 def test_what_was_told_of_a_space_is_saved_with_it():
-    for space in (tagged(Box(-1, 1, (8,)), "audio", optional=True), spaces.Text(7, min_length=0)):
+    limited = spaces.Text(7, min_length=2, charset="abc")
+    assert rebuild(describe(limited)) == limited
+    for space in (tagged(Box(-1, 1, (8,)), "audio", optional=True), spaces.Text(7, min_length=0), limited):
         again = rebuild(describe(space))
         assert describe(again) == describe(space) and kind_of(again) == kind_of(space)
 
@@ -194,6 +200,82 @@ def test_what_is_missing_is_none_or_left_out_and_an_integer_says_so():
     stream = play(make_toy(toy), 5)
     assert [int(obs["mic/present"]) for obs in stream] == [1, 0, 0] * 2
     assert [float(obs["mic"].sum()) for obs in stream] == [4, 0, 0] * 2
+
+
+def test_bytes_of_a_sound_that_is_missing_are_silent():
+    space = spaces.Dict({"mic": Box(0, 255, (4,), np.uint8), "state": Box(-1, 1, (2,))})
+    toy = Toy(space, lambda step: {"state": np.zeros(2, F32), "mic": None if step % 2 else np.full(4, 192, np.uint8)})
+    toy.metadata = {"modalities": {"mic": "audio"}, "optional": ["mic"]}
+    stream = play(make_toy(toy), 3)
+    assert [obs["mic"].ravel().tolist() for obs in stream] == [[192] * 4, [128] * 4] * 2
+
+
+@pytest.mark.parametrize("optional", [[], ["mic"]])
+def test_no_observation_is_called_as_what_says_that_another_is_there(optional):
+    both = {"mic": Box(-1, 1, (4,)), "mic/present": Discrete(2), "door/present": Discrete(2)}
+    toy = Toy(spaces.Dict(both), metadata={"optional": optional})
+    said = one_line_error(make_toy, toy)
+    assert "observation 'mic/present' would say whether there is 'mic': give it another name" in said
+    assert make_toy(toy, mlp_keys="mic/|door").obs_space.keys() == {"mic/present", "door/present"}
+
+
+SEEN = [None, 1, 2, None, None, 3, 4, 5, None, 6, 7, 8, 9]  # brightness of the images of an episode of a toy
+STACKS = [(0, 0), (1, 1), (1, 2), (0, 0), (0, 0), (2, 3), (3, 4), (4, 5), (0, 0), (5, 6), (6, 7), (7, 8), (8, 9)]
+
+
+def test_a_stack_of_images_that_may_be_missing_has_those_of_its_episode_alone():
+    image = Box(0, 255, (64, 64, 3), np.uint8)
+    space, shown = spaces.Dict({"image": image, "state": Box(-1, 1, (2,))}), []
+
+    def look(step):
+        bright = None if SEEN[step] is None else np.full(image.shape, SEEN[step], np.uint8)
+        shown.append({"image": bright, "state": np.zeros(2, F32)})
+        return shown[-1]
+
+    env = make_toy(Toy(space, look, metadata={"optional": ["image"]}), frame_stack=2)
+    stream = play(env, 25)
+    pairs = [(int(obs["image"][0, 0, 0]), int(obs["image"][0, 0, 3])) for obs in stream]
+    assert pairs == STACKS * 2
+    policy, frames = user_of(env, "--frame_stack", "2"), {}
+    for given, obs in zip(shown, stream, strict=True):  # a trained agent sees what it has learned from
+        batch, frames = policy.stacked(policy.batch(given, obs["is_first"])[0], frames)
+        assert np.array_equal(batch["image"][0], obs["image"])
+
+
+def user_of(env, *flags):
+    """Return the Policy of an agent that nobody asks to act, for an environment's observations."""
+    agent = SimpleNamespace(obs_spec=obs_spec(env.obs_space), act_spec=act_spec(env.act_space))
+    return Policy(agent, make_config(*flags), env.own)
+
+
+def test_a_trained_agent_takes_what_an_environment_may_give_and_refuses_what_it_may_not():
+    own = {"mic": Box(0, 255, (4,), np.uint8), "said": spaces.Text(9, charset="abc"), "loud": Box(-1, 1, (4,))}
+    toy = Toy(spaces.Dict(own), metadata={"modalities": {"mic": "audio", "loud": "audio"}, "optional": [*own]})
+    policy = user_of(make_toy(toy))
+    whole = {"mic": np.full(4, 192, np.uint8), "said": "ab", "loud": np.full(4, 0.5, F32)}
+    for obs in ({}, dict.fromkeys(own), {**whole, **{f"{key}/present": False for key in own}}):
+        batch, single = policy.batch(obs, True)
+        assert single and (batch["mic"] == 128).all() and not batch["said"].any() and not batch["loud"].any()
+        assert [batch[f"{key}/present"].tolist() for key in own] == [[0]] * 3
+    for obs in ({"mic": [None, None]}, {"is_first": [True, False]}, {f"{key}/present": [0, 0] for key in own}):
+        batch, single = policy.batch(obs, True)
+        assert not single and batch["mic/present"].tolist() == [0, 0] and (batch["mic"] == 128).all()
+    some = {"mic": [None, whole["mic"]], "said": ["ab", None], "loud": np.array([None, None])}
+    batch, single = policy.batch(some, True)
+    assert not single and batch["mic"][..., 0].tolist() == [[128] * 4, [192] * 4]
+    assert [batch[f"{key}/present"].tolist() for key in own] == [[0, 1], [1, 0], [0, 0]]
+    for wrong, words in (
+        ({**whole, "mic": np.full(4, 300)}, "mic is 300 where its space has 0 to 255"),
+        ({**whole, "mic": np.full(4, 0.5)}, "mic is 0.5 where its space has uint8 (4,)"),
+        ({**whole, "said": "abd"}, "said has 'd', which is none of the characters"),
+        ({"mic": [None, whole["mic"]], "said": ["ab"]}, "expected as many of each observation"),
+        ({"mic": [None, None], "said": "ab"}, "said is of one environment, and mic of a batch"),
+        (np.zeros(4), "expected an observation with the keys"),
+    ):
+        assert words in one_line_error(policy.batch, wrong, True)
+    policy.converter = None  # as for a checkpoint that lacks the spaces
+    plain = policy.batch({"mic": whole["mic"][:, None], "loud": None}, True)[0]
+    assert (plain["mic"] == 0.5).all() and plain["mic"].dtype == F32
 
 
 # ---------------------------------------------------------------------------
@@ -301,7 +383,7 @@ def test_the_spectrum_of_a_sine_stands_at_its_frequency():
     assert (bands.argmax(0).diff() >= 0).all()
 
 
-@pytest.mark.parametrize("flags", [[], ["--audio.mel", "6", "--audio.window", "16"]])
+@pytest.mark.parametrize("flags", [[], ["--audio.mel", "4", "--audio.window", "16"]])
 def test_every_parameter_of_a_sound_has_a_gradient(flags):
     config = make_config("--audio.spectrum", "1", *flags)
     torch.manual_seed(0)
@@ -328,6 +410,31 @@ def test_the_loss_of_a_sound_is_the_squared_error_and_the_distance_of_spectra():
     one, moved, other = (torch.sin(2 * math.pi * (f * time + p)) for f, p in ((32, 0), (32, 0.5), (64, 0)))
     apart = [-(Waveform(one, 1.0, spectra).log_prob(x) - Waveform(one).log_prob(x)).item() for x in (moved, other)]
     assert apart[0] < 0.05 * apart[1]  # a spectrum does not tell where a wave begins
+
+
+@pytest.mark.parametrize("samples", range(64, 72))
+def test_a_window_of_any_length_has_as_many_frames_as_it_says(samples):
+    for window in range(4, 20):
+        made = spectrum.Spectrum(window)
+        assert made(torch.zeros(1, samples, 1)).shape == (1, made.frames(samples), 1, window // 2 + 1)
+    config = make_config("--audio.mel", "2", "--audio.window", "33", "--encoder.fusion", "attention")
+    encoder = MultiEncoder(ObsSpec({"mic": Observed("audio", (samples, 1))}), config)
+    assert encoder({"mic": torch.zeros(1, 1, samples, 1)}, torch.float32).shape == (1, 1, encoder.size)
+
+
+def test_settings_that_would_do_nothing_or_do_not_divide_are_one_line():
+    make, short = nets("audio").make_decoder, {"mic": Observed("audio", (63, 1))}
+    said = one_line_error(make, short, 8, 0, make_config("--audio.spectrum", "1"))
+    assert said.startswith("--audio.spectrum 1: the sounds have up to 63 samples, fewer than the 64")
+    make({**short, "long": WAVE}, 8, 0, make_config("--audio.spectrum", "1"))
+    said = one_line_error(
+        nets("audio").make_encoder, {"mic": WAVE}, make_config(*["--audio.mel", "30", "--audio.window", "64"])
+    )
+    assert said.startswith("--audio.mel 30: ") and "see no frequency of --audio.window 64 at --audio.rate 16000" in said
+    said = one_line_error(nets("text").make_encoder, {"said": TEXT}, make_config("--text.heads", "3"))
+    assert said.startswith("--text.heads 3: 3 attention heads do not divide ")
+    config = make_config("--encoder.fusion", "attention", "--encoder.units", "6")
+    assert one_line_error(MultiEncoder, SPEC, config).startswith("--encoder.units 6: 4 attention heads do not divide 6")
 
 
 def test_sizes_that_do_not_fit_are_one_line():
