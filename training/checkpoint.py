@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import pathlib
 import re
 from collections.abc import Callable, Mapping
@@ -15,6 +17,7 @@ from training.rng import fits_generator, fits_global_generators
 
 NUMBER = int | float
 MOST_RANKS = 65536
+FILES = "text.tokenizer", "text.embeddings"
 CLOCK = {"next": NUMBER, "step?": NUMBER}
 
 
@@ -29,6 +32,7 @@ LEARNED = {  # what any checkpoint has; see `tools.misfit`
     "kind?": str,
     "task?": str,
     "action_repeat?": is_count,
+    "files?": {str: str},
 }
 RESUMED = LEARNED | {  # and what a run needs to go on
     "clocks": {
@@ -146,11 +150,25 @@ def atomic_save(path: pathlib.Path, state: Any) -> None:
 
 
 def load_agent_state(agent: Any, saved: Mapping[str, Any], config: Any) -> None:
-    """Load a checkpoint into an agent. Raises UserError if it is of another agent."""
+    """Load a checkpoint into an agent. Raises UserError if it is of another agent, or other files: see `files_of`."""
     kind = saved.get("kind", "dreamer")  # older ones do not tell
     if kind != config.agent:
         raise UserError(f"the checkpoint is of another agent: --agent is {kind} there and {config.agent} here")
+    now = files_of(config)
+    for key, digest in saved.get("files", {}).items():
+        if now.get(key, digest) != digest:
+            words = "its content is not what the agent has learned with, though the name may be"
+            raise UserError(f"--{key} {config[key]}: {words}: bring that file back, or begin anew")
     agent.load_state_dict(saved["agent"])
+
+
+def files_of(config: Any) -> dict[str, str]:
+    """Return {key: SHA-256} of the files that say what tokens of texts mean, as far as they can be read."""
+    found = {}
+    for key in filter(config.__getitem__, FILES):
+        with contextlib.suppress(OSError), open(config[key], "rb") as file:  # who needs it says why
+            found[key] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def checkpoint_file(path: str | pathlib.Path) -> pathlib.Path:

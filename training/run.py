@@ -18,6 +18,7 @@ from training.background import Background
 from training.checkpoint import (
     RESUMED,
     checkpoint_file,
+    files_of,
     load_agent_state,
     load_checkpoint,
     load_states,
@@ -66,6 +67,7 @@ class Run:
         self.save_asked = self.log_due = self.save_due = False
         self.times = functools.partial(asked_by_time, self)
         self.keeper = Keeper(self.logdir, share(config, self.ranks).keep, functools.partial(checkpoint_of, self))
+        self.files = files_of(config)  # as they are now: the environments have read them, or will at once
         self.saved_names: set[str] = set()  # of the episode files that the last checkpoint needs
         self.resumed = self.learning = False  # the latter after the first update in this process
         self.metrics = Metrics()
@@ -271,6 +273,7 @@ def checkpoint_of(run: Run) -> dict[str, Any]:
         "replay": stored_file(run.updates, run.ranks.count, 0),
         "ranks": run.ranks.count,
         "spaces": run.spaces,
+        "files": run.files,
         **{key: run.config[key] for key in SAME},
     }
 
