@@ -321,7 +321,10 @@ class Films:
                     check_mp4(path)
                     sound, samples = together(self.sounds[name], len(self.sounds[name]))
                     if sound is not None:
-                        add_sound(path, sound, samples * self.options.fps)
+                        try:
+                            add_sound(path, sound, samples * self.options.fps)
+                        except OSError as error:  # the film stays, silent
+                            warn(f"no sound: {error.strerror or error}")
                 names.append("_".join([stems[kind], *key]) + path.suffix)
                 path.replace(folder / names[-1])
         return names

@@ -8,6 +8,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 
 import agents.older
 import dreamer
@@ -16,16 +17,19 @@ import export
 import inference_video
 import modalities
 import modalities.joint
+import training.sounds
 from agents.acting import ActingStep
 from envs import make_env
 from modalities.text.space import read, vocabulary
 from replay.episodes import episode_files
-from tests.factories import CONFIGS, ROOT, env_config, initial, make_dreamer, one_line_error, play
+from tests.factories import CONFIGS, ROOT, TOYS, Toy, env_config, initial, make_dreamer, one_line_error, play
 from tests.test_atari import make_native
 from tests.test_modalities import sequences
 from tools import UserError
 from training.config import load_config
-from training.sounds import together, wav
+from training.evaluation import read_aloud
+from training.sounds import add_sound, together, wav
+from training.videos import write_mp4
 
 WORDS = "--configs multimodal debug --task dummy_all --size 16 16 --steps 60 --eval_episode_num 1 --eval_envs 1"
 QUIET = "--log_level error --encoder.drop 0.1 --text.length 16"
@@ -125,6 +129,46 @@ def test_sounds_become_a_wav_and_gaps_are_silent():
     assert together([None, None], 2) == (None, 0)
 
 
+@pytest.mark.parametrize("frames, samples", [(1, 2), (3, 2), (30, 1), (4, 512)])
+def test_a_film_keeps_its_frames_however_short_its_sound_is(tmp_path, frames, samples):
+    path = tmp_path / "film.mp4"
+    write_mp4(path, [np.full((32, 32, 3), shade, np.uint8) for shade in range(frames)], fps=20)
+    add_sound(path, np.zeros((frames * samples, 1), np.float32), samples * 20)
+    assert imageio_ffmpeg.count_frames_and_secs(path)[0] == frames
+    assert "Audio: aac" in streams(path) or frames * samples < 10  # which ffmpeg makes nothing of
+
+
+def test_a_film_that_gets_no_sound_stays_silent(tmp_path, monkeypatch):
+    path = tmp_path / "film.mp4"
+    write_mp4(path, [np.zeros((32, 32, 3), np.uint8)], fps=20)
+    whole = path.read_bytes()
+    monkeypatch.setattr(training.sounds, "wav", lambda sound, rate: b"no sound")
+    with pytest.raises(OSError, match="gets no sound"):
+        add_sound(path, np.zeros((4, 1), np.float32), 40)
+    assert path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_table_of_texts_has_one_line_each_and_nothing_that_moves_the_cursor():
+    table = read_aloud([[("a\x1b[2J\u202eb", "c|d\n`e`")]], 1).splitlines()
+    assert table[-1] == r"| 0 | 0 | sees | `a\x1b[2J\u202eb` | `c d e` |"
+
+
+def test_other_sentences_in_the_file_of_embeddings_are_refused(tmp_path, capfd):
+    TOYS[:] = [Toy(spaces.Text(9), lambda step: "go" if step % 2 else "stop")]
+    path, logdir, words = tmp_path / "known.npz", tmp_path / "run", np.array(["go", "stop"])
+    np.savez(path, sentences=words, vectors=np.eye(2))
+    task = f"--configs debug --task custom_tests.factories:newest_toy --text.embeddings {path} --steps"
+    rest = "40 --eval_episode_num 0 --log_level error"
+    argv = [*f"{task} {rest}".split(), "--logdir", str(logdir)]
+    assert dreamer.main(argv) == 0
+    np.savez(path, sentences=words[::-1], vectors=np.eye(2))
+    capfd.readouterr()
+    assert dreamer.main([word.replace("40", "60") if word == "40" else word for word in argv]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"dreamer.py: --text.embeddings {path}: its content is not what the agent has learned with")
+    assert "its content is not" in one_line_error(dreamer.load_agent, logdir, "cpu")
+
+
 # ---------------------------------------------------------------------------
 # Suites that have them
 
@@ -160,6 +204,13 @@ def test_dmlab_tells_the_instructions_of_its_language_levels(monkeypatch):
         "go on 1",
         "go on 2",
     ]
+    lab = Lab.made[-1]
+    monkeypatch.setattr(
+        lab,
+        "observations",
+        lambda: {"RGB_INTERLEAVED": np.zeros((64, 64, 3), np.uint8), envs.dmlab.INSTRUCTION: b"go \xff"},
+    )
+    assert read(env.reset()["instruction"], vocabulary(load_config([], CONFIGS).text)) == "go \ufffd"
 
 
 # ---------------------------------------------------------------------------

@@ -241,10 +241,16 @@ def read_aloud(lines: Sequence[Sequence[tuple[str, str]]], seen: int) -> str:
         before: Any = None
         for time_, pair in enumerate(sequence):
             if (pair, time_ < seen) != before:
-                words = (f"`{' '.join(re.sub('[|`]', ' ', text).split())}`" for text in pair)
+                words = (f"`{legible(text)}`" for text in pair)
                 rows.append(f"| {index} | {time_} | {'sees' if time_ < seen else 'imagines'} | {' | '.join(words)} |")
             before = pair, time_ < seen
     return "\n".join(rows)
+
+
+def legible(text: str) -> str:
+    """Return a text for a cell of a table: one line, without what ends a cell, and escaped what cannot be printed."""
+    plain = " ".join(re.sub("[|`]", " ", text).split())
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in plain)
 
 
 def record_film(agent: Agent, envs: Any, act_spec: Any, mode: str, out: Outputs, step: int) -> None:
@@ -259,13 +265,16 @@ def record_film(agent: Agent, envs: Any, act_spec: Any, mode: str, out: Outputs,
     path = out.logdir / "videos" / f"{step:09d}_score_{scores[-1]:.1f}.mp4"
     try:
         write_mp4(path, captioned(frames, scores), fps=FPS)
-        sound, samples = together(sounds, len(frames))
-        if sound is not None:
-            add_sound(path, sound, samples * FPS)
     except OSError as error:  # a run that was saved does not end in error for its film
         path.unlink(missing_ok=True)
         out.say("warning", f"no video in {path.parent}: {error.strerror or error}")
         return
+    sound, samples = together(sounds, len(frames))
+    if sound is not None:
+        try:
+            add_sound(path, sound, samples * FPS)
+        except OSError as error:  # the film stays, silent
+            out.say("warning", f"no sound: {error.strerror or error}")
     out.logger.video("film/episode", board_film(frames, scores), step, fps=20)
     out.logger.scalars({"film_seconds": time.monotonic() - start}, step)
     out.logger.flush()

@@ -2,12 +2,15 @@
 
 import io
 import os
+import pathlib
 import subprocess
 import tempfile
 import wave
 
 import imageio_ffmpeg
 import numpy as np
+
+from training.videos import check_mp4
 
 RATE = 44100  # of a film's sound, in samples a second
 
@@ -32,18 +35,23 @@ def wav(sound, rate):
 
 
 def add_sound(path, sound, rate):
-    """Let an MP4 have a waveform (n, C), up to two channels, from its beginning. Raises OSError if that fails."""
+    """Let an MP4 have a waveform (n, C), up to two channels, from its beginning.
+
+    All its frames stay, however short the sound is, of a few samples of which nothing may be left. Raises OSError if it
+    fails; the film is then as it was.
+    """
     folder = path.parent
     with tempfile.TemporaryDirectory(prefix=".", dir=folder) as scratch:
         heard, both = os.path.join(scratch, "sound.wav"), os.path.join(scratch, f"both{path.suffix}")
         with open(heard, "wb") as file:
             file.write(wav(sound[:, :2], rate))
         given = ["-i", str(path), "-i", heard]
-        how = ["-map", "0:v", "-map", "1:a", "-c:v", "copy", "-c:a", "aac", "-ar", str(RATE), "-shortest"]
+        how = ["-map", "0:v", "-map", "1:a", "-c:v", "copy", "-c:a", "aac", "-ar", str(RATE)]
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *given, *how, both]
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if done.returncode:
             raise OSError(f"{path.name} gets no sound: {' '.join(done.stderr.split())[:200]}")
+        check_mp4(pathlib.Path(both))
         os.replace(both, path)
 
 
