@@ -316,18 +316,27 @@ def observation(key, policy):
         resized = own and list(seen.shape[:2]) not in (own["shape"][:2], own["shape"][1:])
         return about | {"layout": layout + ("; resized by averaging areas" if resized else "")}
     if seen.kind == "text":
-        return about | text(seen, policy.config.text)
+        return about | text(seen, policy.config.text, own)
     if seen.kind == "audio":
-        return about | {"low": -1, "high": 1, "layout": "samples, channels; bytes as (byte - 128) / 128"}
+        return about | {"low": -1, "high": 1, "layout": f"samples, channels; {heard(own)}; 0 is silence"}
     if seen.classes:
         return about | {"low": 0, "high": [size - 1 for size in seen.classes], "layout": "integers from 0 on, flat"}
     return about | {"low": None, "high": None, "layout": "numbers as the environment gives them, flat"}
 
 
-def text(seen, config):
+def heard(own):
+    """Say how the numbers of a sound come of what the environment gives."""
+    if own and own["dtype"] == "uint8":
+        return "(byte - 128) / 128"
+    return "as the environment gives them, divided by the larger of its space's bounds if these are finite"
+
+
+def text(seen, config, own):
     """Say what the token ids of a text are."""
-    words = "index in text.embeddings + 2, one for a text" if config.embeddings else "byte of UTF-8 + 2"
-    words = f"id of {config.tokenizer} + 2" if config.tokenizer else words
+    if own and own["kind"] != "Text":
+        return {"low": 2, "high": seen.classes[0] - 1, "layout": "token ids: byte + 2, each of the environment's"}
+    words = f"index in the sentences of {config.embeddings} + 2, one for a text" if config.embeddings else ""
+    words = f"id of {config.tokenizer} + 2" if config.tokenizer else words or "byte of UTF-8 + 2"
     return {"low": 0, "high": seen.classes[0] - 1, "layout": f"token ids: {words}; 1 ends a text, 0 behind it"}
 
 

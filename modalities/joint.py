@@ -13,6 +13,7 @@ from ops.attention import Attention
 from ops.layers import ACTS, Linear, RMSNorm, init_
 from ops.random import rand
 from specs import presence
+from tools import UserError
 
 QUERIES, HEADS = 4, 4  # of the attention that joins
 
@@ -96,6 +97,9 @@ class Attend(nn.Module):
     def __init__(self, parts, config):
         super().__init__()
         units = config.encoder.units
+        if units % HEADS:
+            words = f"{HEADS} attention heads do not divide {units} units"
+            raise UserError(f"--encoder.units {units}: {words}, as --encoder.fusion attention needs")
         counts = {name: getattr(part, "tokens", 1) for name, part in parts.items()}
         self.counts = counts
         self.inputs = nn.ModuleDict({name: Linear(part.size // counts[name], units) for name, part in parts.items()})

@@ -19,6 +19,7 @@ from agents.world_models.memory import LEAST_LOGSTD, MDNRNN, Memory, Prediction,
 from agents.world_models.stages import Auditions, Stages
 from agents.world_models.vision import draw, kl
 from modalities import obs_spec
+from ops.random import drawing_from
 from specs import act_spec
 from tests.test_run import checkpoint, differ
 from tools import UserError
@@ -67,6 +68,16 @@ def test_latents_are_drawn_so_that_gradients_reach_mean_and_variance():
     z.sum().backward()
     assert torch.equal(mean.grad, torch.ones(20000))
     assert torch.allclose(logvar.grad, (z - mean).detach() / 2, atol=1e-5)  # d exp(l / 2) / dl = exp(l / 2) / 2
+
+
+def test_what_is_left_out_by_chance_is_left_out_where_it_learns_to_encode():
+    vision = make("--encoder.drop", "0.5").vision
+    with drawing_from(lambda kind, shape: torch.zeros(shape)):  # all is left out
+        learned, _ = vision.encode({"state": torch.randn(2, 3, 4)}, learning=True)
+        seen, _ = vision.encode({"state": torch.randn(2, 3, 4)})
+        none, some = (vision.loss({"state": torch.full((2, 3, 4), value)})[1]["kl_loss"] for value in (1.0, 2.0))
+    assert torch.allclose(learned, learned[0, 0]) and not torch.allclose(seen, seen[0, 0])
+    assert torch.allclose(none, some)
 
 
 def test_a_kl_within_the_tolerance_costs_nothing():

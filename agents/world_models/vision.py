@@ -29,9 +29,9 @@ class Vision(nn.Module):
         self.out = Linear(self.encoder.size, 2 * self.size)
         self.decoder = MultiDecoder(obs_spec, self.size, 0, config)
 
-    def encode(self, batch):
-        """{key: (B, T, ...)} prepared -> mean and log-variance of z, (B, T, Z) each."""
-        return self.out(self.encoder(batch, torch.float32)).float().chunk(2, -1)
+    def encode(self, batch, learning=False):
+        """{key: (B, T, ...)} prepared -> mean and log-variance of z, (B, T, Z) each. learning: see `MultiEncoder`."""
+        return self.out(self.encoder(batch, torch.float32, learning)).float().chunk(2, -1)
 
     def decode(self, z):
         """(B, T, Z) -> {key: distribution over (B, T) observations}"""
@@ -43,7 +43,7 @@ class Vision(nn.Module):
         The loss is what the decoder fails to predict, and KL(q(z | o) || N(0, 1)) above kl_tolerance a dimension.
         """
         batch = self.encoder.prepare(batch)
-        mean, logvar = self.encode(batch)
+        mean, logvar = self.encode(batch, learning=True)
         z = draw(mean, logvar)
         reconstruction = sum(self.decoder.losses(State(z, z[..., None, :0]), batch).values())  # (B, T)
         divergence = kl(mean, logvar)

@@ -10,12 +10,12 @@ import torch
 import torch.nn as nn
 
 from modalities.audio import strips
+from modalities.audio.space import SILENT
 from modalities.audio.spectrum import LogMel, LogSpectrum
 from ops.layers import Conv1d, ConvTranspose1d, Linear, Style, norm_act
 from tools import UserError
 
 WINDOWS = (64, 256, 1024)  # samples, of the spectra that a prediction may be compared by
-SILENT = 128  # of bytes
 
 
 def make_encoder(observed, config):
@@ -24,7 +24,14 @@ def make_encoder(observed, config):
 
 
 def make_decoder(observed, deter, stoch, config):
-    """Return the decoder of {key: Observed} from features [deter, stoch]; config: the whole configuration."""
+    """Return the decoder of {key: Observed} from features [deter, stoch]; config: the whole configuration.
+
+    Raises UserError, too, for a loss on spectra where no sound is as long as a window of them.
+    """
+    longest = max(seen.shape[0] for seen in observed.values())
+    if config.audio.spectrum and longest < WINDOWS[0]:
+        words = f"the sounds have up to {longest} samples, fewer than the {WINDOWS[0]} of its shortest window"
+        raise UserError(f"--audio.spectrum {config.audio.spectrum:g}: {words}: --audio.spectrum 0")
     style = Style(config.norm, config.cnn_act, config.init)
     return AudioDecoder(check(observed, config.audio), deter + stoch, config.audio, style)
 

@@ -12,10 +12,12 @@ from modalities.text import pages
 from modalities.text.space import END, FIRST, PAD, vocabulary
 from ops.attention import Block, masked_mean
 from ops.layers import MLP, Linear, RMSNorm, Style, init_, norm_act
+from tools import UserError
 
 
 def make_encoder(observed, config):
     """Return the encoder of {key: Observed}; config: the whole configuration."""
+    check(config.text)
     return TextEncoder(observed, config.text, config.act, vocabulary(config.text).vectors)
 
 
@@ -27,6 +29,13 @@ def make_decoder(observed, deter, stoch, config):
 def drawer(config):
     """Return the function that shows a prediction as pages on which both texts stand."""
     return functools.partial(pages.draw, words=vocabulary(config.text))
+
+
+def check(config):
+    """Raise UserError for a section `text` whose heads do not divide its units."""
+    if config.units % config.heads:
+        words = f"{config.heads} attention heads do not divide {config.units} units"
+        raise UserError(f"--text.heads {config.heads}: {words} (text.units)")
 
 
 def sizes(observed):
