@@ -3,6 +3,8 @@
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import imageio_ffmpeg
 import numpy as np
@@ -17,9 +19,11 @@ import export
 import inference_video
 import modalities
 import modalities.joint
+import training.evaluation
 import training.sounds
 from agents.acting import ActingStep
 from envs import make_env
+from envs.spaces import describe
 from modalities.text.space import read, vocabulary
 from replay.episodes import episode_files
 from tests.factories import CONFIGS, ROOT, TOYS, Toy, env_config, initial, make_dreamer, one_line_error, play
@@ -32,6 +36,7 @@ from training.sounds import add_sound, together, wav
 from training.videos import write_mp4
 
 WORDS = "--configs multimodal debug --task dummy_all --size 16 16 --steps 60 --eval_episode_num 1 --eval_envs 1"
+BYTES = spaces.Box(0, 255, (16,), np.uint8)
 QUIET = "--log_level error --encoder.drop 0.1 --text.length 16"
 
 
@@ -101,6 +106,9 @@ def test_its_step_is_a_function_of_named_tensors(logdir):
     assert step(inputs)["action.action"].shape == (1, 5)
     assert export.observation("instruction", policy)["layout"].startswith("token ids: byte of UTF-8 + 2")
     assert (export.observation("tone", policy)["low"], export.observation("tone", policy)["high"]) == (-1, 1)
+    policy.own["observation"] |= {key: describe(BYTES) for key in ("instruction", "tone")}
+    assert export.observation("instruction", policy)["layout"] == "token ids: byte + 2, each of the environment's"
+    assert "(byte - 128) / 128" in export.observation("tone", policy)["layout"]
 
 
 def test_films_of_such_an_agent_have_sound(logdir, tmp_path):
@@ -146,6 +154,18 @@ def test_a_film_that_gets_no_sound_stays_silent(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="gets no sound"):
         add_sound(path, np.zeros((4, 1), np.float32), 40)
     assert path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
+
+    def film(*args, sounds):
+        sounds.append(np.zeros(4, np.float32))
+        return [np.zeros((32, 32, 3), np.uint8)], [1.0]
+
+    said, logger = [], MagicMock()
+    monkeypatch.setattr(training.evaluation, "film", film)
+    out = SimpleNamespace(logdir=tmp_path, logger=logger, say=lambda *words: said.append(words))
+    training.evaluation.record_film(None, None, None, "mode", out, 7)
+    (kept,) = (tmp_path / "videos").iterdir()
+    assert imageio_ffmpeg.count_frames_and_secs(kept)[0] == 1 and logger.video.called
+    assert [level for level, _ in said] == ["warning", "info"] and "no sound: " in said[0][1]
 
 
 def test_a_table_of_texts_has_one_line_each_and_nothing_that_moves_the_cursor():
