@@ -13,10 +13,10 @@ from explorers.empowerment import Empowerment
 from explorers.icm import ICM
 from explorers.rnd import RND
 from models import Rollout, WorldModel
-from networks import State, feature
 from ops.distributions import VectorNormal
 from ops.layers import MLP, Linear, Style
 from ops.random import rand, randn
+from rssm import State, feature
 
 
 class Explorer(Protocol):

@@ -13,10 +13,11 @@ import torch.nn as nn
 
 import ops.distributions as dists
 from modalities.joint import MultiDecoder, MultiEncoder
-from networks import Actor, Head, State, feature, make_rssm, scalar_head
+from networks import Actor, Head, scalar_head
 from ops import collectives, kernels
 from ops.layers import Style, cast_once
 from ops.math import lambda_return
+from rssm import State, feature, make_rssm
 from tools import UserError
 
 # ---------------------------------------------------------------------------

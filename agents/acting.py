@@ -18,7 +18,7 @@ STREAM = derive_seed(0, 5)  # of what is drawn where nothing shall depend on cha
 class Certain:
     """A kind of latent whose samples are its modes: an RSSM that has it is a function of what it sees.
 
-    latent: `networks.Latent`.
+    latent: `rssm.Latent`.
     """
 
     def __init__(self, latent):

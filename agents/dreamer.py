@@ -17,7 +17,6 @@ from behaviors import make_behavior
 from behaviors.meta import LEARNED, MetaGradients
 from exploration import EXPLORERS, explorer_rewards, make_explorers, perturb, received, task_rewards
 from models import WorldModel, frozen
-from networks import State
 from ops.collectives import average_metrics, place
 from ops.compiling import compiled, eagerly
 from ops.graphs import Graphs
@@ -26,6 +25,7 @@ from ops.optim import Adams, LaProp, TFAdams
 from ops.random import drawing_from, make_generator
 from ops.rates import LearnedRates
 from ops.remat import checkpointed, rematerialize
+from rssm import State
 from tools import Ratio, UserError, derive_seed
 from training.console import warn_at
 from training.machine import check_compiler, check_scan, choose_graphs

@@ -3,8 +3,8 @@
 import torch
 
 import modalities
-from networks import State
 from ops.compiling import eagerly
+from rssm import State
 
 
 @eagerly

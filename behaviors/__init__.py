@@ -12,7 +12,7 @@ import torch
 from behaviors.separate import SeparateCritics
 from exploration import Rewards
 from models import Rollout, WorldModel
-from networks import State
+from rssm import State
 from tools import UserError
 
 # name -> (module, class in it, made from the width of the features, the ActionSpec and the whole configuration)

@@ -4,9 +4,9 @@ import torch
 import torch.nn as nn
 
 from models import Rollout
-from networks import feature
 from ops.distributions import one_hot
 from ops.random import randn
+from rssm import feature
 from tools import UserError
 
 FLOOR = 1e-6  # added to the variance in a refit, which so never ends (planet/control/planning.py)

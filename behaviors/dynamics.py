@@ -3,8 +3,8 @@
 import torch
 
 from models import ImagBehavior, Rollout
-from networks import feature
 from ops.math import lambda_return
+from rssm import feature
 
 
 class DynamicsBehavior(ImagBehavior):

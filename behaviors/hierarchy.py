@@ -8,7 +8,7 @@ import torch.nn as nn
 
 from behaviors.goals import GoalAutoencoder, Novelty
 from behaviors.ppo import PPO
-from networks import State, feature
+from rssm import State, feature
 from specs import ActionSpec
 from tools import UserError
 

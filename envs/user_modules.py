@@ -36,7 +36,7 @@ OURS = {
         "inference_video",
         "modalities",
     ),
-    *("models", "networks", "ops", "replay", "specs", "sweep", "sweeps", "tests", "tools", "training"),
+    *("models", "networks", "ops", "replay", "rssm", "specs", "sweep", "sweeps", "tests", "tools", "training"),
 }
 STDLIB = pathlib.Path(os.__file__).parent
 INSTALLED = {"site-packages", "dist-packages"}

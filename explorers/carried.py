@@ -3,8 +3,9 @@
 import torch.nn as nn
 
 from explorers.scale import ReturnScale
-from networks import feature, scalar_head
+from networks import scalar_head
 from ops.layers import Style
+from rssm import feature
 
 
 class Carried(nn.Module):

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import torch
 import torch.nn as nn
 
-from networks import Actor, feature
+from networks import Actor
 from ops.layers import MLP, Linear, Style
 from ops.random import rand
+from rssm import feature
 
 # Of both distributions over actions. The planner's deviation has a floor: where the dynamics is deterministic, the
 # bound would grow without end with the precision of a continuous action that is told from its outcome.

@@ -24,7 +24,7 @@ from agents.dreamer import Dreamer
 from modalities import obs_spec
 from modalities.image.space import Plain
 from models import Rollout
-from networks import OneHotLatent, State, feature
+from rssm import OneHotLatent, State, feature
 from specs import act_spec
 from tests.golden_math import compare_math
 from training.config import CONFIGS, load_config

@@ -13,7 +13,7 @@ import torch
 
 from agents.dreamer import Dreamer
 from modalities import obs_spec
-from networks import State, feature
+from rssm import State, feature
 from specs import act_spec
 from tests.golden import RecordedLatent, error, make_space
 from training.config import CONFIGS, load_config

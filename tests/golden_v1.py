@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from gymnasium.spaces import Box
 
-import networks
+import rssm
 from agents.dreamer import Dreamer
 from modalities import obs_spec
 from modalities.image.space import Plain
-from networks import feature
+from rssm import feature
 from specs import act_spec
 from training.config import CONFIGS, load_config
 
@@ -41,7 +41,7 @@ def error(ours, theirs):
 def compare_cell(data):
     """Compare one step of PlaNet's GRU."""
     x, h, w_ru, w_c, b_ru, b_c = (torch.from_numpy(data[key]) for key in ("x", "h", "w_ru", "w_c", "b_ru", "b_c"))
-    cell, seen = networks.ResetFirstGRU(x.shape[-1], h.shape[-1]), {}
+    cell, seen = rssm.ResetFirstGRU(x.shape[-1], h.shape[-1]), {}
     for layer, kernel, bias in ((cell.gates, w_ru, b_ru), (cell.cand, w_c, b_c)):
         layer.kernel.copy_(kernel), layer.bias.copy_(bias)
         layer.register_forward_hook(lambda module, args, out: seen.update({module: out}))

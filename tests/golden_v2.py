@@ -16,7 +16,7 @@ from exploration import Plan2Explore
 from modalities import obs_spec
 from modalities.image.space import Plain
 from models import Rollout
-from networks import feature
+from rssm import feature
 from specs import act_spec
 from tests.golden import error
 from training.config import CONFIGS, load_config

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from gymnasium.spaces import Box, Discrete
 
 from modalities import obs_spec
-from networks import feature
+from rssm import feature
 from specs import act_spec
 from tests.factories import (
     SPACES,

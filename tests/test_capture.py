@@ -11,9 +11,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from agents.dreamer import no_graphs
-from networks import State
 from ops import graphs
 from ops.graphs import WARMUP, Captured, Graphs
+from rssm import State
 from tests.factories import Watch, act, initial, make_agent, make_batch, make_config, make_obs
 from tools import UserError
 

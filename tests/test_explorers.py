@@ -18,9 +18,9 @@ from explorers.icm import ICM
 from explorers.rnd import RND
 from explorers.scale import Moments, ReturnScale
 from models import Rollout
-from networks import State, feature
 from ops.layers import DREAMERV3
 from ops.random import drawing_from
+from rssm import State, feature
 from specs import ActionSpec
 from tests.factories import (
     SPACES,

@@ -16,20 +16,10 @@ from behaviors.cem import CEM, search
 from exploration import perturb
 from modalities.image.nets import ImageEncoder, TransposedDecoder, quantize
 from models import CLIPS, frozen, kl_losses
-from networks import (
-    GRU,
-    RSSM,
-    DenseGRU,
-    GaussianLatent,
-    Head,
-    NormGRU,
-    OneHotLatent,
-    ResetFirstGRU,
-    State,
-    make_rssm,
-)
+from networks import Head
 from ops.layers import MLP, Conv2d, ConvTranspose2d, Linear, Style
 from replay.sampling import Replay
+from rssm import GRU, RSSM, DenseGRU, GaussianLatent, NormGRU, OneHotLatent, ResetFirstGRU, State, make_rssm
 from specs import ActionSpec
 from tests.factories import family_config as make_config
 from tests.factories import one_line_error, shake

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from networks import State, feature
+from rssm import State, feature
 from tests import golden
 from tests.golden import LOSSES, TOLERANCE, Golden, compare, make_agent
 

@@ -15,7 +15,7 @@ OUTSIDE = {"tests", "benchmarks", "docs", "inference_video", "export", "doctor"}
 LAYERS = [
     {"tools"},
     {"specs", "ops"},
-    {"replay", "modalities", "networks"},
+    {"replay", "modalities", "networks", "rssm"},
     {"training", "envs", "models"},
     {"explorers"},
     {"exploration"},

@@ -10,10 +10,10 @@ import torch.nn as nn
 from behaviors.meta import LEARNED, ActorLoss, MetaGradients, halves
 from exploration import Rewards
 from models import Rollout, frozen
-from networks import State
 from ops.layers import Norm, RMSNorm
 from ops.optim import Adams, LaProp, OwnAdam
 from ops.rates import LearnedRates
+from rssm import State
 from tests.factories import initial, make_agent, make_batch, make_config, shake
 from tools import UserError
 

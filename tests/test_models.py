@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from models import ImagBehavior, ReturnNorm, Rollout, WorldModel, kl_losses
-from networks import OneHotLatent, State, feature
+from rssm import OneHotLatent, State, feature
 from specs import ActionSpec
 from tests.factories import initial, make_agent, make_batch, make_config, shake, world_losses
 

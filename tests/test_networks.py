@@ -5,8 +5,9 @@ import torch
 from gymnasium.spaces import Box, Discrete
 
 from modalities.joint import MultiDecoder, MultiEncoder
-from networks import RSSM, Actor, BlockGRU, OneHotLatent, State, feature, scalar_head
+from networks import Actor, scalar_head
 from ops.layers import BlockLinear, Conv2d, Linear, Norm
+from rssm import RSSM, BlockGRU, OneHotLatent, State, feature
 from specs import ActionSpec, Observed, ObsSpec
 from tests.factories import CONFIGS, IMAGE, WALKER, make_config, make_dreamer
 from training.config import load_config

@@ -7,8 +7,8 @@ before anything imports triton.
 import pytest
 import torch
 
-from networks import State
 from ops.random import drawing_from
+from rssm import State
 from tests.factories import initial, make_agent, make_batch, run_python, shake
 from tools import UserError
 from training.machine import check_scan

@@ -7,9 +7,9 @@ import torch
 import torch.nn as nn
 
 from modalities.joint import MultiDecoder, MultiEncoder
-from networks import State
 from ops.layers import Linear
 from ops.random import randn
+from rssm import State
 
 
 class Vision(nn.Module):

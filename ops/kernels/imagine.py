@@ -62,7 +62,7 @@ class Weights(NamedTuple):
 
     @classmethod
     def of(cls, rssm, actor, dtype):
-        """Take them from a networks.RSSM and an Actor, without gradient and in a dtype but for the scales."""
+        """Take them from a rssm.RSSM and an Actor, without gradient and in a dtype but for the scales."""
         cell, (prior, logit) = rssm.cell, rssm.prior
         inputs = [x for embed in (cell.embed_action, cell.embed_deter, cell.embed_stoch) for x in layers(embed)[:3]]
         hidden = *pair(cell.hidden[0]), cell.norms[0].scale
@@ -244,7 +244,7 @@ def next_deter(
     A: tl.constexpr, D: tl.constexpr, G: tl.constexpr, H: tl.constexpr, SK: tl.constexpr,
     M: tl.constexpr, C: tl.constexpr, eps: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
-    """Compute the next deter (M, D): `networks.BlockGRU.forward`."""
+    """Compute the next deter (M, D): `rssm.BlockGRU.forward`."""
     W: tl.constexpr = D // G
     layer(joint, 3 * H, old, D, D, old, D, 0, w_deter, b_deter, s_deter, H, live, M, C, eps, tile)
     layer(joint + H, 3 * H, stoch, SK, SK, stoch, SK, 0, w_stoch, b_stoch, s_stoch, H, live, M, C, eps, tile)
@@ -346,7 +346,7 @@ def imagine_kernel(
 
 
 def constants(rssm, actor):
-    """Return the constants of the kernel by name, for a networks.RSSM and an Actor."""
+    """Return the constants of the kernel by name, for a rssm.RSSM and an Actor."""
     (S, K), spec, config = rssm.latent.shape, actor.spec, actor.heads[0].config
     classes = [size for sizes in spec.classes.values() for size in sizes]
     layers = {"POLICIES": len(actor.mlp) // 2 - 1, "PRIORS": len(rssm.prior[0]) // 2 - 1}
@@ -376,7 +376,7 @@ def imagine(rssm, actor, start, action_noise, places):
     """Compute all steps of a rollout in one kernel.
 
     Args:
-      rssm: networks.RSSM of a BlockGRU of one hidden layer and a OneHotLatent; actor: Actor of bounded normals.
+      rssm: rssm.RSSM of a BlockGRU of one hidden layer and a OneHotLatent; actor: Actor of bounded normals.
       start: State (N, ...), in the dtype that is computed in.
       action_noise: (H, N, n), as of `actor.noise`; that of the prior is drawn here. places: Places.
     Returns: State (H + 1, N, ...) with the start first, actions (H, N, A) in float32.

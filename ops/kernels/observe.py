@@ -2,7 +2,7 @@
 
 A program computes one sequence and loops over time, as sequences do not depend on each other. What passes from one
 product to the next goes through memory, where the backward pass finds it again. As in `ops.scan`, gradients of kernels
-are computed afterwards, for all steps in one matrix product. `networks.RSSM.observe_step` says what is computed.
+are computed afterwards, for all steps in one matrix product. `rssm.RSSM.observe_step` says what is computed.
 
 Letters: B batch, T time, D deter, G blocks of W = D / G, H hidden, S groups x K classes.
 """
@@ -46,7 +46,7 @@ class Weights(NamedTuple):
 
     @classmethod
     def of(cls, rssm):
-        """Take them from a networks.RSSM."""
+        """Take them from a rssm.RSSM."""
         cell, ((first, norm), out) = rssm.cell, rssm.posterior
         inputs = (x for layer, norm in (cell.embed_deter, cell.embed_stoch) for x in (*pair(layer), norm.scale))
         hidden = *pair(cell.hidden[0]), cell.norms[0].scale
@@ -63,7 +63,7 @@ def step_of_cell(
     D: tl.constexpr, H: tl.constexpr, SK: tl.constexpr, G: tl.constexpr,
     PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, eps: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
-    """Compute the next deter of a sequence: `networks.BlockGRU.forward`."""
+    """Compute the next deter of a sequence: `rssm.BlockGRU.forward`."""
     W: tl.constexpr = D // G
     pre = product(old_deter, w_deter, H, D, H, PH, tile) + fetch(b_deter, H, PH)
     put(pre_deter, pre, H, PH)
@@ -239,7 +239,7 @@ def observe(rssm, start, keep, action, embed, noise):
     """Filter sequences as `rssm.observe_step` does, whose inputs that depend on neither deter nor stoch are prepared.
 
     Args:
-      rssm: networks.RSSM of a BlockGRU and a OneHotLatent, both with one hidden layer, that starts from zeros.
+      rssm: rssm.RSSM of a BlockGRU and a OneHotLatent, both with one hidden layer, that starts from zeros.
       start: deter (B, D) and stoch (B, S, K) before the first step; they get no gradient.
       keep: (B, T, 1), 0 where to start anew; action: prepared (B, T, H); embed: its share of the posterior's first
         layer, with the bias (B, T, H); noise: (B, T, S), uniform.
