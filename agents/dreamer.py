@@ -15,7 +15,7 @@ from agents.older import modernize
 from agents.showing import pictures
 from behaviors import make_behavior
 from behaviors.meta import LEARNED, MetaGradients
-from exploration import EXPLORERS, explorer_rewards, make_explorers, perturb, received, task_rewards
+from explorers import EXPLORERS, explorer_rewards, make_explorers, perturb, received, task_rewards
 from models import WorldModel, frozen
 from ops.collectives import average_metrics, place
 from ops.compiling import compiled, eagerly

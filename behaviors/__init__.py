@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from behaviors.separate import SeparateCritics
-from exploration import Rewards
+from explorers import Rewards
 from models import Rollout, WorldModel
 from rssm import State
 from tools import UserError

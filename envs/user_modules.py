@@ -30,7 +30,6 @@ OURS = {
         "doctor",
         "dreamer",
         "envs",
-        "exploration",
         "explorers",
         "export",
         "inference_video",

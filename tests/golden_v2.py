@@ -12,7 +12,7 @@ import torch
 from gymnasium.spaces import Box, Discrete
 
 from agents.dreamer import Dreamer
-from exploration import Plan2Explore
+from explorers.plan2explore import Plan2Explore
 from modalities import obs_spec
 from modalities.image.space import Plain
 from models import Rollout

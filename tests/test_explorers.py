@@ -12,7 +12,7 @@ import torch.nn as nn
 from torch.utils._pytree import tree_leaves
 
 import dreamer
-from exploration import EXPLORERS, Rewards, received
+from explorers import EXPLORERS, Rewards, received
 from explorers.empowerment import Empowerment, Plans
 from explorers.icm import ICM
 from explorers.rnd import RND

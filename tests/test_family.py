@@ -12,7 +12,8 @@ import torch.nn as nn
 from gymnasium.spaces import Box
 
 import dreamer
-from exploration import SPREADS, explorer_rewards
+from explorers import explorer_rewards
+from explorers.plan2explore import SPREADS
 from models import Rollout
 from ops.distributions import HALF_LOG_2PI
 from ops.optim import Adams, TFAdams

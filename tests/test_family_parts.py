@@ -13,7 +13,7 @@ import torch.nn as nn
 import ops.distributions as dists
 from behaviors import make_behavior as behavior_of
 from behaviors.cem import CEM, search
-from exploration import perturb
+from explorers import perturb
 from modalities.image.nets import ImageEncoder, TransposedDecoder, quantize
 from models import CLIPS, frozen, kl_losses
 from networks import Head

@@ -15,10 +15,10 @@ OUTSIDE = {"tests", "benchmarks", "docs", "inference_video", "export", "doctor"}
 LAYERS = [
     {"tools"},
     {"specs", "ops"},
-    {"replay", "modalities", "networks", "rssm"},
-    {"training", "envs", "models"},
+    {"replay", "modalities", "networks"},
+    {"training", "envs", "rssm"},
+    {"models"},
     {"explorers"},
-    {"exploration"},
     {"behaviors"},
     {"agents", "sweeps"},
     {"dreamer", "sweep"},
@@ -71,7 +71,7 @@ def test_training_is_handed_the_agent_and_the_environments():
 
 def test_the_root_holds_few_files():
     names = {path.name for path in ROOT.glob("*.py")}
-    parts = {"models.py", "networks.py", "exploration.py", "specs.py", "tools.py"}
+    parts = {"models.py", "networks.py", "rssm.py", "specs.py", "tools.py"}
     assert names == {"dreamer.py", "sweep.py", "inference_video.py", "export.py", "doctor.py"} | parts
     assert not (ROOT / "dreamer").exists()  # it would shadow dreamer.py
 

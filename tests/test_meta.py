@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 
 from behaviors.meta import LEARNED, ActorLoss, MetaGradients, halves
-from exploration import Rewards
+from explorers import Rewards
 from models import Rollout, frozen
 from ops.layers import Norm, RMSNorm
 from ops.optim import Adams, LaProp, OwnAdam

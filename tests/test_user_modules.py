@@ -120,11 +120,11 @@ def test_a_folder_that_the_users_module_adds_to_the_path_counts(folder):
 
 
 def test_what_nobody_imports_is_no_matter(folder):
-    place = folder(tools="raise SystemExit", exploration="raise SystemExit", **{"envs/__init__": ""})
+    place = folder(tools="raise SystemExit", networks="raise SystemExit", **{"envs/__init__": ""})
     (place / "models").mkdir()
     (place / "models" / "wall.stl").write_text("solid")
     make_env(make_config("custom_cave:Env"), "train", 0)
-    assert OursFirst.find_spec("exploration").origin == str(ROOT / "exploration.py")
+    assert OursFirst.find_spec("networks").origin == str(ROOT / "networks.py")
 
 
 def test_a_folder_without_python_files_is_no_module_and_relative_imports_are_the_users_own(folder):
