@@ -29,7 +29,7 @@ from training.evaluation import Evaluation
 
 # At the size of quickstart, so that a run takes minutes on two cores.
 SHARED = """--configs quickstart --horizon 20 --eval_every 2000 --eval_episode_num 100 --eval_envs 10 --log_every 500
---opt.lr 1e-3 --compile true"""
+--opt.lr 1e-3 --actor.entropy 1e-2 --compile true"""
 WORDS = "--text.length 24 --text.layers 1 --text.units 32"
 TEXT, SOUND = "--encoder.text_keys $^", "--encoder.audio_keys $^"
 EPISODES = 100  # of the random agent
