@@ -17,6 +17,11 @@ import tempfile
 import time
 import warnings
 
+from training import installed
+
+if __name__ == "__main__":
+    installed.demand("export.py")  # before the first package is imported
+
 import numpy as np
 import torch
 

@@ -10,8 +10,16 @@ in a folder that is removed; the last line of its metrics is printed as JSON.
 import argparse
 import json
 import pathlib
+import sys
 import tempfile
 import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from training import installed
+
+if __name__ == "__main__":
+    installed.demand("-m benchmarks.async_control")  # before the first package is imported
 
 import numpy as np
 from gymnasium.spaces import Box

@@ -15,6 +15,11 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
+from training import installed
+
+if __name__ == "__main__":
+    installed.demand("benchmarks/attack.py")  # before the first package is imported
+
 from benchmarks.pages import machine, markdown, write_between
 
 KINDS = {

@@ -9,8 +9,17 @@ its rows of the batches and of what was drawn.
 
 import argparse
 import itertools
+import pathlib
 import statistics
+import sys
 import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from training import installed
+
+if __name__ == "__main__":
+    installed.demand("-m benchmarks.distributed")  # before the first package is imported
 
 import numpy as np
 import torch

@@ -23,10 +23,14 @@ import timeit
 import traceback
 from unittest import mock
 
-import numpy as np
-
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
+from training import installed
+
+if __name__ == "__main__":
+    installed.demand("benchmarks/environments.py")  # before the first package is imported
+
+import numpy as np
 from gymnasium import spaces
 
 from agents.random import Random

@@ -17,9 +17,14 @@ import statistics
 import subprocess
 import sys
 
-import numpy as np
-
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from training import installed
+
+if __name__ == "__main__":
+    installed.demand("benchmarks/family.py")  # before the first package is imported
+
+import numpy as np
 
 from agents.random import Random
 from benchmarks import goal

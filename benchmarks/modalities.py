@@ -13,9 +13,14 @@ import sys
 import wave
 from typing import NamedTuple
 
-import numpy as np
-
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from training import installed
+
+if __name__ == "__main__":
+    installed.demand("benchmarks/modalities.py")  # before the first package is imported
+
+import numpy as np
 
 from agents.random import Random
 from benchmarks.family import MISSING, eval_curve, is_done, lines, run_all

@@ -16,9 +16,14 @@ import pathlib
 import sys
 import textwrap
 
-import numpy as np
-
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from training import installed
+
+if __name__ == "__main__":
+    installed.demand("benchmarks/plot_scores.py")  # before the first package is imported
+
+import numpy as np
 
 from benchmarks.scores import (
     METHODS,

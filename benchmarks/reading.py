@@ -10,17 +10,23 @@ import ast
 import pathlib
 import sys
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from training import installed
+
+if __name__ == "__main__":
+    installed.demand("benchmarks/reading.py")  # before the first package is imported
+
 import numpy as np
 import torch
 from gymnasium.spaces import Box
 
-ROOT = pathlib.Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+from agents.dreamer import Dreamer
+from modalities import obs_spec
+from specs import act_spec
+from training.config import CONFIGS, load_config
 
-from agents.dreamer import Dreamer  # noqa: E402
-from modalities import obs_spec  # noqa: E402
-from specs import act_spec  # noqa: E402
-from training.config import CONFIGS, load_config  # noqa: E402
+ROOT = pathlib.Path(__file__).parents[1]
 
 OBS = {"image": Box(0, 255, (64, 64, 3), np.uint8), "state": Box(-1, 1, (4,))}
 ACTIONS = {"action": Box(-1, 1, (2,))}

@@ -7,9 +7,14 @@ import pathlib
 import sys
 import time
 
-import numpy as np
-
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from training import installed
+
+if __name__ == "__main__":
+    installed.demand("benchmarks/replay.py")  # before the first package is imported
+
+import numpy as np
 
 from replay.sampling import Replay
 

@@ -17,7 +17,12 @@ import sys
 import tempfile
 import time
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from training import installed
+
+if __name__ == "__main__":
+    installed.demand("benchmarks/sweep_kills.py")  # before the first package is imported
 
 from benchmarks.processes import end, marked, start
 from training.logdir import scores

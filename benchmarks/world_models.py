@@ -16,11 +16,16 @@ import subprocess
 import sys
 import time
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from training import installed
+
+if __name__ == "__main__":
+    installed.demand("benchmarks/world_models.py")  # before the first package is imported
+
 import gymnasium
 import numpy as np
 import torch
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from agents.policy import load_policy
 from agents.random import Random

@@ -15,6 +15,11 @@ import re
 import sys
 import zipfile
 
+from training import installed
+
+if __name__ == "__main__":
+    installed.demand("-m tests.golden")  # before the first package is imported
+
 import numpy as np
 import torch
 from gymnasium.spaces import Box, Discrete, MultiDiscrete

@@ -26,9 +26,22 @@ def run(*words, cwd=ROOT, **env):
 # Packages
 
 
-@pytest.mark.parametrize("program", ["dreamer.py", "inference_video.py", "sweep.py"])
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+STARTED = re.compile(r"\bpython3?\s(-m\s(?:benchmarks|tests)[\w.]+|[\w/]+\.py)\b")
+BARE = {"docs/architecture.py"}  # needs nothing but Python
+BARE |= {"benchmarks/explore.py", "benchmarks/hierarchy.py", "benchmarks/meta.py"}  # not yet told to ask
+PROGRAMS = {" ".join(word.split()) for page in PAGES for word in STARTED.findall(page.read_text())} - BARE
+PROGRAMS = {program for program in PROGRAMS if program.startswith("-m") or (ROOT / program).is_file()}
+
+
+def test_the_programs_that_the_pages_name_are_found():
+    assert {"dreamer.py", "export.py", "doctor.py", "benchmarks/attack.py", "-m tests.golden"} <= PROGRAMS
+
+
+@pytest.mark.parametrize("program", sorted(PROGRAMS))
 def test_without_packages_one_line_says_what_to_run(program, tmp_path):
-    done = run(sys.executable, "-S", ROOT / program, "--help", cwd=tmp_path)  # -S: without site-packages
+    words = program.split() if program.startswith("-m") else [ROOT / program]
+    done = run(sys.executable, "-S", *words, "--help", cwd=ROOT if words[0] == "-m" else tmp_path)  # no site-packages
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(f"{program}: torch, ") and done.stderr.count("\n") == 1
     assert f".venv/bin/python {program}" in done.stderr
