@@ -148,8 +148,18 @@ def test_a_wrong_preset_of_ones_own_is_one_line_that_names_the_file(mine, text, 
     assert message.startswith(f"{mine}: ") and said in message, message
 
 
+@pytest.mark.parametrize("asked", [["--help"], ["--help", "CAVE"], ["--completion"]])
+def test_help_and_completion_know_presets_of_ones_own(mine, asked, capsys):
+    for words in (["--presets", mine, *asked], [*asked, f"--presets={mine}"]):
+        with pytest.raises(SystemExit):
+            load(*words)
+        assert "cave" in capsys.readouterr().out
+
+
 def test_a_file_of_presets_that_is_not_there_is_named():
-    assert refused("--presets", "no.yaml") == "no.yaml: No such file or directory"
+    assert refused("--presets", "no.yaml") == "--presets no.yaml: No such file or directory"
+    assert refused("--config", "no.yaml") == "--config no.yaml: No such file or directory"
+    assert refused("--help", "--presets", "no.yaml") == "--presets no.yaml: No such file or directory"
     assert refused("--presets") == "--presets: missing value"
 
 

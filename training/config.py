@@ -9,9 +9,10 @@ import contextlib
 import functools
 import itertools
 import math
+import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ruamel.yaml import YAML
@@ -20,7 +21,7 @@ from ruamel.yaml.error import YAMLError
 
 from tools import UserError, atomic_write
 from training.completion import completion
-from training.helptext import describe
+from training.helptext import by_flag, describe
 from training.hints import of_stray, unknown
 from training.settings import Leaves, Setting, Settings, checked, declare, find, flatten, merged, related, yaml12
 
@@ -123,15 +124,14 @@ def load_config(
         keys that this one does not know are left out, after `warn(line)`.
     """
     schema = _load(path)
-    if asked := {"-h", "--help"} & set(argv):
-        at = [word in asked for word in argv].index(True)
-        words = [word for word in argv[at + 1 :] if not word.startswith("-")]
-        print(describe(schema, words))
-        raise SystemExit(0)
-    if "--completion" in argv:
-        print(completion(schema))
+    if {"-h", "--help", "--completion"} & set(argv):
+        words = by_flag(argv, FLAG)
+        _expect(words)
+        schema = _with_presets(schema, words.get("presets", []))
+        print(completion(schema) if "completion" in words else describe(schema, words["help"]))
         raise SystemExit(0)
     own, flags = _parse(argv, schema)
+    _expect(own)
     new = set(own["configs"]) - schema.presets.keys()
     files = [file for file in own["config"] if new & _names(file)]  # of presets, not of keys
     schema = _with_presets(schema, own["presets"] + files)
@@ -404,6 +404,14 @@ def _parse(argv: Sequence[str], schema: Schema) -> tuple[dict[str, list[str]], L
         else:
             flags += checked(schema.keys, _modern(schema.keys, [(name, setting.parse(texts))], "--"), "--")
     return own, flags
+
+
+def _expect(own: Mapping[str, list[str]]) -> None:
+    """Raise UserError, with the flag, for a file that is not there. own: {flag: its words}."""
+    for flag in ("config", "presets"):
+        for file in own.get(flag, []):
+            with _errors_of(f"--{flag} {file}"):
+                os.stat(file)  # opened once only: it may be a pipe
 
 
 def _saved(keys: Settings, file: Path, warn: Callable[[str], None]) -> Leaves:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -15,11 +16,25 @@ usage: python3 dreamer.py [--configs PRESET ...] [--KEY VALUE ...]
 example: python3 dreamer.py --configs dmc_proprio size12m --task dmc_cheetah_run --actor.layers 2
 
   --configs PRESET ...   presets over the defaults, each over those before it
-  --presets FILE ...     YAML files with presets of your own, for --configs
+  --presets FILE ...     YAML files with presets of your own, for --configs and --help
   --config FILE ...      YAML or JSON files of keys, over the presets
   --KEY VALUE            a key, over all of these; --KEY alone is true where a key is true or false
   --help [WORD ...]      this text, or what is named like the words
   --completion           a script by which bash and zsh complete all of these: source <(...)"""
+
+
+def by_flag(argv: Sequence[str], flag: re.Pattern[str]) -> dict[str, list[str]]:
+    """Return {flag: the words after it} of a command line that asks for help, -h as help, without any check."""
+    words: dict[str, list[str]] = {"": []}
+    last = ""
+    for word in argv:
+        if word == "-h" or flag.match(word):
+            last, equals, text = word.lstrip("-").partition("=")
+            last = "help" if last == "h" else last
+            words.setdefault(last, []).extend([text] if equals else [])
+        else:
+            words[last].append(word)
+    return words
 
 
 def describe(schema: Any, words: Sequence[str] = ()) -> str:
