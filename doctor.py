@@ -18,10 +18,11 @@ import sys
 import tempfile
 import traceback
 
-from training import installed
+from training import commands, installed
 
 if __name__ == "__main__":
     installed.demand("doctor.py")  # before the first package is imported
+    commands.answer("doctor.py", commands.of_doctor, __doc__)
 
 import numpy as np
 import torch
@@ -36,12 +37,10 @@ from ops.graphs import WARMUP
 from ops.random import drawing_from
 from replay.memory import memory_limit, size
 from specs import act_spec
-from tools import Parser, UserError, derive_seed, guard_output
+from tools import UserError, derive_seed, guard_output
 from training import machine
-from training.config import CONFIGS, load_config
 
 PACKAGES = ("torch", "numpy", "gymnasium", "triton", "mujoco", "dm_control", "ale-py")
-FLAGS = ("--configs", "size1m", "--task", "dummy_vector", "--log_level", "error")  # before those that are given
 QUIET = {"logger": (), "script": "train", "eval_envs": 1}
 BATCH, LENGTH, HORIZON = 2, 8, 3  # of what is compared: with few draws, that rounding turns none of them
 TOLERANCE = 1e-3  # of a tensor's largest magnitude, in float32
@@ -300,15 +299,9 @@ def without_home(text):
 
 def main(argv=None):
     """Run the command line; return the exit status."""
-    parser = Parser(
-        prog="doctor.py",
-        description=__doc__.split("\n")[0],
-        epilog="All other flags are those of dreamer.py, such as --device cuda:1 or --compile false.",
-        allow_abbrev=False,
-    )
     try:
-        _, words = parser.parse_known_args(argv)
-        config = load_config([*FLAGS, *words], CONFIGS).replace(**QUIET)
+        words, config = commands.of_doctor(sys.argv[1:] if argv is None else argv, __doc__)
+        config = config.replace(**QUIET)
         machine.prepare(config)
     except UserError as error:
         print(f"doctor.py: {error}", file=sys.stderr)

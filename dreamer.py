@@ -66,9 +66,9 @@ def main(argv=None):
         if not config.eval_envs:  # no evaluation, then
             config = config.replace(eval_episode_num=0)
         check(config)
-        from envs.tasks import split_task
+        from envs.names import check_task
 
-        split_task(config.task)  # PyTorch takes seconds to import, for which a misspelt task need not wait, either
+        check_task(config)  # PyTorch takes seconds to import, for which a misspelt task need not wait, either
         with contextlib.ExitStack() as stack:  # what is opened is closed at the end, whatever happens
             return (eval_only if config.script == "eval_only" else train)(config, stack)
     except UserError as error:

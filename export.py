@@ -6,7 +6,6 @@ writes agent.onnx (for ONNX Runtime) or agent.pt2 (for `torch.export.load`) and 
 docs/export.md has a loop that runs it.
 """
 
-import argparse
 import importlib.metadata
 import json
 import logging
@@ -17,19 +16,20 @@ import tempfile
 import time
 import warnings
 
-from training import installed
+from training import commands, installed
 
 if __name__ == "__main__":
     installed.demand("export.py")  # before the first package is imported
+    commands.answer("export.py", commands.of_export, __doc__)
 
 import numpy as np
 import torch
 
 from agents.acting import ActingStep, make_decoder
 from agents.policy import load_policy
-from tools import Parser, UserError, atomic_write
+from tools import UserError, atomic_write
+from training.commands import SUFFIX
 
-SUFFIX = {"onnx": "agent.onnx", "torch": "agent.pt2"}
 INSTALL = "pip install -r requirements/export.txt"
 CHECKED, TIMED = 50, 200  # steps that are compared with PyTorch's, and timed
 TOLERANCE = 1e-4
@@ -39,7 +39,7 @@ COUNT = 2  # environments of an example: PyTorch takes a batch of 1 for no axis 
 def main(argv=None):
     """Run the command line; return the exit status."""
     try:
-        options = parse(sys.argv[1:] if argv is None else argv)
+        options = commands.of_export(sys.argv[1:] if argv is None else argv, __doc__)
         export(options)
     except UserError as error:
         print(f"export.py: {' '.join(str(error).split())}", file=sys.stderr)
@@ -47,34 +47,6 @@ def main(argv=None):
     except KeyboardInterrupt:
         return 130
     return 0
-
-
-def parse(argv):
-    """Read the command line."""
-    about, _, more = __doc__.partition("\n\n")
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser("export.py", None, about, more, formatter_class=raw, allow_abbrev=False)
-    add = parser.add_argument
-    add("--checkpoint", required=True, help="a checkpoint or its logdir")
-    add("--format", choices=SUFFIX, default="onnx", help="of the file (onnx)")
-    add("--out", type=pathlib.Path, help="folder for what is written (export/ beside the checkpoint)")
-    mode = "the latent's and the policy's modes, or samples of both, whose noise becomes an input (mode)"
-    add("--mode", choices=["mode", "sample"], default="mode", help=mode)
-    add(
-        "--batch",
-        type=batch,
-        default="1",
-        metavar="N|any",
-        help="environments of a call; any takes longer to write (1)",
-    )
-    return parser.parse_args(argv)
-
-
-def batch(text):
-    """Read a number of environments, or any."""
-    if text != "any" and not (text.isdigit() and int(text) > 0):
-        raise ValueError
-    return text if text == "any" else int(text)
 
 
 def export(options):

@@ -5,19 +5,18 @@
 The task and the model are those of the run's config.yaml, beside the checkpoint; any flag of dreamer.py overrides it.
 """
 
-import argparse
 import contextlib
-import difflib
 import json
 import pathlib
 import signal
 import sys
 import tempfile
 
-from training import installed
+from training import commands, installed
 
 if __name__ == "__main__":
     installed.demand("inference_video.py")  # before the first package is imported
+    commands.answer("inference_video.py", commands.of_film, __doc__)
 
 import cv2
 import imageio.v2 as imageio
@@ -28,9 +27,10 @@ from agents.random import Random
 from envs import make_envs
 from modalities import drawers, obs_spec
 from specs import act_spec, step_layout
-from tools import IMAGINED, SEEN, Parser, UserError, atomic_write, derive_seed, guard_output
+from tools import IMAGINED, SEEN, UserError, atomic_write, derive_seed, guard_output
 from training import machine
 from training.checkpoint import checkpoint_file, load_agent_state, load_checkpoint
+from training.commands import FORMATS
 from training.config import CONFIGS, load_config
 from training.console import print_line, shown
 from training.driver import Driver
@@ -42,14 +42,13 @@ from training.rng import seed_everything
 from training.sounds import add_sound, together
 from training.videos import BORDER, as_rgb, beside, bordered, caption, check_mp4, with_below
 
-FORMATS = {"mp4": ["mp4"], "gif": ["gif"], "both": ["mp4", "gif"]}
 PANEL = 192  # least height of an open-loop panel in pixels
 
 
 def main(argv=None):
     """Run the command line; returns the exit status."""
     try:
-        options, rest = parse(sys.argv[1:] if argv is None else argv)
+        options, rest = commands.of_film(sys.argv[1:] if argv is None else argv, __doc__)
         with contextlib.ExitStack() as stack:
             players = open_players(options, rest, stack)
             summaries = film_players(players, options)
@@ -61,61 +60,6 @@ def main(argv=None):
     report(summaries)
     print_line(f"videos and scores.json: {options.output}", sys.stdout)
     return 0
-
-
-# ---------------------------------------------------------------------------
-# The command line
-
-
-def parse(argv):
-    """The command line: own options, and the words left for dreamer.py's configuration."""
-    about, _, more = __doc__.partition("\n\n")
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser("inference_video.py", None, about, more, formatter_class=raw, allow_abbrev=False)
-    add = parser.add_argument
-    add("--checkpoint", nargs="+", default=["none"], help="checkpoints or logdirs; none is the random agent")
-    add("--use-random-agent", action="store_true", help="let none act at random; without a checkpoint give --task")
-    add("--episodes", type=positive(int), default=5, help="episodes of each agent (5)")
-    add("--output", type=pathlib.Path, default=pathlib.Path("videos"), help="folder for what is written (videos)")
-    add("--format", choices=FORMATS, default="mp4", help="of the videos (mp4)")
-    add("--fps", type=positive(float), default=30, help="agent steps per second of video (30)")
-    add("--size", type=positive(int), nargs=2, metavar=("H", "W"), help="of the video (the environment's own)")
-    add("--mode", choices=["sample", "mode"], help="samples of the policy or its mode (the run's eval_mode)")
-    add(
-        "--openloop",
-        action="store_true",
-        help="also film truth | model | error, or curves of vectors, in turns seen and imagined",
-    )
-    add("--caption", action="store_true", help="write step and score onto the video")
-    add("--task", help="suite and task (the run's)")
-    add("--seed", help="of environments and agent (the run's)")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
-    options, rest = parser.parse_known_args(argv)
-    for word in rest:
-        near = difflib.get_close_matches(word.partition("=")[0], parser._option_string_actions, 1, 0.8)
-        if word.startswith("--") and near:
-            parser.error(f"{word}: unknown flag, did you mean {near[0]}?")
-    for name in ("task", "seed", "device"):  # the configuration checks them
-        rest += [f"--{name}={vars(options)[name]}"] if vars(options)[name] is not None else []
-    if "none" in options.checkpoint and not options.use_random_agent:
-        parser.error("give --checkpoint PATH, or --use-random-agent and --task")
-    if options.use_random_agent and "none" not in options.checkpoint:
-        parser.error("--use-random-agent needs a --checkpoint none")
-    options.output = options.output.expanduser()
-    return options, rest
-
-
-def positive(kind):
-    """A reader of positive numbers."""
-
-    def read(text):
-        number = kind(text)
-        if not 0 < number < float("inf"):
-            raise ValueError
-        return number
-
-    read.__name__ = f"positive {kind.__name__}"  # argparse names it in its error
-    return read
 
 
 # ---------------------------------------------------------------------------

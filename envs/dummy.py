@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,14 +18,19 @@ def make(task: str, config: Any, place: Place) -> Env:
 
     Raises UserError for any other.
     """
+    tasks = tasks_of(place.mode)
+    if task not in tasks:
+        raise unknown("dummy task", task, tasks)
+    return ActionRepeat(tasks[task](np.random.default_rng(place.seed), tuple(config.size)), config.action_repeat)
+
+
+def tasks_of(mode: str) -> dict[str, Callable]:
+    """Return {task: what makes it of a generator and a size} for training or evaluation."""
     from envs.dummy_told import of_mode  # these two build on this file
     from envs.pinpad import PINPADS
 
     tasks = {"vector": Vector, "discrete": Corridor, "pixels": Pixels, "multi": Multi, **MAZES, **PINPADS}
-    tasks |= of_mode(place.mode)
-    if task not in tasks:
-        raise unknown("dummy task", task, tasks)
-    return ActionRepeat(tasks[task](np.random.default_rng(place.seed), tuple(config.size)), config.action_repeat)
+    return tasks | of_mode(mode)
 
 
 class Dummy:

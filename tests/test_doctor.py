@@ -5,6 +5,7 @@ import torch
 
 import doctor
 from tests.factories import ROOT
+from training import commands
 from training.config import CONFIGS, load_config
 
 SMALL = ("--configs", "debug", "--task", "dummy_vector", "--compile", "false")
@@ -20,7 +21,7 @@ def small(monkeypatch):
 
 
 def test_on_a_cpu_it_checks_what_it_can_and_says_what_it_cannot(small, monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "FLAGS", SMALL)
+    monkeypatch.setattr(commands, "CHECKED", SMALL)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(doctor, "egl_displays", list)
     monkeypatch.setattr(doctor.machine, "DRIVER", ROOT / "no such file")
