@@ -23,7 +23,7 @@ if __name__ == "__main__":
     installed.demand("dreamer.py")  # before the first package is imported
 
 from tools import Lost, NonFiniteLoss, UserError, derive_seed, guard_output
-from training.config import CONFIGS, beside, load_config
+from training.config import CONFIGS, beside, key_meant, load_config
 from training.console import print_line
 from training.distributed import Elsewhere, Ranks, check, check_same_place, joined, settle, share, speaks
 from training.logdir import placed
@@ -68,7 +68,7 @@ def main(argv=None):
         check(config)
         from envs.names import check_task
 
-        check_task(config)  # PyTorch takes seconds to import, for which a misspelt task need not wait, either
+        check_task(config, key_meant)  # a misspelt one need not wait for PyTorch, which takes seconds to import
         with contextlib.ExitStack() as stack:  # what is opened is closed at the end, whatever happens
             return (eval_only if config.script == "eval_only" else train)(config, stack)
     except UserError as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 from envs import wrappers
@@ -62,13 +63,18 @@ def make_env(config: Any, mode: str, index: int, behind: int = 0, restart: int =
     return env
 
 
-def check_options(config: Any, suite: str) -> None:
-    """Raise UserError if the user gave options that environments of a suite do not have."""
+def check_options(config: Any, suite: str, meant: Callable[[str], str] = lambda name: "") -> None:
+    """Raise UserError if the user gave options that environments of a suite do not have.
+
+    meant: function of the name of an argument that returns the key for which it may have been taken, or nothing.
+    """
     takers = {"env": OPEN, "wrappers": OPEN, "log_info": (*OPEN, "minigrid", "popgym")}
     for key in sorted(getattr(config, "explicit", ())):
         suites = takers.get(key.partition(".")[0], (suite,))
         if suite not in suites and config[key] not in ((), {}):
-            raise UserError(f"--{key} is for {', '.join(f'{name}_' for name in suites)} tasks, not for {suite}_")
+            hint = meant(key.removeprefix("env.")) if key.startswith("env.") else ""
+            said = f"--{key} is for {', '.join(f'{name}_' for name in suites)} tasks, not for {suite}_"
+            raise UserError(said + (f": did you mean --{hint}?" if hint else ""))
 
 
 def make_envs(config: Any, mode: str, count: int, behind: int = 0, first: int = 0) -> Envs:

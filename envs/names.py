@@ -15,6 +15,7 @@ from typing import Any
 
 import gymnasium
 
+from envs import check_options
 from envs.errors import unknown
 from envs.tasks import NAMED, SUITES, atari_games, split_task
 from tools import UserError
@@ -36,13 +37,17 @@ REGISTERED = re.compile(r'"((?:MiniGrid|BabyAI)-[\w-]+)"')
 ADDED = re.compile(r"@SUITE\.add\([^)]*\)\s*def (\w+)\(")
 
 
-def check_task(config: Any) -> None:
+def check_task(config: Any, meant: Callable[[str], str] = lambda name: "") -> None:
     """Raise UserError if the task of a configuration does not exist, as far as that can be told in a moment.
 
-    Nothing but the suite is checked where actors elsewhere make the environments, or a checkpoint may name the task.
+    Nothing but the suite is checked where a checkpoint may name the task, and not the name where actors elsewhere make
+    the environments. meant: as in `envs.check_options`.
     """
     suite, name = split_task(config.task)
-    if config.remote.actors or (config.script == "eval_only" and "task" not in config.explicit):
+    if config.script == "eval_only" and "task" not in config.explicit:
+        return
+    check_options(config, suite, meant)
+    if config.remote.actors:
         return
     package = PACKAGES.get(suite)
     if package and importlib.util.find_spec(package) is None:

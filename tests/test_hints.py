@@ -1,11 +1,14 @@
 """What is said to users who write what other code calls it."""
 
+import re
+
 import pytest
 
 from envs.errors import unknown as unknown_name
+from envs.names import check_task
 from envs.tasks import ALIASES, SUITES, split_task
 from tools import UserError, nearest, plain
-from training.config import CONFIGS, load_config
+from training.config import CONFIGS, key_meant, load_config
 from training.hints import FOREIGN, SECTIONS, VALUES
 from training.settings import find
 
@@ -85,6 +88,11 @@ def test_every_foreign_section_and_value_is_one_of_ours():
         "--sticky": "--atari.sticky?",
         "--preset": "--configs?",
         "--modl_opt.lr": "--model_opt.lr?",
+        "--opt": "--optimizer adam?",
+        "--use_amp": "--precision bf16?",
+        "--algo.horizon": "--imag_horizon?",
+        "--agent.horizon": "--horizon?",
+        "--n_steps": "--train_ratio (updates follow each agent step: there are no rollouts of n steps)?",
     }.items(),
 )
 def test_a_flag_of_other_code_is_answered_with_ours(flag, meant):
@@ -99,9 +107,45 @@ def test_what_is_like_nothing_gets_no_guess(flag):
 def test_a_word_that_belongs_to_no_flag_is_explained():
     assert said("quickstart") == "quickstart: stray argument, did you mean --configs quickstart?"
     assert said("env=x").endswith("options are given as --key value: did you mean --task?")
+    assert said("exp=dreamer_v3").endswith("did you mean --configs (dreamerv2, dreamerv1; DreamerV3 is the default)?")
     assert said("steps=1").endswith("did you mean --steps?") and said("-steps", "1").endswith("did you mean --steps?")
     assert "after --logdir my: a value with spaces, or with * in it, is put in quotes" in said("--logdir", "my", "runs")
     assert "after --encoder.mlp_keys agents:" in said("--encoder.mlp_keys", "agents", "behaviors")
+
+
+def cells():
+    """Yield flags and keys of other code that docs/migrate.md names, each with its right cell."""
+    for line in (CONFIGS.parent / "docs" / "migrate.md").read_text().splitlines():
+        row = line.startswith("| ") and not line.startswith("| there")
+        _, left, right = line.split("|", 2) if row else ("", "", "")
+        for code in re.findall("`([^`]*)`", left):
+            if code.startswith("--"):
+                name, _, value = code.partition(" ")
+                yield [name, value or "1"], right
+            elif re.fullmatch(r"[a-z_.]+=.*|[a-z]+[._][a-z_.]+", code) and not code.endswith(".jsonl"):
+                for word in code.split(" "):
+                    yield [word if "=" in word else f"{word}=1"], right
+
+
+NO_FLAGS = {"model.save=1", "model.load=1", "dreamer_v2=1", "dreamer_v1=1"}  # calls and values
+
+
+@pytest.mark.parametrize("words, right", [cell for cell in cells() if cell[0][0] not in NO_FLAGS])
+def test_what_the_page_translates_works_or_leads_to_what_it_says(words, right):
+    name = words[0].partition("=")[0]
+    suite = ["--task", "dummy_vector"] if name.startswith("--env.") else []
+    try:
+        check_task(load_config([*words, *suite], CONFIGS), key_meant)
+        message = ""
+    except UserError as error:
+        message = str(error)
+    if (right.startswith(" the same") and "command" not in right) or f"`{name}" in right:
+        assert not message or message.startswith(
+            (f"{name}: expected", f"{name} 1: unknown preset", "unknown suite '1'")
+        )
+    else:
+        assert "did you mean --" in message
+        assert re.search(r"did you mean (--[\w.]+)", message)[1] in re.findall(r"--[\w.]+", right), message
 
 
 # Presets and files

@@ -22,7 +22,7 @@ from ruamel.yaml.error import YAMLError
 from tools import UserError, atomic_write
 from training.completion import completion
 from training.helptext import by_flag, describe
-from training.hints import of_stray, unknown
+from training.hints import of_key, of_stray, unknown
 from training.settings import Leaves, Setting, Settings, checked, declare, find, flatten, merged, related, yaml12
 
 Path = str | pathlib.Path
@@ -173,6 +173,12 @@ def beside(config: Config, file: Path, warn: Callable[[str], None] = lambda line
     return Config(
         merged(config._settings, [leaf for leaf in leaves if leaf[0] not in own and not related(leaf[0], own)])
     )
+
+
+def key_meant(name: str, path: Path = CONFIGS) -> str:
+    """Return the key that another name may mean, or an empty text."""
+    keys = _load(path).keys
+    return name if name in keys else of_key(name, list(keys))
 
 
 def settings_of(config: Config) -> Settings:

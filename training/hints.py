@@ -8,8 +8,8 @@ from typing import Any
 from tools import UserError, nearest, plain
 
 # Names in dreamerv3-torch, danijar's dreamer, dreamerv2 and dreamerv3, sheeprl, Stable-Baselines3 and CleanRL, as
-# `tools.plain` writes them, whole or the last part of a dotted one -> what it is here, and what differs. Names that
-# differ from ours by case, dashes, underscores, dots or the sections before them need no line.
+# `tools.plain` writes them, whole or the last part, or two, of a dotted one -> what it is here, and what differs. Names
+# that differ from ours by case, dashes, underscores, dots or the sections before them need no line.
 FOREIGN = {
     # the run
     "env": "task",
@@ -46,7 +46,8 @@ FOREIGN = {
     "rootdir": "logdir",
     "tensorboardlog": "logdir",
     "preset": "configs",
-    "exp": "configs",
+    "exp": "configs (dreamerv2, dreamerv1; DreamerV3 is the default)",
+    "algo": "configs (dreamerv2, dreamerv1; DreamerV3 is the default)",
     "debug": "configs debug",
     "verbose": "log_level debug",
     "quiet": "log_level warning",
@@ -59,6 +60,7 @@ FOREIGN = {
     "dtype": "precision",
     "computedtype": "precision",
     "amp": "precision bf16",
+    "useamp": "precision bf16",
     "fp16": "precision bf16",
     "jit": "compile",
     "torchcompile": "compile",
@@ -130,11 +132,14 @@ FOREIGN = {
     "trainfreq": "train_ratio (replayed steps per agent step: batch_size * batch_length / train_freq)",
     "gradientsteps": "train_ratio (replayed steps per agent step: updates * batch_size * batch_length)",
     "trainsteps": "train_burst",
+    "nsteps": "train_ratio (updates follow each agent step: there are no rollouts of n steps)",
     "pretrainsteps": "pretrain",
     # learning
     "gamma": "horizon (1 / (1 - gamma))",
     "discount": "horizon (1 / (1 - discount))",
     "lambda": "lam",
+    "lmbda": "lam",
+    "algohorizon": "imag_horizon",
     "discountlambda": "lam",
     "gaelambda": "lam",
     "imaglength": "imag_horizon",
@@ -142,6 +147,7 @@ FOREIGN = {
     "planninghorizon": "imag_horizon",
     "imaggradient": "actor.grad",
     "imaggradientmix": "actor.grad_mix",
+    "opt": "optimizer adam",
     "lr": "opt.lr",
     "learningrate": "opt.lr",
     "modellr": "opt.lr (one for all parts; model_opt.lr with --optimizer adam)",
@@ -187,6 +193,10 @@ FOREIGN = {
     "explamount": "expl_noise",
     "explorationnoise": "expl_noise",
     "evalnoise": "eval_mode sample",
+    "evalstatemean": "eval_mode mode",
+    "cliprange": "ppo.clip",
+    "clipcoef": "ppo.clip",
+    "vfcoef": "loss_scales.value",
     # networks
     "obskeys": "encoder.mlp_keys (vectors; encoder.cnn_keys for images)",
     "dyndeter": "rssm.deter",
@@ -214,6 +224,10 @@ FOREIGN = {
     "kernelsize": "encoder.kernel",
     "symloginputs": "encoder.symlog",
     "denseunits": "encoder.units",
+    "cnnkeysencoder": "encoder.cnn_keys (a regular expression)",
+    "mlpkeysencoder": "encoder.mlp_keys (a regular expression)",
+    "cnnkeysdecoder": "encoder.cnn_keys (what the encoder sees the decoder predicts)",
+    "mlpkeysdecoder": "encoder.mlp_keys (what the encoder sees the decoder predicts)",
     "cnnkeys": "encoder.cnn_keys",
     "mlpkeys": "encoder.mlp_keys",
     "contdisc": "cont_head.discounted",
@@ -282,6 +296,7 @@ def of_preset(name: str, known: list[str]) -> str:
 def of_key(name: str, known: list[str]) -> str:
     """Return the key that `name` may mean, and what its value is if that differs, or an empty text."""
     whole, last = plain(name), plain(name.rpartition(".")[2])
+    two = plain("".join(name.split(".")[-2:]))
     same = [key for key in known if plain(key) == whole and not key.endswith(".")]
     inside = [key for key in known if key.lower().startswith(f"{name.lower()}.")]
     negated = [f"{key} false" for key in known if f"no{plain(key)}" == whole]
@@ -290,6 +305,7 @@ def of_key(name: str, known: list[str]) -> str:
         return found[0]
     guesses = (
         nearest(name, known, 0.85),
+        foreign.get(two),
         same_last_part(name, known) if "." in name else "",
         foreign.get(last),
         same_last_part(name, known),
@@ -331,7 +347,7 @@ def of_stray(word: str, after: str, keys: Iterable[str], presets: Iterable[str])
     if word in set(presets):
         return f"{said}, did you mean --configs {word}?"
     if equals or (word.startswith("-") and plain(name) in map(plain, keys)):
-        meant = name if name in set(keys) else of_key(name, list(keys))
+        meant = name if name in set(keys) else of_key(name, [*keys, "configs"])
         return f"{said}, options are given as --key value" + (f": did you mean --{meant}?" if meant else "")
     if after:
         return f"{said} after {after}: a value with spaces, or with * in it, is put in quotes"
