@@ -102,10 +102,12 @@ def test_tensorboard_has_the_same_names_in_groups_and_the_same_steps_and_values(
 
 GROUPED = {
     "eval": "eval_return",
+    "eval_log": "eval_log_achievement_collect_coal eval_log_steps",
     "policy": """actor_entropy adv adv_std imag_return imag_slow_value return_scale policy_loss value_loss repval_loss
         actor_grad_norm critic_grad_norm expl_imag_return expl_policy_loss disag_loss expl_model_grad_norm""",
     "time": """eval_length eval_episodes train_length train_episodes fps updates updates_per_second replay_steps
-        env_restarts video_seconds film_seconds""",
+        env_restarts video_seconds film_seconds control_ticks deadlines_missed deadlines_met deadline_late_ms
+        weights_version weights_age safe_actions train_ratio policy_age""",
     "train": "train_return log_steps log_achievement_collect_coal",
     "world": """image_loss state_loss reward_loss cont_loss dyn_loss rep_loss model_loss loss kl prior_ent post_ent lr
         grad_norm model_grad_norm""",

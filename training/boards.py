@@ -20,14 +20,16 @@ from torch.utils.tensorboard import SummaryWriter
 from tools import UserError, atomic_write
 
 # The group of a metric is the first whose expression its whole name matches. Boards sort groups and names by the
-# alphabet: the evaluation's group comes first and holds its return alone, and what is about actor and critic is called
-# policy, for behavior would come before it.
+# alphabet: the evaluation's group comes first and holds its return alone (what environments count in it has a group of
+# its own), and what is about actor and critic is called policy, for behavior would come before it.
 GROUPS = {
     "eval": r"eval_return",
+    "eval_log": r"eval_log_.*",
     "train": r"train_return|log_.*",
-    "policy": r"(expl_)?(actor_|adv|imag_|return_|policy_|value_|repval_|critic_|worker_|manager_|goal_).*"
+    "policy": r"(expl_)?(actor_|adv|imag_|return_|policy_(?!age)|value_|repval_|critic_|worker_|manager_|goal_).*"
     r"|(disag|expl_model)_.*",
-    "time": r".*(_|^)(episodes|length|steps|restarts|seconds|second|fps|updates)",
+    "time": r".*(_|^)(episodes|length|steps|restarts|seconds|second|fps|updates)"
+    r"|control_ticks|deadlines?_.*|weights_(version|age)|policy_age|safe_actions|train_ratio",
     "world": r".*",
 }
 MAIN = "eval/eval_return"
