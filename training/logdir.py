@@ -100,13 +100,15 @@ def check_logdir(
     """
     logdir = pathlib.Path(config.logdir)
     changed = changes(recorded(logdir, warn), config)
+    fits = not any(key in ("task", "version") or SIZES.fullmatch(key) for key in changed)
     left = [name for name in ("scores.jsonl", "metrics.jsonl") if any(True for _ in entries(logdir / name))]
     for key in SAME:
         was, now = changed.pop(key, (config[key], config[key]))
         if saved:  # those from before there were versions do not tell
             was = saved.get(key, now if key == "version" else was)
         if was != now:
-            learned = f", with --from_checkpoint {logdir} to start from what it has learned" if saved else ""
+            learned = f", with --from_checkpoint {logdir} to start from what it has learned"
+            learned = learned if saved and fits and key not in ("task", "version") else ""
             raise UserError(f"--{key} {now}: the run in {logdir} has {was}; give another --logdir{learned}")
     if finished(config, saved) if saved else has_learned(logdir):  # else the networks themselves are compared
         for key in filter(SIZES.fullmatch, changed):
