@@ -136,7 +136,7 @@ def train(config, stack):
         parts = wire(config, stack, *before, ranks)
     run = parts.run
     try:
-        with signals_noted(parts.noted, run.out.acknowledge), contextlib.suppress(Interrupted):
+        with signals_noted(parts.noted, run.out.acknowledge, run.out.compiles), contextlib.suppress(Interrupted):
             loop(run, parts.agent, parts.replay, parts.collect, parts.evaluate)
             finish(run, parts.evaluate)
     except NonFiniteLoss as error:
@@ -368,13 +368,14 @@ def eval_only(config, stack):
     """Evaluate the agent of --from_checkpoint, or else of the logdir, as the config.yaml beside it describes it."""
     from agents import make_agent
     from envs import make_envs, opengl
-    from modalities import obs_spec
+    from modalities import describe, obs_spec
     from specs import act_spec
     from training import evaluation, machine
     from training.checkpoint import checkpoint_file, load_agent_state, load_checkpoint
     from training.foreign import check_foreign
     from training.logdir import save_config
     from training.outputs import Outputs
+    from training.startup import evaluation_lines
 
     path = checkpoint_file(config.from_checkpoint or config.logdir)
     if not config.from_checkpoint and not path.is_file():
@@ -383,8 +384,10 @@ def eval_only(config, stack):
     check_foreign(config, path.parent, config.explicit)
     if not min(config.eval_episode_num, config.eval_envs):
         raise UserError("--script eval_only needs an --eval_episode_num of at least 1 and an --eval_envs of at least 1")
-    opengl.draw_beside(machine.prepare(config))
+    device = machine.prepare(config)
+    opengl.draw_beside(device)
     saved = load_checkpoint(path)
+    step, ending = saved["counters"]["agent_steps"] * config.action_repeat, SimpleNamespace(stopped=None)
     envs = make_envs(config, "eval", min(config.eval_envs, config.eval_episode_num))
     stack.callback(close_envs, config, envs)
     specs = obs_spec(envs.obs_space), act_spec(envs.act_space)
@@ -392,13 +395,15 @@ def eval_only(config, stack):
     load_agent_state(agent, saved, config)
     try:
         out = Outputs(config, 0, 0)  # at 0 it leaves the curves of a run alone
+        out.progress.step = step
         stack.callback(out.close)
         (out.logdir / "eval_eps").mkdir(exist_ok=True)
         if not (out.logdir / "config.yaml").exists():
             save_config(config, out.logdir)
     except OSError as error:
         raise UserError(f"--logdir {config.logdir}: {error.strerror}") from None
-    step, ending = saved["counters"]["agent_steps"] * config.action_repeat, SimpleNamespace(stopped=None)
+    for line in evaluation_lines(config, agent, specs, describe(envs.obs_space), envs.left_out, device, (path, step)):
+        out.say("info", line)
     with signals_noted(ending, out.acknowledge), contextlib.suppress(Interrupted), out.stage("evaluating"):
         evaluation.evaluate(agent, envs, config, out, specs, step, lambda: not ending.stopped)
     return 128 + ending.stopped if ending.stopped else 0

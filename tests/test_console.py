@@ -14,6 +14,7 @@ import subprocess
 import sys
 import termios
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from tools import Ratio, UserError, guard_output, locked
 from training.config import load_config
 from training.console import encodable, print_line, shown
 from training.logdir import best_return, placed, recorded, save_config
+from training.outputs import Outputs
 from training.progress import Ahead, Line, Progress, clock, fitted, number
 
 OLDER = ROOT / "tests" / "data" / "logdirs" / "dreamerv3"
@@ -602,7 +604,8 @@ def test_a_logdir_belongs_to_one_run(ended, tmp_path, capfd, words, has):
     status, lines = run(tmp_path, f"--task dummy_vector --steps 90 {words}", capfd)
     assert status == 2 and len(lines) == 1
     assert f"{words}: the run in {tmp_path} has {OTHERS[words]}; give another --logdir" in lines[0]
-    assert ("--from_checkpoint" in lines[0]) == (has == "a checkpoint")
+    fits = words.startswith(("--seed", "--action_repeat"))  # a checkpoint of another task or version may not
+    assert ("--from_checkpoint" in lines[0]) == (has == "a checkpoint" and fits)
     assert contents(tmp_path) == before
 
 
@@ -681,12 +684,31 @@ def test_a_signal_is_acknowledged_at_once(tmp_path, capfd, monkeypatch, words, u
         count[0] += 1
         if count[0] == 20:
             os.kill(os.getpid(), signal.SIGINT)
-            assert f"SIGINT: stopping after this {unit}; saving (again: leave what hangs)\n" in capfd.readouterr().err
+            said = capfd.readouterr().err
+            assert f"SIGINT: the run saves and ends after this {unit} (" in said
+            assert ("without waiting for an environment" in said) == (unit == "step")
         return act(*args)
 
     monkeypatch.setattr(Random, "act", interrupted)
     status, _ = run(tmp_path / "run", words, capfd)
     assert status == 128 + signal.SIGINT and (tmp_path / "run" / "latest.pt").exists()
+
+
+def test_a_signal_during_compilation_says_what_is_waited_for_and_a_second_ends_the_run(tmp_path, capfd, monkeypatch):
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        said = capfd.readouterr().err
+        assert "SIGINT: compiling, which can take minutes: the run saves and ends after this update (again: " in said
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("the second signal was not heeded")
+
+    stages = [("compiling", 0.0)]
+    assert Outputs.compiles(SimpleNamespace(progress=SimpleNamespace(stages=stages)))
+    assert not Outputs.compiles(SimpleNamespace(progress=SimpleNamespace(stages=[*stages, ("evaluating", 0.0)])))
+    monkeypatch.setattr(Random, "act", interrupted)
+    monkeypatch.setattr(Outputs, "compiles", lambda out: True)
+    status, lines = run(tmp_path / "run", QUICK, capfd)
+    assert status == 128 + signal.SIGINT and "ended at once; " in lines[-1]
 
 
 def test_the_best_return_so_far_is_read_from_the_scores(tmp_path):

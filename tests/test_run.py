@@ -880,8 +880,13 @@ def test_the_random_agent_runs_resumes_and_is_evaluated(tmp_path):
 
 def test_eval_only_plays_what_is_asked_for_and_not_what_is_there(vector, tmp_path, capfd):
     train(tmp_path / "there", "--task dummy_vector --steps 20 --eval_every 0")
+    capfd.readouterr()
     train(tmp_path / "there", f"--task dummy_vector --script eval_only --from_checkpoint {vector()}")
-    assert f"step {checkpoint(vector())['counters']['agent_steps']}: eval_return" in capfd.readouterr().err
+    step, said = checkpoint(vector())["counters"]["agent_steps"], capfd.readouterr().err
+    assert f"step {step}: eval_return" in said and f"evaluating at step {step}" in said and "at step 0" not in said
+    block = dict(re.findall(r"^([a-z]+(?: on)?)  +(.*)$", said, re.MULTILINE))
+    assert block["checkpoint"] == f"{vector() / 'latest.pt'}: step {step}" and block["runs on"].startswith("cpu, ")
+    assert block["planned"] == "2 episodes in 2 environments" and block["model"].endswith(" parameters")
 
 
 def test_a_runs_own_episodes_are_all_learned_from_offline(vector, tmp_path):

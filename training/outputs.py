@@ -70,11 +70,19 @@ class Outputs:
         """Say at once that a signal came, for the first time or again; for its handler."""
         if not self.speaks("info"):
             return
-        unit = "step" if self.progress.name != "learning" or self.progress.stages else "update"
-        late = f"still at this {unit}; the next signal ends the run at once, without saving"
-        self.progress.line.interject(
-            f"{signal}: {late if again else f'stopping after this {unit}; saving (again: leave what hangs)'}"
-        )
+        compiles = self.compiles()
+        unit = "update" if compiles or (self.progress.name == "learning" and not self.progress.stages) else "step"
+        second = {
+            "step": "again: without waiting for an environment that hangs",
+            "update": "again: at once, without saving" if compiles else "twice more: at once, without saving",
+        }[unit]
+        first = f"{'compiling, which can take minutes: ' * compiles}the run saves and ends after this {unit} ({second})"
+        late = f"still at this {unit}; once more ends the run at once, without saving"
+        self.progress.line.interject(f"{signal}: {late if again else first}")
+
+    def compiles(self) -> bool:
+        """True while the first update is compiled, if this is shown."""
+        return self.progress.stages[-1:] != [] and self.progress.stages[-1][0] == "compiling"
 
     def say_restarts(self, envs: Any) -> None:
         """Warn of environments that had to be restarted since the last call."""

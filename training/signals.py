@@ -19,15 +19,21 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def signals_noted(run: Any, acknowledge: Callable[..., Any] = lambda name, again=False: None) -> Iterator[None]:
+def signals_noted(
+    run: Any,
+    acknowledge: Callable[..., Any] = lambda name, again=False: None,
+    compiles: Callable[[], bool] = lambda: False,
+) -> Iterator[None]:
     """Let signals set attributes of `run`, which it acts on when what it has in hand is done.
 
     SIGINT, SIGTERM and SIGHUP, unless that is ignored, set `stopped` to their number, which ends the run in good order.
-    A second one breaks off an environment that does not answer (Interrupted); a third ends the run wherever it is.
+    A second one breaks off an environment that does not answer (Interrupted), or a run that compiles; a third ends the
+    run wherever it is.
     SIGUSR1 sets `save_asked`.
 
     Args:
       acknowledge: function of a signal's name, and True if it is not the first; called from within the handler.
+      compiles: function that tells whether the run is compiling, which may take minutes.
     """
     again = 0
 
@@ -38,7 +44,7 @@ def signals_noted(run: Any, acknowledge: Callable[..., Any] = lambda name, again
             acknowledge(signal.Signals(number).name)
             return
         again += 1
-        if again > 1:
+        if again > 1 or compiles():
             raise KeyboardInterrupt
         if awaits_environment(frame):
             raise Interrupted

@@ -21,22 +21,79 @@ def start_lines(
       run: Run, restored; specs: of observations and actions; about: {observation: what it is taken for}.
       left_out: {observation that the model does not see: key that says so}; device: of the networks.
     """
-    config, (obs_spec, act_spec) = run.config, specs
-    rows = [
+    config = run.config
+    return aligned(
+        [
+            *what(config, run.agent, device),
+            *([("ranks", f"{run.ranks.count}, which share batch, environments and replay")] * (run.ranks.count > 1)),
+            *([("actor", f"on a clock of {config.control_hz:g} Hz, in real time")] * (config.collect == "async")),
+            ("model", model(run.agent)),
+            *seen_and_done(specs, about, left_out),
+            ("replay", f"{memory(run.replay)}{' in each rank' if run.ranks.count > 1 else ''}"),
+            ("planned", planned(run)),
+            ("logdir", f"{run.logdir}: {standing(run)}"),
+        ]
+    )
+
+
+def evaluation_lines(
+    config: Any,
+    agent: Any,
+    specs: tuple[ObsSpec, ActionSpec],
+    about: Mapping[str, str],
+    left_out: Mapping[str, str],
+    device: Any,
+    checkpoint: tuple[Any, int],
+) -> list[str]:
+    """Return the lines of an evaluation that is about to start.
+
+    Args:
+      agent: restored; specs, about, left_out, device: as for `start_lines`; checkpoint: its path, and the frames that
+        the agent had seen.
+    """
+    path, step = checkpoint
+    count = min(config.eval_envs, config.eval_episode_num)
+    return aligned(
+        [
+            *what(config, agent, device),
+            ("model", model(agent)),
+            *seen_and_done(specs, about, left_out),
+            ("checkpoint", f"{path}: step {step:,}"),
+            ("planned", f"{counted(config.eval_episode_num, 'episode')} in {counted(count, 'environment')}"),
+            ("logdir", str(config.logdir)),
+        ]
+    )
+
+
+def aligned(rows: list[tuple[str, str]]) -> list[str]:
+    """Return lines of a name and a text."""
+    wide = max(len(name) for name, _ in rows)
+    return [f"{name:{wide}}  {text}" for name, text in rows]
+
+
+def what(config: Any, agent: Any, device: Any) -> list[tuple[str, str]]:
+    """Return the rows that say what is run, and where."""
+    return [
         ("task", f"{config.task}, {config.version}, seed {config.seed}"),
-        ("runs on", machine(config, run.agent, device)),
-        *([("ranks", f"{run.ranks.count}, which share batch, environments and replay")] * (run.ranks.count > 1)),
-        *([("actor", f"on a clock of {config.control_hz:g} Hz, in real time")] * (config.collect == "async")),
-        ("model", model(run.agent)),
+        ("runs on", machine(config, agent, device)),
+    ]
+
+
+def seen_and_done(
+    specs: tuple[ObsSpec, ActionSpec], about: Mapping[str, str], left_out: Mapping[str, str]
+) -> list[tuple[str, str]]:
+    """Return the rows of observations and actions."""
+    obs_spec, act_spec = specs
+    return [
         *((f"{kind}s", keys) for kind, keys in observed(obs_spec, about).items()),
         *((("left out", absent(left_out)),) if left_out else ()),
         ("actions", actions(act_spec)),
-        ("replay", f"{memory(run.replay)}{' in each rank' if run.ranks.count > 1 else ''}"),
-        ("planned", planned(run)),
-        ("logdir", f"{run.logdir}: {standing(run)}"),
     ]
-    wide = max(len(name) for name, _ in rows)
-    return [f"{name:{wide}}  {text}" for name, text in rows]
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number of things: 1 update, 2 updates."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def machine(config: Any, agent: Any, device: Any) -> str:
@@ -87,8 +144,8 @@ def planned(run: Any) -> str:
     """Say what is to be done until the end."""
     ahead, config = run.out.progress.ahead(), run.config
     prefill = 0 if run.offline else max(0, config.prefill - run.agent_steps)
-    start = f"{prefill:,} agent steps of prefill, " if prefill else ""
-    updates = "as many updates as there is time for" if config.collect == "async" else f"{ahead.updates:,} updates"
+    start = f"{counted(prefill, 'agent step')} of prefill, " if prefill else ""
+    updates = "as many updates as there is time for" if config.collect == "async" else counted(ahead.updates, "update")
     return f"{start}{updates} until frame {config.steps:,}"
 
 
