@@ -38,7 +38,7 @@ from training.evaluation import heard, hearing, pictures_of, said
 from training.foreign import check_foreign
 from training.outputs import endless
 from training.progress import Line, number
-from training.rng import seed_everything
+from training.rng import seed_everything, undisturbed
 from training.sounds import add_sound, together
 from training.videos import BORDER, as_rgb, beside, bordered, caption, check_mp4, with_below
 
@@ -310,7 +310,8 @@ class OpenLoop:
             return
         arrays = {key: np.stack([step[key] for step in steps])[None] for key in steps[0]}  # (1, T, ...)
         seen = len(steps) // 2
-        shown = self.agent.report(arrays, seen, self.carry)
+        with undisturbed(self.agent.generators):  # what is shown changes nothing of what is done
+            shown = self.agent.report(arrays, seen, self.carry)
         told = [(key, panels[0]) for key, panels in shown.items() if said(panels) or heard(panels)]
         for key, panels in shown.items():
             sounds = np.split(heard(panels)[1][0], len(steps)) if heard(panels) else [None] * len(steps)

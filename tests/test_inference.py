@@ -14,6 +14,7 @@ import torch
 
 import dreamer
 import inference_video
+from agents.dreamer import Dreamer
 from envs import make_env
 from inference_video import BORDER, IMAGINED, SEEN
 from tools import UserError, derive_seed
@@ -204,6 +205,21 @@ def test_a_caption_tells_step_and_score(vector, tmp_path):
     plain, drawn = (decode(next((tmp_path / folder).glob("*.gif"))) for folder in ("a", "a--caption"))
     different = (np.abs(plain.astype(int) - drawn) > 40).any((0, 3))
     assert plain.shape == drawn.shape and different[:20, :100].any() and not different[30:].any()
+
+
+def test_an_agent_acts_alike_whether_its_expectations_are_filmed_or_not(multi, tmp_path, monkeypatch):
+    act, done = Dreamer.act, {}
+
+    def noted(agent, *args):
+        result = act(agent, *args)
+        done.setdefault(words, []).append(np.concatenate([*result[0].values()], 1).copy())
+        return result
+
+    monkeypatch.setattr(Dreamer, "act", noted)
+    for words in ("--mode sample --episodes 2", "--mode sample --episodes 2 --openloop"):
+        film(tmp_path / str(len(done)), multi, words)
+    without, filmed = map(np.concatenate, done.values())
+    assert np.array_equal(without, filmed)
 
 
 # ---------------------------------------------------------------------------
