@@ -38,6 +38,15 @@ REGISTERED_BY = {
     "BabyAI-": ("minigrid", "-r requirements/minigrid.txt"),
 }
 
+# Gymnasium's own families, as their modules are called -> what pip installs for them.
+PACKAGES = {
+    "box2d": "-r requirements/box2d.txt",
+    "mujoco": "-r requirements/dmc.txt",
+    "classic_control": "-r requirements.txt",
+    "toy_text": "-r requirements.txt",
+}
+MISSING = (gymnasium.error.DependencyNotInstalled, ImportError)
+
 TAKEN = {*flags(), "deter", "stoch", "file"}  # keys beside those of the environment
 
 
@@ -60,6 +69,10 @@ def make(task: str, config: Any, place: Place) -> Env:
     except (gymnasium.error.Error, ImportError, AttributeError) as error:
         if name not in gymnasium.registry:
             raise unknown_id(name) from error
+        for family, packages in PACKAGES.items():
+            if isinstance(error, MISSING) and family in str(entry):
+                why = f"its packages are not installed ({family})"
+                raise UserError(f"{asked} cannot be made: {why}: pip install {packages}") from error
         raise UserError(f"{asked} cannot be made: {one_line(error)}") from error
     mujoco = "mujoco" in str(entry).lower()
     given = config.env.to_dict()

@@ -4,10 +4,12 @@ import csv
 import sys
 import urllib.error
 
+import gymnasium
 import numpy as np
 import pytest
 from gymnasium import spaces
 
+import envs.from_gym
 import envs.opengl
 from envs import make_env
 from envs.from_gym import FromGym
@@ -102,6 +104,16 @@ def test_missing_package(package, task, hint, monkeypatch):
     monkeypatch.delitem(sys.modules, f"envs.{package}", raising=False)
     monkeypatch.setitem(sys.modules, package, None)
     assert one_line_error(start, task).endswith(f"pip install {hint}")
+
+
+@pytest.mark.parametrize("task, packages", [("gym_LunarLander-v3", "box2d"), ("gym_Ant-v5", "dmc")])
+def test_a_family_of_gymnasiums_that_is_not_installed_names_our_requirements(task, packages, monkeypatch):
+    def missing(entry):
+        raise gymnasium.error.DependencyNotInstalled("it is not installed, you can install it by run `pip install ...`")
+
+    monkeypatch.setattr(envs.from_gym, "load_env_creator", missing)
+    said = one_line_error(start, task)
+    assert said.endswith(f"pip install -r requirements/{packages}.txt") and "you can" not in said
 
 
 # ---------------------------------------------------------------------------
