@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from training.config import Config
+from training.helptext import table
 from training.settings import checked, declare, flatten, merged
 
 DECLARED = {
@@ -26,8 +27,9 @@ SETTINGS, _ = declare(DECLARED, "sweep: ")
 USAGE = """\
 usage: python3 sweep.py --config FILE [--KEY VALUE ...]
 
-  --config FILE   YAML or JSON: keys of dreamer.py, each with a value, a list of values to search, or a range
-                  {low, high, log}; configs and presets as for dreamer.py; and the section sweep
+  --config FILE   YAML or JSON: keys of dreamer.py, each with a value, a list of values to search,
+                  or a range {low, high, log}; configs and presets as for dreamer.py; and the
+                  section sweep
   --KEY VALUE     a key of dreamer.py for all trials, over the file
 
 sweep:"""
@@ -41,9 +43,8 @@ def read_settings(tree: Any, where: str) -> Config:
 
 def usage() -> str:
     """Return what --help prints."""
-    names = max(map(len, SETTINGS))
-    lines = [f"  {name:{names}}  {setting.default!s:>6}  {setting.describe()}" for name, setting in SETTINGS.items()]
-    return "\n".join([USAGE, *lines])
+    rows = [(f"{name} {setting.default!s}".rstrip(), setting.describe()) for name, setting in SETTINGS.items()]
+    return "\n".join([USAGE, *table(rows, rows)])
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -48,6 +48,12 @@ def test_without_packages_one_line_says_what_to_run(program, tmp_path):
     assert "make .venv/core" in done.stderr or "source .venv/bin/activate" in done.stderr
 
 
+@pytest.mark.parametrize("program", ["dreamer.py", "sweep.py", "export.py", "inference_video.py", "doctor.py"])
+def test_help_fits_a_screen(program):
+    done = run(sys.executable, ROOT / program, "--help", COLUMNS="200")
+    assert done.returncode == 0 and max(map(len, done.stdout.splitlines())) <= 100
+
+
 def test_packages_that_are_there_are_named_where_they_are(tmp_path, monkeypatch):
     monkeypatch.setattr(installed, "ROOT", str(tmp_path))
     assert installed.problem("dreamer.py") == ""

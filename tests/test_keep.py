@@ -89,6 +89,6 @@ def test_without_a_rule_nothing_stays(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("rule", ["worst", "every", "every:", "every:1.5", "every:-1"])
+@pytest.mark.parametrize("rule", ["worst", "every", "every:", "every:1.5", "every:-1", "every:0"])
 def test_an_unknown_rule_is_one_line(rule):
     assert "--keep: expected one of best, every:N" in one_line_error(load_config, ["--keep", rule], CONFIGS)

@@ -8,11 +8,14 @@ from __future__ import annotations
 import argparse
 import difflib
 import pathlib
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from tools import Parser, UserError
+from training.helptext import WIDTH
 
 SUFFIX = {"onnx": "agent.onnx", "torch": "agent.pt2"}
 FORMATS = {"mp4": ["mp4"], "gif": ["gif"], "both": ["mp4", "gif"]}
@@ -99,6 +102,7 @@ def of_doctor(argv: Sequence[str], about: str) -> tuple[list[str], Any]:
         prog="doctor.py",
         description=about.split("\n")[0],
         epilog="All other flags are those of dreamer.py, such as --device cuda:1 or --compile false.",
+        formatter_class=_Formatter,
         allow_abbrev=False,
     )
     _, words = parser.parse_known_args(argv)
@@ -127,8 +131,15 @@ def positive(kind: type) -> Callable[[str], Any]:
 
 def _parser(program: str, about: str) -> Parser:
     """Return a parser whose help begins and ends with the program's docstring."""
-    first, _, more = about.partition("\n\n")
-    return Parser(program, None, first, more, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    first, *more = (part if part.startswith(" ") else textwrap.fill(part, WIDTH) for part in about.split("\n\n"))
+    return Parser(program, None, first, "\n\n".join(more), formatter_class=_Formatter, allow_abbrev=False)
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Lays out help in as many columns as that of dreamer.py has."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=min(WIDTH, shutil.get_terminal_size().columns - 2))
 
 
 def _expect(paths: Sequence[str], what: str) -> None:

@@ -39,7 +39,8 @@ class Setting(NamedTuple):
 
     The default gives the type: null stands for text or null, a tuple for a list of any length with elements like its
     first (text if empty). `choices`, `min` and `max` are those of a list's every element; with a `min` a list is not
-    empty. A choice that ends in `:N` has any digits there. `time` allows text such as 90s, 10m or 1.5h, too.
+    empty. A choice that ends in `:N` has any digits there, `every:N` not 0. `time` allows text such as 90s, 10m or
+    1.5h, too.
     `open` allows any plain value; the Setting of an open section stands under its name and a dot.
     `given`: the value comes from the user's flags or --config files.
     """
@@ -76,7 +77,8 @@ class Setting(NamedTuple):
             time = " or a time such as 10m" * self.time
             raise ValueError(f"expected {EXPECTED.get(kind, 'a single value or a list')}{time}, got {value!r}")
         _plain(value)  # a number must be finite
-        choices = "|".join(re.escape(str(choice)).replace(":N", r":\d+") for choice in self.choices)
+        patterns = {"every:N": r"every:0*[1-9]\d*"}
+        choices = "|".join(patterns.get(str(c), re.escape(str(c)).replace(":N", r":\d+")) for c in self.choices)
         if choices and not re.fullmatch(choices, str(value)):
             raise ValueError(f"expected one of {', '.join(map(str, self.choices))}, got {value!r}")
         if (self.min is not None and value < self.min) or (self.max is not None and value > self.max):
