@@ -1,5 +1,6 @@
 """Test that pages which name flags, files and versions name those that there are."""
 
+import ast
 import re
 import tomllib
 
@@ -49,3 +50,16 @@ def test_the_citation_has_what_its_format_asks_for():
     assert cited["version"] == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     for reference in cited["references"]:
         assert reference.keys() >= {"type", "title", "authors"} and reference.keys() & {"doi", "url"}
+
+
+def test_the_methods_that_the_family_page_names_are_there():
+    files = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] not in (".venv", "tests")]
+    code = {
+        node.name: {part.name for part in node.body if isinstance(part, ast.FunctionDef)}
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef)
+    }
+    named = re.findall(r"\b([A-Z]\w+)\.([a-z_]+)\b(?! *=)", (ROOT / "docs" / "family.md").read_text())
+    assert [f"{kind}.{name}" for kind, name in named if kind in code and name not in code[kind]] == []
+    assert len([kind for kind, _ in named if kind in code]) > 5
