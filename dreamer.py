@@ -21,6 +21,8 @@ from training import installed
 
 if __name__ == "__main__":
     installed.demand("dreamer.py")  # before the first package is imported
+elif __name__ == "dreamer":
+    installed.check_names()  # for load_agent, beside a user's own files
 
 from tools import Lost, NonFiniteLoss, UserError, derive_seed, guard_output
 from training.config import CONFIGS, beside, key_meant, load_config

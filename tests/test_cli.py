@@ -77,6 +77,18 @@ def test_what_is_demanded_is_what_the_requirements_pin():
     assert core == set(installed.NEEDED)
 
 
+@pytest.mark.parametrize("code", ["import tools, dreamer", "import dreamer"])
+def test_load_agent_beside_a_users_file_of_our_name_says_which_to_rename(code, tmp_path):
+    (tmp_path / "tools.py").write_text("mine = 1\n")
+    (tmp_path / "export.py").write_text("mine = 1\n")
+    (tmp_path / "models").mkdir()  # without Python files it is no module
+    done = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    *_, line = done.stderr.splitlines()
+    assert line.startswith(f"ImportError: {tmp_path / 'tools.py'}: rename it") and done.returncode == 1
+    (tmp_path / "tools.py").unlink()
+    assert run(sys.executable, "-c", "import export, dreamer", cwd=tmp_path, PYTHONPATH=str(ROOT)).returncode == 0
+
+
 @pytest.mark.parametrize("words", [["."], ["-e", "."]])
 def test_pip_is_told_in_one_line_that_nothing_is_to_be_installed(tmp_path, words):
     if PathFinder.find_spec("pip") is None:  # importlib.util's asks setuptools, which then hides itself from compilers

@@ -6,11 +6,14 @@ pyproject.toml names this file as what builds the project, to say that it is not
 import importlib.util
 import os
 import sys
+from importlib.machinery import PathFinder
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PYTHON = (3, 11)
 # What requirements.txt brings.
 NEEDED = ("torch", "numpy", "ruamel.yaml", "gymnasium", "tensorboard", "cv2", "imageio", "rich", "filelock")
+# What load_agent does not import.
+APART = ("benchmarks", "docs", "doctor", "dreamer", "export", "inference_video", "sweep", "sweeps", "tests")
 NOT_BUILT = (
     "this project is run from its folder, not installed: its modules (envs, models, tools, ...) would lie beside those "
     "of other packages. In {root} run: make .venv/core && .venv/bin/python dreamer.py --help; for load_agent in your "
@@ -44,6 +47,18 @@ def problem(program):
         return f"{why}: run .venv/bin/python {program}, or source .venv/bin/activate first"
     make = f"make {'PYTHON=python3.11 ' * old}.venv/core"
     return f"{why}: run {make}, then .venv/bin/python {program} (or pip install -r requirements.txt)"
+
+
+def check_names():
+    """Raise ImportError if Python has, or finds, somebody else's module by a name of ours: load_agent would get it."""
+    for name in sorted(entry.removesuffix(".py") for entry in os.listdir(ROOT)):
+        ours = os.path.join(ROOT, name)
+        if name in APART or not (os.path.isfile(f"{ours}.py") or os.path.isfile(os.path.join(ours, "__init__.py"))):
+            continue
+        spec = PathFinder.find_spec(name)
+        found = getattr(sys.modules.get(name), "__file__", None) or (spec and spec.origin)
+        if found and not os.path.realpath(found).startswith(os.path.join(os.path.realpath(ROOT), "")):
+            raise ImportError(f"{found}: rename it: {ROOT} has its own {name}, and Python knows one of a name")
 
 
 def is_there(name):
