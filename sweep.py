@@ -60,7 +60,7 @@ def run(plan, stack):
 
     def acknowledge(name, again=False):
         ending.again += again
-        print_line(f"{name}: ending the trials; each saves what it has (again: leave what hangs)")
+        print_line(f"{name}: ending the trials; each saves what it has (again: each leaves an environment that hangs)")
 
     with signals_noted(ending, acknowledge):
         failed = sweep.run(ending)
