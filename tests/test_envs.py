@@ -283,7 +283,7 @@ def test_unknown_names():
     [
         ("dm_control", "dmc_walker_walk", "pip install -r requirements/dmc.txt"),
         ("ale_py", "gym_ALE/Pong-v5", "pip install -r requirements/atari.txt"),
-        ("Box2D", "gym_LunarLander-v3", "gymnasium[box2d]"),
+        ("Box2D", "gym_LunarLander-v3", "-r requirements/box2d.txt"),
     ],
 )
 def test_missing_package(monkeypatch, module, task, hint):
