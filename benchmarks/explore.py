@@ -14,9 +14,14 @@ import math
 import pathlib
 import sys
 
-import numpy as np
-
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from training import installed
+
+if __name__ == "__main__":
+    installed.demand("benchmarks/explore.py")  # before the first package is imported
+
+import numpy as np
 
 from benchmarks.family import MISSING, cell_curve, draw, is_done, lines, run_all
 from benchmarks.pages import markdown, mean_and_error, publish

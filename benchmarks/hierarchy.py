@@ -13,11 +13,16 @@ import json
 import pathlib
 import sys
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from training import installed
+
+if __name__ == "__main__":
+    installed.demand("benchmarks/hierarchy.py")  # before the first package is imported
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from agents import make_agent
 from agents.random import Random

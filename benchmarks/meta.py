@@ -12,6 +12,11 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
+from training import installed
+
+if __name__ == "__main__":
+    installed.demand("benchmarks/meta.py")  # before the first package is imported
+
 from benchmarks.family import draw, eval_curve, is_done, lines, run_all
 from benchmarks.pages import markdown, publish
 from tools import Parser

@@ -29,7 +29,6 @@ def run(*words, cwd=ROOT, **env):
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 STARTED = re.compile(r"\bpython3?\s(-m\s(?:benchmarks|tests)[\w.]+|[\w/]+\.py)\b")
 BARE = {"docs/architecture.py"}  # needs nothing but Python
-BARE |= {"benchmarks/explore.py", "benchmarks/hierarchy.py", "benchmarks/meta.py"}  # not yet told to ask
 PROGRAMS = {" ".join(word.split()) for page in PAGES for word in STARTED.findall(page.read_text())} - BARE
 PROGRAMS = {program for program in PROGRAMS if program.startswith("-m") or (ROOT / program).is_file()}
 
