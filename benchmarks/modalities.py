@@ -128,8 +128,8 @@ def compare(args):
 
 
 def logdirs(args, name, blind):
-    """Return the logdirs of a case, one for each seed; none of blind runs where there are no such."""
-    count = 0 if blind and not CASES[name].blind else CASES[name].seeds or args.seeds
+    """Return the logdirs of a case, one for each seed; of blind runs, which have nothing to learn, one if any."""
+    count = bool(CASES[name].blind) if blind else CASES[name].seeds or args.seeds
     return [args.out / f"{name}{'_blind' if blind else ''}_{seed}" for seed in range(count)]
 
 
