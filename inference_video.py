@@ -220,7 +220,7 @@ def play(player, films, line, name):
         driver.on_obs.append(lambda obs: open_loop.begin(driver.carry))
         driver.on_step = [lambda index, step, stored: open_loop.add(step)]
     while not finished and driver.lengths[0] < player.envs.longest:
-        driver.step(player.agent, player.mode)
+        driver.step(player.agent, player.mode, lambda: not finished)
         frame, sound = frames.pop()
         films.add("", beside(frame, pictures_of(player.agent, driver.carry)), sound)
         if finished or line.due():

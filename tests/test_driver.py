@@ -146,6 +146,15 @@ def test_a_driver_that_rests_leaves_its_environments_free_and_begins_with_a_rese
     assert driver.envs.resets == 2
 
 
+def test_an_episode_that_nobody_wants_does_not_begin():
+    driver, agent, (_, _, episodes) = drive("f..lf.")
+    while not episodes:
+        driver.step(agent, "sample", lambda: not episodes)
+    assert driver.envs.idle and len(driver.envs.sent) == 3
+    driver.step(agent, "sample")
+    assert driver.envs.resets == 2
+
+
 # ---------------------------------------------------------------------------
 # Evaluations
 

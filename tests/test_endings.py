@@ -197,7 +197,7 @@ def test_a_signal_that_ends_runs_saves_this_one(name, tmp_path, monkeypatch, cap
     finally:
         signal.signal(signal.SIGHUP, before)
     assert saved(tmp_path)["agent_steps"] == 60
-    assert f"{name}: stopping" in capfd.readouterr().err
+    assert f"{name}: the run saves and ends after this " in capfd.readouterr().err
 
 
 def test_a_hang_up_that_is_ignored_stays_so(tmp_path, monkeypatch):

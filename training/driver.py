@@ -76,8 +76,12 @@ class Driver(Account):
         self.carry: Any = None
         self.actions = act_spec.zeros(len(envs))
 
-    def step(self, agent: Agent, mode: str) -> int:
-        """Let the agent act once everywhere; return how many agent steps that were: the ends of episodes are none."""
+    def step(self, agent: Agent, mode: str, going: Callable[[], bool] = lambda: True) -> int:
+        """Let the agent act once everywhere; return how many agent steps that were: the ends of episodes are none.
+
+        going: asked once all is noted; where it is false, the environments stay where they are: an episode that nobody
+          wants need not begin, which takes seconds in some and a person's hand at a robot.
+        """
         obs = self.obs = self.envs.reset() if self.obs is None else self.envs.receive()
         if agent is not self.agent:
             self.agent, self.carry = agent, agent.initial(len(self.envs))
@@ -89,7 +93,10 @@ class Driver(Account):
             logs = {key: float(value[index]) for key, value in obs.items() if key.startswith("log_")}
             self.note(index, step, stored and {key: value[index] for key, value in stored.items()}, logs)
         self.actions = actions
-        self.envs.send(actions)
+        if going():
+            self.envs.send(actions)
+        else:
+            self.obs = None
         return int((~obs["is_last"]).sum())
 
     def rest(self) -> None:

@@ -65,8 +65,12 @@ class Evaluation:
 
     def play(self, agent: Agent, going: Callable[[], bool] = lambda: True) -> list[Episode]:
         """Play the episodes, as long as `going()`; return those that were finished."""
-        while (self.done < self.quota).any() and going():
-            self.driver.step(agent, self.mode)
+
+        def wanted() -> bool:
+            return bool((self.done < self.quota).any())
+
+        while wanted() and going():
+            self.driver.step(agent, self.mode, wanted)
             if len(self.scores) > len(self.pictures):
                 self.pictures.append(pictures_of(agent, self.driver.carry))
         self.driver.rest()
@@ -316,7 +320,7 @@ def film(
     try:
         while not (over and over[-1]) and len(frames) < longest:
             count = len(frames)
-            driver.step(agent, mode)
+            driver.step(agent, mode, lambda: not over[-1])
             if len(frames) > count:
                 frames[-1] = beside(frames[-1], pictures_of(agent, driver.carry))
     except Exception:
