@@ -84,7 +84,7 @@ CASES = {
         """--configs atari100k quickstart --task atari100k_pong --atari.sound true --audio.rate 30720 --steps 8000
         --train_ratio 64 --eval_every 0 --eval_episode_num 1 --eval_envs 1 --log_every 500 --encoder.depth 8
         --decoder.depth 8""",
-        SOUND,
+        "",
         None,
         "sound_loss",
         1,
