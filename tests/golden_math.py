@@ -9,8 +9,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import models
-import networks
 import ops.distributions as dists
+import rssm
 from ops import layers
 from ops.math import lambda_return, symexp, symlog
 from ops.optim import LaProp
@@ -174,7 +174,7 @@ def categorical(data):
 
 def kl_balance(data):
     post, prior = leaf(data["kl_balance/post"]), leaf(data["kl_balance/prior"])
-    latent = networks.OneHotLatent(*post.shape[-2:], 0.01)
+    latent = rssm.OneHotLatent(*post.shape[-2:], 0.01)
     dyn, rep, _ = models.kl_losses(latent, latent.dist(post.flatten(-2)), latent.dist(prior.flatten(-2)), 1.0)
     (dyn + 0.1 * rep).sum().backward()
     results = {"dyn": dyn, "rep": rep, "grad_post": post.grad, "grad_prior": prior.grad}
