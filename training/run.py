@@ -69,7 +69,7 @@ class Run:
         self.keeper = Keeper(self.logdir, share(config, self.ranks).keep, functools.partial(checkpoint_of, self))
         self.files = files_of(config)  # as they are now: the environments have read them, or will at once
         self.saved_names: set[str] = set()  # of the episode files that the last checkpoint needs
-        self.resumed = self.learning = False  # the latter after the first update in this process
+        self.resumed = self.acting = self.learning = False  # the latter two after the first time in this process
         self.metrics = Metrics()
         self.clock = Bounded(agent.clock(config)) if config.collect == "async" else agent.clock(config)
         self.clocks: dict[str, Any] = {
@@ -106,6 +106,10 @@ class Run:
         exploring = not self.config.expl_until or self.step < self.config.expl_until
         if not self.filled() or (exploring and self.config.expl_behavior == "random"):
             return self.random, "sample"
+        if not self.acting:
+            self.acting = True
+            if self.config.compile:  # the agent's first action, as its first update
+                self.out.begin("compiling")
         return self.agent, "explore" if exploring else "noisy"
 
     def learning_due(self) -> bool:
