@@ -61,7 +61,7 @@ CASES = {
     ),
     "tone": Case(f"{SHARED} --task dummy_tone --steps 8000", SOUND, Tone.best(), "tone_loss"),
     "instruction_new": Case(
-        f"{SHARED} {WORDS} --task dummy_instruction_new --steps 8000", "", New.best(), "instruction_loss"
+        f"{SHARED} {WORDS} --task dummy_instruction_new --steps 20000", "", New.best(), "instruction_loss"
     ),
     "all": Case(
         f"""--configs multimodal quickstart {SHARED.removeprefix("--configs quickstart ")} {WORDS} --task dummy_all

@@ -13,8 +13,16 @@ from specs import tagged
 
 MOVES = ((0, 0), (-1, 0), (0, 1), (1, 0), (0, -1))  # stay, up, right, down, left
 ROWS, COLUMNS = ("north", "upper", "lower", "south"), ("west", "left", "right", "east")
+ROW_WORDS = ("north", "top", "first", "upper", "high", "second", "lower", "low", "third", "south", "bottom", "last")
+COLUMN_WORDS = ("west", "red", "oak", "left", "green", "elm", "right", "blue", "ash", "east", "gray", "fir")
+PAIRS = tuple(itertools.product(range(12), range(12)))  # of these, three in turn for the same row or column
 SAMPLES = 256  # of a tone in a step
 CYCLES = 2, 3, 4, 6, 8, 12, 16, 24  # of a tone in these, by column
+
+
+def place_of(row: int, column: int) -> tuple[int, int]:
+    """Return the place that a pair of words means."""
+    return row // 3, column // 3
 
 
 class Told(Dummy):
@@ -41,7 +49,8 @@ class Told(Dummy):
         return float(np.mean([cls.length - steps + 1 for steps in apart]))
 
     def _start(self):
-        self._goal = self.goals[self._rng.integers(len(self.goals))]
+        self._told = int(self._rng.integers(len(self.goals)))
+        self._goal = self.goals[self._told]
         self._place = self._goal
         while self._place == self._goal:
             self._place = int(self._rng.integers(self.rows)), int(self._rng.integers(self.columns))
@@ -73,15 +82,21 @@ class Instruction(Told):
 
 
 class Known(Instruction):
-    """As `Instruction`, without four of the sixteen pairs of words."""
+    """As `Instruction`, with three words for each row and column, and without a sixth of the pairs of words."""
 
-    goals = tuple(goal for goal in Told.goals if (goal[0] + goal[1]) % 4 != 1)
+    pairs = tuple(pair for pair in PAIRS if (pair[0] + pair[1]) % 6 != 1)
+    goals = tuple(place_of(*pair) for pair in pairs)
+
+    def _observe(self):
+        row, column = self.pairs[self._told]
+        return {**super()._observe(), "instruction": f"go to the {ROW_WORDS[row]} {COLUMN_WORDS[column]}"}
 
 
-class New(Instruction):
-    """Only the four pairs of words that `Known` leaves out; each word stands there in three others."""
+class New(Known):
+    """Only the pairs of words that `Known` leaves out; each word stands there in ten others."""
 
-    goals = tuple(goal for goal in Told.goals if goal not in Known.goals)
+    pairs = tuple(pair for pair in PAIRS if pair not in Known.pairs)
+    goals = tuple(place_of(*pair) for pair in pairs)
 
 
 class Tone(Told):

@@ -12,7 +12,7 @@ from gymnasium.spaces import Box, Discrete
 
 from agents.policy import Policy
 from envs import make_env
-from envs.dummy_told import COLUMNS, CYCLES, ROWS, All, Instruction, Known, New, Tone
+from envs.dummy_told import COLUMN_WORDS, COLUMNS, CYCLES, ROW_WORDS, ROWS, All, Instruction, Known, New, Told, Tone
 from envs.spaces import describe, rebuild
 from modalities import kind_of, nets, obs_spec
 from modalities.audio import spectrum, strips
@@ -582,14 +582,19 @@ def test_the_worlds_that_tell_say_where_the_goal_is():
 
 
 def test_new_instructions_are_words_that_were_seen_in_pairs_that_were_not():
-    assert len(Known.goals) == 12 and len(New.goals) == 4 and not set(Known.goals) & set(New.goals)
-    for place in range(4):
-        assert sum(goal[0] == place for goal in Known.goals) == sum(goal[1] == place for goal in Known.goals) == 3
-    goals = {mode: set() for mode in ("train", "eval")}
-    for mode, found in goals.items():
+    assert len(Known.pairs) == 120 and len(New.pairs) == 24 and not set(Known.pairs) & set(New.pairs)
+    for word in range(12):
+        assert [sum(pair[axis] == word for pair in Known.pairs) for axis in (0, 1)] == [10, 10]
+    assert set(Known.goals) == set(New.goals) == set(Told.goals) and Known.best() == New.best() == Instruction.best()
+    world = New(np.random.default_rng(0), (8, 8))
+    for _ in range(40):
+        row, column = world.reset()["instruction"].split()[-2:]
+        assert world._goal == (ROW_WORDS.index(row) // 3, COLUMN_WORDS.index(column) // 3)
+    told = {mode: set() for mode in ("train", "eval")}
+    for mode, found in told.items():
         env = make_env(env_config("dummy_instruction_new"), mode, 0)
         found |= {env.reset()["instruction"].tobytes() for _ in range(60)}
-    assert not goals["train"] & goals["eval"] and len(goals["eval"]) == 4
+    assert not told["train"] & told["eval"]
 
 
 def test_the_best_return_is_that_of_who_walks_straight():
