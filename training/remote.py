@@ -198,10 +198,10 @@ class Collector(Driver):
         self.number = self.at = 0  # the chunk's actor, and which of its steps is next
         self.ages: list[int] = []
 
-    def step(self, agent: Agent, mode: str) -> int:
+    def step(self, agent: Agent, mode: str, going: Callable[[], bool] = lambda: True) -> int:
         """Take in one step of an actor's environments; return how many agent steps that were. 0 if the run is to end.
 
-        agent, mode: who shall act in what is collected from now on, and how.
+        agent, mode: who shall act in what is collected from now on, and how; going: not asked, as actors go on alone.
         """
         if not self.chunk:
             self._ask(agent, mode)
