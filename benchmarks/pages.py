@@ -67,10 +67,9 @@ def processor():
 def machine():
     """Describe the machine and its load in words."""
     load = f", load {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else ""
-    today = datetime.date.today().isoformat()
-    return (
-        f"{processor()}, {len(all_cores()) or os.cpu_count()} cores{load}, Python {platform.python_version()}, {today}"
-    )
+    count, today = len(all_cores()) or os.cpu_count(), datetime.date.today().isoformat()
+    cores = f"{count} core{'s' * (count != 1)}"
+    return f"{processor()}, {cores}{load}, Python {platform.python_version()}, {today}"
 
 
 def publish(parser, argv, text_of, marker=None, **defaults):
