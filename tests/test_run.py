@@ -480,9 +480,9 @@ def collecting(then):
     """Return a Driver.step that calls `then(driver, agent steps so far)` after each step in training environments."""
     step, total = training.driver.Driver.step, 0
 
-    def counted(driver, agent, mode):
+    def counted(driver, agent, mode, *going):
         nonlocal total
-        steps = step(driver, agent, mode)
+        steps = step(driver, agent, mode, *going)
         if mode != "mode":  # which is how evaluations act
             total += steps
             then(driver, total)
