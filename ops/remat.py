@@ -17,7 +17,7 @@ def checkpointed(function, *args):
 
 
 class Remat:
-    """What a module becomes a kind of by `rematerialize`."""
+    """The part of a class that `rematerialize` adds, so that `forward` keeps nothing but its arguments."""
 
     def forward(self, *args):
         """Compute the same, `CHUNKS` parts of the batch one after the other.

@@ -19,7 +19,7 @@ USUAL = 0.8  # share of the memory that a replay may take without a word: enviro
 
 
 class Need(NamedTuple):
-    """What a replay takes when it is full.
+    """The memory of a replay when it is full.
 
     steps: its capacity; needed: their bytes; limit: bytes of memory that there are, infinite if that is not known.
     """

@@ -17,7 +17,7 @@ METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # those that never unpack 
 
 
 class Head(NamedTuple):
-    """What an array says of itself before its data, which begin at `start`."""
+    """The head of an array in a file: shape and type, before its data, which begin at `start`."""
 
     shape: tuple[int, ...]
     fortran: bool

@@ -57,7 +57,7 @@ class Plan(NamedTuple):
 
     @property
     def trials(self) -> int:
-        """How many trials there are in all."""
+        """The number of all trials."""
         whole = math.prod(len(each.values) for each in self.search.values() if isinstance(each, Choice))
         return min(self.settings.trials or whole, whole) if self.settings.method == "grid" else self.settings.trials
 

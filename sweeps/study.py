@@ -43,7 +43,7 @@ class Trial(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What came of a trial: its state, {key: value}, mean return (None if there is none), and those of its seeds."""
+    """The outcome of a trial: its state, {key: value}, mean return (None if there is none), and those of its seeds."""
 
     number: int
     state: str
