@@ -148,8 +148,8 @@ def compared(config, updates=1, **changes):
     Raises ValueError if that is too much.
     """
     plain = config.replace(precision="32", imag_horizon=HORIZON, compile=False, graphs="false")
-    with without_tf32():
-        written, other = results(plain, updates), results(plain.replace(**changes), updates)
+    machine.exact_products(True)
+    written, other = results(plain, updates), results(plain.replace(**changes), updates)
     name, worst = difference(written, other)
     text = f"{len(written)} losses, gradients and actions differ by {worst:.1e} of their largest at most"
     if not worst <= TOLERANCE:
@@ -167,20 +167,6 @@ def difference(one, other):
     }
     name = max(worst, key=lambda name: (np.isnan(worst[name]), worst[name]))
     return name, worst[name]
-
-
-@contextlib.contextmanager
-def without_tf32():
-    """Let products of float32 be exact in the body."""
-    kinds = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [kind.allow_tf32 for kind in kinds]
-    try:
-        for kind in kinds:
-            kind.allow_tf32 = False
-        yield
-    finally:
-        for kind, value in zip(kinds, before, strict=True):
-            kind.allow_tf32 = value
 
 
 def eager(config):

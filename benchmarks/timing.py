@@ -82,7 +82,7 @@ class Subject:
     def select(self):
         """Set the process-wide settings to this subject's."""
         torch.set_num_threads(self.config.threads)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.config.precision != "32"
+        machine.exact_products(self.config.precision == "32")
 
     def sample(self):
         """Move a batch from the replay to the device; return it with the state before it."""

@@ -1,13 +1,18 @@
 """Compare this project with numbers that the authors' implementation computed: python -m tests.golden FILE.npz...
 
+    python -m tests.golden --device cuda --update recorded tests/data/p*.npz
+
 Each file carries its configuration, parameters, inputs, random draws and results. For every group of results the
 largest relative error is printed (largest difference over the tensor's largest magnitude); status 1 if any is above
 1e-4, or for the change of parameters in an update above 1e-3. A file with a `config_json` describes a whole agent, of
 whatever sizes and spaces it says; one without holds small pieces of mathematics. The older forms have modules of their
-own, which know their files by the keys.
+own, which know their files by the keys. `--update` computes updates of DreamerV3's agents in another way than as they
+are written: compiled, recorded as a CUDA graph, or both.
 """
 
+import argparse
 import contextlib
+import functools
 import importlib
 import importlib.util
 import json
@@ -23,15 +28,18 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from gymnasium.spaces import Box, Discrete, MultiDiscrete
+from torch.utils._pytree import tree_map
 
 import ops.distributions as dists
 from agents.dreamer import Dreamer
 from modalities import obs_spec
 from modalities.image.space import Plain
 from models import Rollout
+from ops.graphs import WARMUP, Captured
 from rssm import OneHotLatent, State, feature
 from specs import act_spec
 from tests.golden_math import compare_math
+from training import machine
 from training.config import CONFIGS, load_config
 
 TOLERANCE = 1e-4
@@ -85,7 +93,7 @@ class Golden:
 
     def __init__(self, path):
         with np.load(path) as file:
-            self.data = {key: file[key] for key in file.files}
+            self.data, self.tensors = {key: file[key] for key in file.files}, {}
         self.json = json.loads(str(self.data["config_json"]))
         self.agent = make_agent(self.json, self.classes)
         latent = self.agent.world.rssm.latent
@@ -101,7 +109,9 @@ class Golden:
         assert not missing, f"parameters without a counterpart: {sorted(missing)}"
 
     def __getitem__(self, key):
-        return torch.from_numpy(np.array(self.data[key]))
+        if key not in self.tensors:  # moved once: nothing may be while a CUDA graph is recorded
+            self.tensors[key] = torch.as_tensor(np.array(self.data[key]))
+        return self.tensors[key]
 
     def classes(self, key):
         """Return the number of decoder logits for a discrete observation whose entry does not give its classes."""
@@ -187,7 +197,7 @@ def make_agent(j, classes=lambda key: None):
     """
     obs_space = {key: make_space(entry, classes(key)) for key, entry in j["obs_space"].items()}
     act_space = {key: make_space(entry, None) for key, entry in j["act_space"].items()}
-    return Dreamer(obs_spec(obs_space), act_spec(act_space), make_config(j))
+    return Dreamer(obs_spec(obs_space), act_spec(act_space), make_config(j), torch.get_default_device())
 
 
 def make_space(entry, classes):
@@ -273,7 +283,7 @@ class RecordedLatent(OneHotLatent):
 
 def error(ours, theirs):
     """Return the largest difference over the largest magnitude; infinite if shapes differ or a number is not finite."""
-    ours, theirs = torch.as_tensor(ours).detach().double(), torch.as_tensor(theirs).double()
+    ours, theirs = (torch.as_tensor(x).detach().double().cpu() for x in (ours, theirs))
     if ours.numel() != theirs.numel() or not ours.isfinite().all():
         return float("inf")
     scale = theirs.abs().max()
@@ -287,6 +297,65 @@ def compare_agent(path):
     yield from compare_forward(golden)
     yield from compare_core(golden)
     yield from compare_learning(golden)
+
+
+def compare_compiled(path):
+    """Yield (group, name, relative error) of what is learned from an agent's file by an agent that is compiled."""
+    golden = Golden(path)
+    golden.agent.compile_parts()
+    with donated_buffers(False):  # of which the gradient of each loss alone would be the end
+        yield from compare_learning(golden)
+
+
+def compare_recorded(path, compile=False, record=None):
+    """Yield (group, name, relative error) of updates that are replayed from a CUDA graph.
+
+    record: as of `Captured`.
+    """
+    golden = Golden(path)
+    agent, start = golden.agent, tree_map(clone, golden.agent.state_dict())
+    if compile:
+        agent.compile_parts()
+
+    trained = {name: param for name, param in agent.nets.named_parameters() if param.requires_grad}
+
+    def update(_):
+        agent.opt.zero_grad()
+        losses, _, outs = golden.loss()
+        total = agent.total(losses)
+        total.backward()
+        grads = {name: param.grad.clone() for name, param in trained.items()}  # the optimizer clips them in place
+        agent.opt.step()
+        agent.behavior.improve(outs["rollout"])
+        return total.detach(), {name: loss.detach().mean() for name, loss in losses.items()}, grads
+
+    recorded, steps = Captured(update, record=record), recorded_steps(golden)
+    for _ in range(WARMUP):
+        recorded(torch.zeros(()))
+    agent.load_state_dict(start)
+    for step in range(1, steps[-1] + 1):
+        total, means, grads = recorded(torch.zeros(()))
+        if step == 1:
+            yield "losses", "total", error(total, golden["loss_total"])
+            for name, value in means.items():
+                yield "losses", f"mean {name}", error(value, golden[f"loss_mean/{LOSSES.get(name, name)}"])
+            for name, param in trained.items():
+                yield "gradients", golden.names[name], error(grads[name], golden.param("grad", name, param))
+        if step in steps:
+            yield from compare_after(golden, step)
+
+
+def clone(leaf):
+    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
+
+
+@contextlib.contextmanager
+def donated_buffers(allowed):
+    """Let a compiled backward pass reuse what the forward one kept, or not."""
+    from torch._functorch import config
+
+    with config.patch(donated_buffer=allowed):
+        yield
 
 
 @contextlib.contextmanager
@@ -455,7 +524,7 @@ def compare_metrics(golden, outs, norm):
 def compare_learning(golden):
     """Compare losses, gradients and then all optimizer steps in the file, on the same batch and draws."""
     agent = golden.agent
-    steps = sorted({int(m[1]) for k in golden.data if (m := re.match(r"after(\d+)/", k))})
+    steps = recorded_steps(golden)
     totals = []
     for step in range(1, steps[-1] + 1):
         losses, _, outs = golden.loss()
@@ -481,6 +550,11 @@ def compare_learning(golden):
         yield "losses", "total of each step", error(torch.stack(totals), golden["loss_total_steps"])
 
 
+def recorded_steps(golden):
+    """Return the numbers of the updates after which a file has parameters."""
+    return sorted({int(m[1]) for k in golden.data if (m := re.match(r"after(\d+)/", k))})
+
+
 def compare_after(golden, step):
     for name, param in golden.agent.nets.named_parameters():
         group = "slow critic" if name.startswith("behavior.slow") else "optimizer"
@@ -503,12 +577,33 @@ def compare(path):
     yield from (compare_agent if "config_json" in keys else compare_math)(path)
 
 
-def main(paths):
+WAYS = {  # of computing an update
+    "written": compare,
+    "compiled": compare_compiled,
+    "recorded": compare_recorded,
+    "both": functools.partial(compare_recorded, compile=True),
+}
+
+
+def main(argv):
+    """Run the command line; return the exit status."""
+    parser = argparse.ArgumentParser(prog="tests.golden", description=__doc__.split("\n")[0])
+    parser.add_argument("files", nargs="+", metavar="FILE.npz")
+    parser.add_argument("--device", default="cpu", help="where it is computed (default: cpu)")
+    parser.add_argument("--update", default="written", choices=WAYS, help="how (default: written)")
+    args = parser.parse_args([*map(str, argv)])
+    machine.exact_products(True)
+    with torch.device(machine.choose_device(args.device)):
+        return compare_all(args.files, WAYS[args.update])
+
+
+def compare_all(paths, way):
+    """Print a table for each file; return 1 if a file could not be read or is not equaled, else 0."""
     failed = False
     for path in paths:
         groups = {}
         try:
-            for group, name, value in compare(path):
+            for group, name, value in way(path):
                 groups.setdefault(group, []).append((value, name))
         except (OSError, ValueError, zipfile.BadZipFile) as error:
             print(f"{path}: {error}", file=sys.stderr)
@@ -525,6 +620,4 @@ def main(paths):
 
 
 if __name__ == "__main__":
-    if not sys.argv[1:]:
-        sys.exit("usage: python -m tests.golden FILE.npz...")
     sys.exit(main(sys.argv[1:]))

@@ -91,7 +91,7 @@ class Golden:
         behavior.updates.copy_(self["state/slow_updates"])
 
     def __getitem__(self, key):
-        return torch.from_numpy(np.array(self.data[key]))
+        return torch.as_tensor(np.array(self.data[key]))
 
     # -- parameters
 
@@ -194,7 +194,7 @@ def make_agent(j):
     obs_space = {key: make_space(entry | as_numbers(entry), None) for key, entry in seen.items()}
     act_space = {key: make_action_space(entry) for key, entry in j["act_space"].items()}
     spec = obs_spec(obs_space)
-    agent = Dreamer(spec, act_spec(act_space), make_config(j, obs_space))
+    agent = Dreamer(spec, act_spec(act_space), make_config(j, obs_space), torch.get_default_device())
     agent.scales |= {key: j["loss_scales"][seen.kind] for key, seen in spec.items()}
     return agent
 

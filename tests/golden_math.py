@@ -19,7 +19,7 @@ from ops.optim import LaProp
 def compare_math(path):
     """Yield (group, name, relative error) for every result in the file."""
     with np.load(path) as file:
-        data = {key: torch.from_numpy(np.array(file[key])) for key in file.files if file[key].dtype.kind != "U"}
+        data = {key: torch.as_tensor(np.array(file[key])) for key in file.files if file[key].dtype.kind != "U"}
         texts = {key: str(file[key]) for key in file.files if file[key].dtype.kind == "U"}
     for function in (elementwise, twohot, returns, normalizers, percentile, binary, categorical, kl_balance):
         yield from function(data)

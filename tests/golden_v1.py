@@ -40,7 +40,7 @@ def error(ours, theirs):
 @torch.no_grad()
 def compare_cell(data):
     """Compare one step of PlaNet's GRU."""
-    x, h, w_ru, w_c, b_ru, b_c = (torch.from_numpy(data[key]) for key in ("x", "h", "w_ru", "w_c", "b_ru", "b_c"))
+    x, h, w_ru, w_c, b_ru, b_c = (torch.as_tensor(data[key]) for key in ("x", "h", "w_ru", "w_c", "b_ru", "b_c"))
     cell, seen = rssm.ResetFirstGRU(x.shape[-1], h.shape[-1]), {}
     for layer, kernel, bias in ((cell.gates, w_ru, b_ru), (cell.cand, w_c, b_c)):
         layer.kernel.copy_(kernel), layer.bias.copy_(bias)
@@ -86,7 +86,7 @@ class Golden:
         self.config = make_config(self.json["config"], data)
         image = Plain(0, 255, data["batch0/image"].shape[2:], np.uint8)
         spaces = {"image": image}, {"action": Box(-1, 1, data["batch0/action"].shape[2:])}
-        self.agent = Dreamer(obs_spec(spaces[0]), act_spec(spaces[1]), self.config)
+        self.agent = Dreamer(obs_spec(spaces[0]), act_spec(spaces[1]), self.config, torch.get_default_device())
         self.latent, self.actor = self.agent.world.rssm.latent, self.agent.behavior.actor
         own = self.agent.nets.named_parameters()
         self.params = {name: param for name, param in own if not name.startswith("behavior.slow.")}
@@ -97,7 +97,7 @@ class Golden:
         assert not missing, f"parameters without a counterpart: {sorted(missing)}"
 
     def __getitem__(self, key):
-        return torch.from_numpy(np.array(self.data[key]))
+        return torch.as_tensor(np.array(self.data[key]))
 
     def param(self, prefix, name):
         """Return a tensor of theirs, by our name and in our layout."""

@@ -98,7 +98,7 @@ class Golden:
         spaces = {key: make_space(shape) for key, shape in sorted(self.shapes.items())}
         (width,), count = (self.json["act_space"]["action"][key] for key in ("shape", "n"))
         actions = {"action": Discrete(count) if count else Box(-1, 1, (width,), np.float32)}
-        self.agent = Dreamer(obs_spec(spaces), act_spec(actions), make_config(self.json))
+        self.agent = Dreamer(obs_spec(spaces), act_spec(actions), make_config(self.json), torch.get_default_device())
         self.names = {name: self.translate(name) for name, _ in self.agent.nets.named_parameters()}
         known = {key.removeprefix("param/") for key in data if key.startswith("param/")}
         if missing := known ^ {*self.names.values()}:
@@ -108,7 +108,7 @@ class Golden:
                 param.copy_(self.param("param", name))
 
     def __getitem__(self, key):
-        return torch.from_numpy(np.array(self.data[key]))
+        return torch.as_tensor(np.array(self.data[key]))
 
     def check(self, group, key, ours):
         """Yield the comparison of a result with that of a key, if the file has it."""
@@ -418,7 +418,7 @@ def compare_ensemble(data):
     Its code pairs a state with the action that led there, and ours with the one taken in it: the actions are moved.
     """
     j = json.loads(str(data["config_json"]))
-    feat, action, stoch = (torch.from_numpy(data[f"in/{key}"]) for key in ("feat", "action", "stoch"))
+    feat, action, stoch = (torch.as_tensor(data[f"in/{key}"]) for key in ("feat", "action", "stoch"))
     rssm = SimpleNamespace(deter=feat.shape[-1] - stoch.shape[-1], latent=SimpleNamespace(size=stoch.shape[-1]))
     world = SimpleNamespace(rssm=rssm, feat_size=feat.shape[-1], encoder=SimpleNamespace(size=1))
     config = load_config(["--configs", "dreamerv2"], CONFIGS).replace(
@@ -429,17 +429,17 @@ def compare_ensemble(data):
         for name, param in explorer.ensemble.named_parameters():
             model, layer, *rest = name.split(".")
             part = "out/out" if layer == "1" else f"dense{int(rest[0]) // 2}"
-            param.copy_(torch.from_numpy(data[f"param/ensemble{model}/{part}/{rest[-1]}"]))
+            param.copy_(torch.as_tensor(data[f"param/ensemble{model}/{part}/{rest[-1]}"]))
 
     predicted = explorer.predict(feat[:, :-1], action[:, :-1])
-    yield "ensemble", "pred", error(predicted, torch.from_numpy(data["pred"]))
+    yield "ensemble", "pred", error(predicted, torch.as_tensor(data["pred"]))
     moved, nowhere = torch.cat([action[:, :1], action[:, :-1]], 1), torch.zeros(feat.shape[:2], dtype=torch.bool)
     loss = explorer.ensemble_loss(feat, moved, stoch, nowhere).mean()
-    yield "ensemble", "loss", error(loss, torch.from_numpy(data["loss"]))
+    yield "ensemble", "loss", error(loss, torch.as_tensor(data["loss"]))
 
-    feat = torch.from_numpy(data["img/feat"]).requires_grad_()
+    feat = torch.as_tensor(data["img/feat"]).requires_grad_()
     beyond = torch.cat([feat, feat[-1:]])  # (H + 2, N, F): the last state's reward is on arriving behind it
-    reward = explorer.disagreement(Rollout(None, torch.from_numpy(data["img/action"]), beyond))[1:]
-    yield "reward", "img/reward", error(reward, torch.from_numpy(data["img/reward"]))
+    reward = explorer.disagreement(Rollout(None, torch.as_tensor(data["img/action"]), beyond))[1:]
+    yield "reward", "img/reward", error(reward, torch.as_tensor(data["img/reward"]))
     (grad,) = torch.autograd.grad(reward.sum(), feat)
-    yield "reward", "img/grad_feat", error(grad, torch.from_numpy(data["img/grad_feat"]))
+    yield "reward", "img/grad_feat", error(grad, torch.as_tensor(data["img/grad_feat"]))

@@ -22,7 +22,7 @@ DRIVER = pathlib.Path("/proc/driver/nvidia/version")  # is there where an NVIDIA
 def prepare(config: Any) -> torch.device:
     """Apply a configuration's settings to this process, seed it, and return the device."""
     prepare_cpu(config.threads)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision != "32"
+    exact_products(config.precision == "32")
     torch.backends.cudnn.benchmark = True  # shapes do not change, so that trying what is fastest pays
     seed_everything(config.seed)
     device = choose_device(config.device)
@@ -30,6 +30,11 @@ def prepare(config: Any) -> torch.device:
     if unused:
         warn_at(config.log_level, unused)
     return device
+
+
+def exact_products(exact: bool) -> None:
+    """Let a GPU multiply float32 as it is, or by tensor cores with the ten bits of TF32."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not exact
 
 
 def prepare_cpu(threads: int) -> None:
