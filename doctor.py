@@ -147,7 +147,8 @@ def compared(config, updates=1, **changes):
 
     Raises ValueError if that is too much.
     """
-    plain = config.replace(precision="32", imag_horizon=HORIZON, compile=False, graphs="false")
+    horizon = config.hierarchy.every if config.behavior == "hierarchical_ppo" else HORIZON  # it needs a multiple
+    plain = config.replace(precision="32", imag_horizon=horizon, compile=False, graphs="false")
     machine.exact_products(True)
     written, other = results(plain, updates), results(plain.replace(**changes), updates)
     name, worst = difference(written, other)

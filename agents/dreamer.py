@@ -211,6 +211,7 @@ class Dreamer:
 
     # -- acting
 
+    @torch.no_grad()  # a learned start would keep a part of the graph of gradients alive
     def initial(self, count):
         """Return the Carry before the first step of `count` environments."""
         state = self.world.rssm.initial(count, self.device, self.dtype)

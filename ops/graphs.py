@@ -10,7 +10,7 @@ import functools
 import gc
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 WARMUP = 3  # eager calls, in which libraries and compilers select their kernels
 
@@ -50,20 +50,22 @@ class Captured:
         self.function, self.generator, self.graphs = function, generator, graphs
         self.record = record or record_cuda
         self.calls = 0
-        self.replay = None
+        self.inputs = self.replay = None
 
     def __call__(self, *args):
         """Return copies of what the function returns, so that later calls do not overwrite them."""
-        values, structure = tree_flatten(args)
         if self.replay is None and self.graphs is not None and not self.graphs.on:
             return self.function(*args)
+        values, structure = tree_flatten(args)
         self.calls += 1
         if self.calls <= WARMUP:
             with beside(values[0].device):
-                return self.function(*args)
+                self.take(values, structure)
+                return copied(self.function(*self.arguments))
+        self.take(values, structure)
         if self.replay is None:
             try:
-                self.begin(values, structure)
+                self.begin()
             except RuntimeError as error:
                 self.replay = None
                 if self.graphs is None:
@@ -71,36 +73,44 @@ class Captured:
                 self.graphs.give_up(error)
                 return self.function(*args)
         else:
-            self.launch(values)
-        leaves, structure = tree_flatten(self.results)
-        return tree_unflatten([leaf.clone() for leaf in leaves], structure)
+            self.replay()
+        return copied(self.results)
 
-    def begin(self, values, structure):
-        """Record the function and replay it for the first time, with the leaves and structure of its arguments.
+    def take(self, values, structure):
+        """Copy the leaves of arguments, of this structure, to the memory that the function sees at every call.
+
+        That of the warm-up is that of the recording: for inputs of other strides, a compiler would begin anew.
+        """
+        if self.inputs is None:
+            self.inputs = [torch.empty_like(value, memory_format=torch.contiguous_format) for value in values]
+            self.shapes = [(value.shape, value.dtype) for value in values]
+            self.arguments = tree_unflatten(self.inputs, structure)
+        assert self.shapes == [(value.shape, value.dtype) for value in values], "a captured function's inputs changed"
+        for memory, value in zip(self.inputs, values, strict=True):
+            memory.copy_(value, non_blocking=True)
+
+    def begin(self):
+        """Record the function and replay it for the first time, on what `take` has taken.
 
         Raises RuntimeError if it cannot be recorded; then it has not run, or, on another device than the current one,
         runs whenever it is recorded, and never when it is replayed.
         """
-        self.inputs = [value.clone() for value in values]
-        self.shapes = [(value.shape, value.dtype) for value in values]
-        arguments, count = tree_unflatten(self.inputs, structure), values[0].new_zeros((), dtype=torch.int64)
+        count = self.inputs[0].new_zeros((), dtype=torch.int64)
 
         def counted():
             count.add_(1)
-            return self.function(*arguments)
+            return self.function(*self.arguments)
 
         self.replay, self.results = self.record(counted, self.generator)
         before = int(count)
-        self.launch(values)
+        self.replay()
         if int(count) != before + 1:
             raise RuntimeError(f"a graph that was recorded on {count.device} does nothing when it is launched")
 
-    def launch(self, values):
-        """Replay the recorded kernels on the leaves of arguments."""
-        assert self.shapes == [(value.shape, value.dtype) for value in values], "a captured function's inputs changed"
-        for memory, value in zip(self.inputs, values, strict=True):
-            memory.copy_(value, non_blocking=True)
-        self.replay()
+
+def copied(tree):
+    """Return a tree of tensors with each leaf cloned."""
+    return tree_map(torch.clone, tree)
 
 
 @functools.cache
@@ -135,9 +145,11 @@ def record_cuda(function, generator=None):
     generator of another agent would end the recording.
 
     generator: torch.Generator that the function draws from, so that each replay draws other numbers.
+    Raises RuntimeError if it cannot be recorded; the generator is then as it was.
     """
     graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
     if generator is not None:
+        before = generator.clone_state()
         graph.register_generator_state(generator)
     gc.collect()
     gc.disable()
@@ -147,6 +159,10 @@ def record_cuda(function, generator=None):
             torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
         ):
             results = function()
+    except RuntimeError:
+        if generator is not None:
+            generator.graphsafe_set_state(before)  # one whose recording has failed does not draw any more
+        raise
     finally:
         if collects:
             gc.enable()

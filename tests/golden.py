@@ -110,7 +110,7 @@ class Golden:
 
     def __getitem__(self, key):
         if key not in self.tensors:  # moved once: nothing may be while a CUDA graph is recorded
-            self.tensors[key] = torch.as_tensor(np.array(self.data[key]))
+            self.tensors[key] = torch.as_tensor(np.array(self.data[key]), device=self.agent.device)
         return self.tensors[key]
 
     def classes(self, key):
@@ -329,12 +329,14 @@ def compare_recorded(path, compile=False, record=None):
         agent.behavior.improve(outs["rollout"])
         return total.detach(), {name: loss.detach().mean() for name, loss in losses.items()}, grads
 
-    recorded, steps = Captured(update, record=record), recorded_steps(golden)
-    for _ in range(WARMUP):
-        recorded(torch.zeros(()))
+    recorded, steps, nothing = Captured(update, record=record), recorded_steps(golden), torch.zeros(())
+    with torch.device("cpu"):  # as in a run: constants come from there, which is no copy
+        for _ in range(WARMUP):
+            recorded(nothing)
     agent.load_state_dict(start)
     for step in range(1, steps[-1] + 1):
-        total, means, grads = recorded(torch.zeros(()))
+        with torch.device("cpu"):
+            total, means, grads = recorded(nothing)
         if step == 1:
             yield "losses", "total", error(total, golden["loss_total"])
             for name, value in means.items():

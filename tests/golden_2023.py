@@ -299,7 +299,7 @@ def compare_model(golden):
         yield "latents", f"{name}_logprob", error(dist.logits, golden[f"wm/{name}_logprob"])
         yield "latents", f"{name}_ent", error(dist.entropy().sum(-1), golden[f"wm/{name}_ent"])
     yield "latents", "kl", error(world.rssm.latent.kl(post, prior), golden["wm/kl"])
-    first = world.rssm.initial(1, "cpu")
+    first = world.rssm.initial(1, golden.agent.device)
     yield "latents", "initial/deter", error(first.deter[0], golden["wm/initial/deter"])
     yield "latents", "initial/stoch", error(first.stoch[0], golden["wm/initial/stoch"])
     for key, dist in world.decoder(states).items():

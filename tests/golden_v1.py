@@ -136,7 +136,7 @@ class Golden:
         self.latent.noise, self.actor.noise = noise, lambda shape, device: actions
 
     def initial(self):
-        return self.agent.world.rssm.initial(len(self.data["batch0/reward"]), "cpu")
+        return self.agent.world.rssm.initial(len(self.data["batch0/reward"]), self.agent.device)
 
     def loss(self, number, prefix=""):
         """Return the agent's loss on a batch, with the recorded draws."""

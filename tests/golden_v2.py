@@ -184,7 +184,7 @@ class Golden:
         post, prior = self[f"{prefix}noise/post"].transpose(0, 1), self[f"{prefix}noise/imag_stoch"]
         give(agent.world.rssm.latent, [post, prior])
         give(agent.behavior.actor, [action if action.ndim == 3 else action[..., None]])
-        return agent.loss(batch, agent.world.rssm.initial(len(batch["reward"]), "cpu"))
+        return agent.loss(batch, agent.world.rssm.initial(len(batch["reward"]), agent.device))
 
 
 def give(source, draws):
@@ -280,7 +280,7 @@ def compare_forward(golden):
     batch = world.prepare(golden.batch(0))
     embed = world.encode(batch)
     yield "embedding", "wm/embed", error(embed, golden["wm/embed"][..., golden.embedding()])
-    noise, start = golden["noise/post"].transpose(0, 1), world.rssm.initial(len(embed), "cpu")
+    noise, start = golden["noise/post"].transpose(0, 1), world.rssm.initial(len(embed), golden.agent.device)
     states, post = world.rssm.observe(embed, batch["action"], batch["is_first"], start, noise)
     prior = world.rssm.predict(states.deter)
     yield from golden.check("latents", "wm/deter", states.deter)

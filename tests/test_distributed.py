@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,8 +18,9 @@ from ops import collectives
 from replay.dealing import deal
 from replay.sampling import Replay
 from tests.test_run import FORK, checkpoint, command, lines
+from tools import UserError
 from training.config import CONFIGS, load_config
-from training.distributed import joined
+from training.distributed import check_own_devices, joined
 
 WORDS = "--task dummy_vector --envs 2 --eval_episode_num 0"
 
@@ -250,3 +252,12 @@ def test_episodes_are_dealt_with_their_latents_where_the_streams_are_others(tmp_
         seen += [path.name for path in files]
     assert sorted(seen) == sorted(path.name for path in paths)
     assert deal([None], paths, 0, 1, 6, replay) == (None, paths)
+
+
+def test_two_ranks_on_one_gpu_are_told_so(monkeypatch):
+    """NCCL's own words for it fill a page. The properties stand in for a GPU's."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=device))
+    ranks = SimpleNamespace(rank=1, gather=lambda uuid: ["a", uuid, "c", "b"])
+    check_own_devices(ranks, "d")
+    with pytest.raises(UserError, match="^ranks 1 and 3 have one GPU"):
+        check_own_devices(ranks, "b")

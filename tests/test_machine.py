@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import warnings
 
 import pytest
 import torch
@@ -151,3 +152,15 @@ def test_random_states_go_to_the_devices_that_are_there(there, here, monkeypatch
         state = rng.get_rng_state()
     rng.set_rng_state(state | {"cuda": [torch.tensor(number) for number in range(there)]})
     assert given == {number: number for number in range(min(there, here))}
+
+
+def test_the_compilers_advice_is_not_shown():
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        machine.check_compiler()
+        warnings.warn(
+            "\nOnline softmax is disabled on the fly since Inductor decides to\nsplit the reduction.", stacklevel=1
+        )
+        warnings.warn("TensorFloat32 tensor cores for float32 matrix multiplication available but not", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+    assert [str(each.message) for each in seen] == ["something else"]

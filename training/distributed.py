@@ -190,11 +190,24 @@ def joined(config: Any, start: Callable[[int, int], None]) -> Iterator[Ranks]:
     except RuntimeError as error:  # torch's own words fill a page
         raise UserError(f"rank {rank} cannot reach the others: {str(error).splitlines()[0]}") from None
     start(rank, count)
+    ranks = Ranks(rank, count, group)
     try:
-        yield Ranks(rank, count, group)
+        if device.type == "cuda":
+            check_own_devices(ranks, device)
+        yield ranks
         distributed.destroy_process_group()
     finally:
         start(0, 1)
+
+
+def check_own_devices(ranks: Ranks, device: Any) -> None:
+    """Raise UserError if two ranks compute on one GPU, which NCCL cannot."""
+    import torch
+
+    cards = ranks.gather(str(torch.cuda.get_device_properties(device).uuid))
+    same = [str(rank) for rank, card in enumerate(cards) if card == cards[ranks.rank]]
+    if len(same) > 1:
+        raise UserError(f"ranks {' and '.join(same)} have one GPU: start no more processes on a machine than it has")
 
 
 # ---------------------------------------------------------------------------

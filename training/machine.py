@@ -7,6 +7,7 @@ import pathlib
 import re
 import shutil
 import sysconfig
+import warnings
 from typing import Any
 
 import torch
@@ -147,7 +148,12 @@ def check_scan(scan: str, device: torch.device) -> None:
 
 
 def check_compiler() -> None:
-    """Raise UserError if this machine lacks what torch.compile needs: a C++ compiler and Python's headers."""
+    """Raise UserError if this machine lacks what torch.compile needs: a C++ compiler and Python's headers.
+
+    Its advice to those who develop it, and to take TF32 where float32 was asked for, is not shown.
+    """
+    for advice in (r"\s*Online softmax is disabled", "TensorFloat32 tensor cores"):
+        warnings.filterwarnings("ignore", advice)
     headers = pathlib.Path(sysconfig.get_path("include")) / "Python.h"
     if not any(map(shutil.which, [os.environ.get("CXX", "g++"), "clang++"])) or not headers.exists():
         raise UserError(
