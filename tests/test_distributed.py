@@ -259,5 +259,5 @@ def test_two_ranks_on_one_gpu_are_told_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=device))
     ranks = SimpleNamespace(rank=1, gather=lambda uuid: ["a", uuid, "c", "b"])
     check_own_devices(ranks, "d")
-    with pytest.raises(UserError, match="^ranks 1 and 3 have one GPU"):
+    with pytest.raises(UserError, match=r"^ranks 1 and 3 have one GPU"):
         check_own_devices(ranks, "b")
