@@ -10,6 +10,7 @@ import functools
 import gc
 
 import torch
+from torch.cuda import memory
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 WARMUP = 3  # eager calls, in which libraries and compilers select their kernels
@@ -147,7 +148,7 @@ def record_cuda(function, generator=None):
     generator: torch.Generator that the function draws from, so that each replay draws other numbers.
     Raises RuntimeError if it cannot be recorded; the generator is then as it was.
     """
-    graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
+    graph, pool, collects = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), gc.isenabled()
     if generator is not None:
         before = generator.clone_state()
         graph.register_generator_state(generator)
@@ -156,12 +157,13 @@ def record_cuda(function, generator=None):
     try:
         with (
             beside(torch.cuda.current_stream().device) as stream,
-            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+            torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"),
         ):
             results = function()
     except RuntimeError:
         if generator is not None:
             generator.graphsafe_set_state(before)  # one whose recording has failed does not draw any more
+        abandon(pool)
         raise
     finally:
         if collects:
@@ -169,3 +171,14 @@ def record_cuda(function, generator=None):
     if not all(leaf.is_cuda for leaf in tree_leaves(results)):
         raise RuntimeError("a part of the results does not lie on the GPU")
     return graph.replay, results
+
+
+def abandon(pool):
+    """Take the memory pool of a recording that has failed out of use, if it still is in use.
+
+    The allocator would believe for ever that the recording goes on, and then what has crossed streams is not freed.
+    """
+    device = torch.cuda.current_device()
+    with contextlib.suppress(RuntimeError):
+        memory._cuda_endAllocateToPool(device, pool)
+        memory._cuda_releasePool(device, pool)

@@ -123,6 +123,10 @@ class Card:
         graphs.side_stream.cache_clear()
         for name in ("Stream", "stream", "current_stream", "CUDAGraph", "graph"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+        for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+            monkeypatch.setattr(graphs.memory, name, lambda *args, name=name: self.notes.append((name, *args)))
 
     def Stream(self, device):
         stream = SimpleNamespace(name=f"side of {device}", device=device)
@@ -145,7 +149,7 @@ class Card:
         return SimpleNamespace(replay=note("replay"), register_generator_state=note("register"))
 
     @contextlib.contextmanager
-    def graph(self, graph, stream, capture_error_mode):
+    def graph(self, graph, pool, stream, capture_error_mode):
         self.notes.append(f"record on {stream.name}, {capture_error_mode}")
         self.now = stream
         yield  # an error leaves the stream as it is, as in PyTorch
@@ -183,9 +187,11 @@ def test_a_recording_that_fails_leaves_stream_garbage_collector_and_generator_as
     generator = SimpleNamespace(clone_state=lambda: "as before", graphsafe_set_state=card.notes.append)
     with pytest.raises(RuntimeError, match="capturing"):
         graphs.record_cuda(lambda: (_ for _ in ()).throw(RuntimeError("not while capturing")), generator)
-    assert card.notes.pop() == "as before"
+    *notes, restored, ended, released = card.notes
+    assert restored == "as before"
+    assert ended == ("_cuda_endAllocateToPool", 1, "pool") and released == ("_cuda_releasePool", 1, "pool")
     assert card.now.name == "main" and gc.isenabled()
-    assert card.notes[-1] == "main waits for side of cuda:1"
+    assert notes[-1] == "main waits for side of cuda:1"
     with pytest.raises(RuntimeError, match="does not lie on the GPU"):
         graphs.record_cuda(lambda: {"count": torch.zeros(())})
 

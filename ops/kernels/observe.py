@@ -15,10 +15,10 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from ops.kernels.gradient import gradient_kernel
-from ops.kernels.parts import fetch, norm_silu, pair, probabilities, product, put, tanh
+from ops.kernels.parts import fetch, norm_silu, pair, probabilities, product, product_of_blocks, put, tanh
 from ops.layers import EPS
 
-TILE = 16  # rows of a weight that a program reads together
+SPAN, WARPS = 4096, 8  # numbers of a weight that a program reads together; warps of a program
 
 
 class Weights(NamedTuple):
@@ -61,35 +61,38 @@ def step_of_cell(
     deter, old_deter, old_stoch, action, pre_deter, pre_stoch, joint, pre_hidden, hidden, gates,
     w_deter, b_deter, s_deter, w_stoch, b_stoch, s_stoch, w_hidden, b_hidden, s_hidden, w_gates, b_gates,
     D: tl.constexpr, H: tl.constexpr, SK: tl.constexpr, G: tl.constexpr,
-    PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, eps: tl.constexpr, tile: tl.constexpr,
+    PD: tl.constexpr, PH: tl.constexpr, eps: tl.constexpr, span: tl.constexpr,
 ):  # fmt: skip
     """Compute the next deter of a sequence: `rssm.BlockGRU.forward`."""
     W: tl.constexpr = D // G
-    pre = product(old_deter, w_deter, H, D, H, PH, tile) + fetch(b_deter, H, PH)
+    pre = product(old_deter, w_deter, D, H, PH, span) + fetch(b_deter, H, PH)
     put(pre_deter, pre, H, PH)
     put(joint, norm_silu(pre, fetch(s_deter, H, PH), H, eps), H, PH)
-    pre = product(old_stoch, w_stoch, H, SK, H, PH, tile) + fetch(b_stoch, H, PH)
+    pre = product(old_stoch, w_stoch, SK, H, PH, span) + fetch(b_stoch, H, PH)
     put(pre_stoch, pre, H, PH)
     put(joint + H, norm_silu(pre, fetch(s_stoch, H, PH), H, eps), H, PH)
     put(joint + 2 * H, fetch(action, H, PH), H, PH)
     tl.debug_barrier()
-    for g in range(G):
-        first = w_hidden + g * (W + 3 * H) * W
-        own = product(old_deter + g * W, first, W, W, W, PW, tile) + fetch(b_hidden + g * W, W, PW)
-        put(pre_hidden + g * W, own + product(joint, first + W * W, W, 3 * H, W, PW, tile), W, PW)
+    apart: tl.constexpr = (W + 3 * H) * W
+    pre = product_of_blocks(old_deter, W, w_hidden, apart, W, W, D, W, PD, span) + fetch(b_hidden, D, PD)
+    pre += product_of_blocks(joint, 0, w_hidden + W * W, apart, W, 3 * H, D, W, PD, span)
+    put(pre_hidden, pre, D, PD)
     tl.debug_barrier()
     put(hidden, norm_silu(fetch(pre_hidden, D, PD), fetch(s_hidden, D, PD), D, eps), D, PD)
     tl.debug_barrier()
-    for g in range(G):
-        x, weight, bias, into = hidden + g * W, w_gates + g * 3 * W * W, b_gates + g * 3 * W, gates + g * 3 * W
-        reset = product(x, weight, 3 * W, W, W, PW, tile) + fetch(bias, W, PW)
-        cand = product(x, weight + W, 3 * W, W, W, PW, tile) + fetch(bias + W, W, PW)
-        update = product(x, weight + 2 * W, 3 * W, W, W, PW, tile) + fetch(bias + 2 * W, W, PW)
-        put(into, reset, W, PW)
-        put(into + W, cand, W, PW)
-        put(into + 2 * W, update, W, PW)
-        old = fetch(old_deter + g * W, W, PW)
-        put(deter + g * W, old + tl.sigmoid(update - 1) * (tanh(tl.sigmoid(reset) * cand) - old), W, PW)
+    j = tl.arange(0, PD)
+    at, inside = (j // W) * 3 * W + j % W, j < D  # gates of a block stand together
+    reset = product_of_blocks(hidden, W, w_gates, 3 * W * W, 3 * W, W, D, W, PD, span)
+    cand = product_of_blocks(hidden, W, w_gates + W, 3 * W * W, 3 * W, W, D, W, PD, span)
+    update = product_of_blocks(hidden, W, w_gates + 2 * W, 3 * W * W, 3 * W, W, D, W, PD, span)
+    reset += tl.load(b_gates + at, mask=inside, other=0.0).to(tl.float32)
+    cand += tl.load(b_gates + W + at, mask=inside, other=0.0).to(tl.float32)
+    update += tl.load(b_gates + 2 * W + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(gates + at, reset, mask=inside)
+    tl.store(gates + W + at, cand, mask=inside)
+    tl.store(gates + 2 * W + at, update, mask=inside)
+    old = fetch(old_deter, D, PD)
+    put(deter, old + tl.sigmoid(update - 1) * (tanh(tl.sigmoid(reset) * cand) - old), D, PD)
     tl.debug_barrier()
 
 
@@ -98,14 +101,14 @@ def step_of_posterior(
     stoch, logit, deter, embed, noise, pre_post, post, w_post, s_post, w_logit, b_logit,
     D: tl.constexpr, H: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
     PH: tl.constexpr, PS: tl.constexpr, PK: tl.constexpr, PSK: tl.constexpr,
-    unimix: tl.constexpr, eps: tl.constexpr, tile: tl.constexpr,
+    unimix: tl.constexpr, eps: tl.constexpr, span: tl.constexpr,
 ):  # fmt: skip
     """Compute the posterior's logits of a sequence and draw from it."""
-    pre = product(deter, w_post, H, D, H, PH, tile) + fetch(embed, H, PH)
+    pre = product(deter, w_post, D, H, PH, span) + fetch(embed, H, PH)
     put(pre_post, pre, H, PH)
     put(post, norm_silu(pre, fetch(s_post, H, PH), H, eps), H, PH)
     tl.debug_barrier()
-    put(logit, product(post, w_logit, S * K, H, S * K, PSK, tile) + fetch(b_logit, S * K, PSK), S * K, PSK)
+    put(logit, product(post, w_logit, H, S * K, PSK, span) + fetch(b_logit, S * K, PSK), S * K, PSK)
     tl.debug_barrier()
     groups, classes = tl.arange(0, PS), tl.arange(0, PK)
     inside = (groups[:, None] < S) & (classes[None, :] < K)
@@ -130,8 +133,8 @@ def observe_kernel(
     deter, stoch, logit, old_deter, old_stoch, pre_deter, pre_stoch, joint, pre_hidden, hidden, gates, pre_post, post,
     T,
     D: tl.constexpr, H: tl.constexpr, S: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
-    PD: tl.constexpr, PH: tl.constexpr, PS: tl.constexpr, PK: tl.constexpr, PW: tl.constexpr, PSK: tl.constexpr,
-    unimix: tl.constexpr, eps: tl.constexpr, tile: tl.constexpr,
+    PD: tl.constexpr, PH: tl.constexpr, PS: tl.constexpr, PK: tl.constexpr, P3W: tl.constexpr, PW: tl.constexpr, PSK: tl.constexpr,
+    unimix: tl.constexpr, eps: tl.constexpr, span: tl.constexpr,
 ):  # fmt: skip
     """Filter one sequence."""
     SK: tl.constexpr = S * K
@@ -147,12 +150,12 @@ def observe_kernel(
             deter + row * D, old_deter + row * D, old_stoch + row * SK, action + row * H, pre_deter + row * H,
             pre_stoch + row * H, joint + row * 3 * H, pre_hidden + row * D, hidden + row * D, gates + row * 3 * D,
             w_deter, b_deter, s_deter, w_stoch, b_stoch, s_stoch, w_hidden, b_hidden, s_hidden, w_gates, b_gates,
-            D, H, SK, G, PD, PH, PW, eps, tile,
+            D, H, SK, G, PD, PH, eps, span,
         )  # fmt: skip
         step_of_posterior(
             stoch + row * SK, logit + row * SK, deter + row * D, embed + row * H, noise + row * S,
             pre_post + row * H, post + row * H, w_post, s_post, w_logit, b_logit,
-            D, H, S, K, PH, PS, PK, PSK, unimix, eps, tile,
+            D, H, S, K, PH, PS, PK, PSK, unimix, eps, span,
         )  # fmt: skip
         last_deter, last_stoch = deter + row * D, stoch + row * SK
 
@@ -171,7 +174,7 @@ class Observe(torch.autograd.Function):
         widths |= {"joint": 3 * H, "pre_hidden": D, "hidden": D, "gates": 3 * D, "pre_post": H, "post": H}
         made = {name: action.new_empty(B, T, width) for name, width in widths.items()}
         given = [x.to(dtype).contiguous() for x in (deter, stoch, keep, action, embed)]
-        observe_kernel[(B,)](*given, noise.contiguous(), *cast, *made.values(), T, **sizes)
+        observe_kernel[(B,)](*given, noise.contiguous(), *cast, *made.values(), T, **sizes, num_warps=WARPS)
         ctx.save_for_backward(given[2], *cast, *made.values())
         ctx.made, ctx.sizes, ctx.dtypes = list(made), sizes, [weight.dtype for weight in weights]
         return made["deter"], made["stoch"].unflatten(-1, stoch.shape[-2:]), made["logit"]
@@ -191,7 +194,9 @@ class Observe(torch.autograd.Function):
         own = [getattr(weights, name) for name in Weights._fields if not name.endswith("_bias")]
         seen = [kept[x] for x in ("logit", "old_deter", "pre_deter", "pre_stoch", "pre_hidden", "gates", "pre_post")]
         grads = [grad.contiguous() for grad in (grad_deter, grad_stoch, grad_logit)]
-        gradient_kernel[(B,)](*grads, keep, *own, *seen, *on.values(), *scales.values(), *back, T, **sizes)
+        gradient_kernel[(B,)](
+            *grads, keep, *own, *seen, *on.values(), *scales.values(), *back, T, **sizes, num_warps=WARPS
+        )
         on = {name: x.to(keep.dtype) for name, x in on.items()}
         grads = gradients_of_weights({name: x.flatten(0, 1) for name, x in on.items()}, kept, scales, sizes["G"])
         grads = (grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True))
@@ -200,9 +205,9 @@ class Observe(torch.autograd.Function):
 
 def constants(D, H, S, K, G, unimix):
     """Return the constants of both kernels by name."""
-    padded = {"D": D, "H": H, "S": S, "K": K, "W": D // G, "SK": S * K}
+    padded = {"D": D, "H": H, "S": S, "K": K, "W": D // G, "3W": 3 * D // G, "SK": S * K}
     sizes = {f"P{name}": triton.next_power_of_2(size) for name, size in padded.items()}
-    return {"D": D, "H": H, "S": S, "K": K, "G": G, "unimix": unimix, "eps": EPS, "tile": TILE} | sizes
+    return {"D": D, "H": H, "S": S, "K": K, "G": G, "unimix": unimix, "eps": EPS, "span": SPAN} | sizes
 
 
 def gradients_of_weights(on, kept, scales, blocks):
