@@ -10,7 +10,7 @@ import functools
 import gc
 
 import torch
-from torch.cuda import memory
+from torch.cuda import memory as allocator
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 WARMUP = 3  # eager calls, in which libraries and compilers select their kernels
@@ -180,5 +180,5 @@ def abandon(pool):
     """
     device = torch.cuda.current_device()
     with contextlib.suppress(RuntimeError):
-        memory._cuda_endAllocateToPool(device, pool)
-        memory._cuda_releasePool(device, pool)
+        allocator._cuda_endAllocateToPool(device, pool)
+        allocator._cuda_releasePool(device, pool)

@@ -126,7 +126,7 @@ class Card:
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
         monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
         for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
-            monkeypatch.setattr(graphs.memory, name, lambda *args, name=name: self.notes.append((name, *args)))
+            monkeypatch.setattr(graphs.allocator, name, lambda *args, name=name: self.notes.append((name, *args)))
 
     def Stream(self, device):
         stream = SimpleNamespace(name=f"side of {device}", device=device)

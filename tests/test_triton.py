@@ -117,8 +117,8 @@ agent = make_agent("mixed", "--rssm.deter", "64", "--rssm.hidden", "16", "--rssm
 observed = observe.constants(64, 16, 4, 4, 8, 0.01)
 imagined = imagine.constants(agent.world.rssm, agent.behavior.actor)
 for kernel, sizes, wide in (
-    (observe.observe_kernel, observed, ("s_", "noise")),
-    (gradient_kernel, observed, ("s_", "on_", "scale_", "back_")),
+    (observe.observe_kernel, observed | {"span": 4096}, ("s_", "noise")),
+    (gradient_kernel, observed | {"span": 8192}, ("s_", "on_", "scale_", "back_")),
     (imagine.imagine_kernel, imagined, ("s_", "action", "noise")),
 ):
     kinds = {name: "*fp32" if name.startswith(wide) else "*bf16" for name in kernel.arg_names}

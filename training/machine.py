@@ -24,7 +24,8 @@ def prepare(config: Any) -> torch.device:
     """Apply a configuration's settings to this process, seed it, and return the device."""
     prepare_cpu(config.threads)
     exact_products(config.precision == "32")
-    torch.backends.cudnn.benchmark = True  # shapes do not change, so that trying what is fastest pays
+    # What is fastest at a trial may differ from one process to the next, and not give the same sums twice.
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
     seed_everything(config.seed)
     device = choose_device(config.device)
     unused = config.device == "auto" and device.type == "cpu" and unused_gpu()

@@ -105,8 +105,8 @@ def gradient_kernel(
     back_deter, back_stoch, back_hidden, back_post,
     T,
     D: tl.constexpr, H: tl.constexpr, S: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
-    PD: tl.constexpr, PH: tl.constexpr, PS: tl.constexpr, PK: tl.constexpr, P3W: tl.constexpr, PW: tl.constexpr, PSK: tl.constexpr,
-    unimix: tl.constexpr, eps: tl.constexpr, span: tl.constexpr,
+    PD: tl.constexpr, PH: tl.constexpr, PS: tl.constexpr, PK: tl.constexpr, P3W: tl.constexpr, PW: tl.constexpr,
+    PSK: tl.constexpr, unimix: tl.constexpr, eps: tl.constexpr, span: tl.constexpr,
 ):  # fmt: skip
     """Go back through one sequence; back_deter and back_stoch hold the gradients of the carried state."""
     SK: tl.constexpr = S * K

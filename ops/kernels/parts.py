@@ -79,7 +79,7 @@ def pull_by_blocks(
     grad, w, apart: tl.constexpr, out, rows: tl.constexpr, width: tl.constexpr,
     n: tl.constexpr, p: tl.constexpr, span: tl.constexpr,
 ):  # fmt: skip
-    """Add to a vector in memory (rows,), `width` of which belong to a block, what the gradient of each block (n,) gives.
+    """Add to a vector in memory (rows,), `width` of which are a block's, what the gradient of each block (n,) gives.
 
     grad: in memory, as of all blocks one after the other; w: of a block (width, n), `apart` in memory.
     """
