@@ -49,6 +49,7 @@ TAKEN = {  # name: (space, flags, what it is taken for)
     "symbols": (box((7, 7, 3)), {}, "147 numbers (7x7x3, no image)"),
     "board": (box((8, 8), 2), {}, "64 numbers (8x8, no image)"),
     "go": (box((3, 19, 19), 1, bool), {}, "1083 numbers (3x19x19, no image)"),
+    "height": (box(()), {}, "1 number"),
     "window of features": (box((30, 20), np.inf, F32, -np.inf), {}, "600 numbers (30x20, no image)"),
     "vector": (box((4,), 1, F32), {}, "4 numbers"),
     "class": (spaces.Discrete(5), {}, "one of 5"),

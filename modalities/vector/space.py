@@ -25,7 +25,8 @@ class Numbers:
     def __init__(self, space: spaces.Box | spaces.MultiBinary):
         size = math.prod(space.shape)
         board = ", no image" if len(space.shape) > 1 else ""
-        about = f"{size} numbers" + (f" ({'x'.join(map(str, space.shape))}{board})" if space.shape != (size,) else "")
+        shape = f" ({'x'.join(map(str, space.shape))}{board})" if space.shape not in ((), (size,)) else ""
+        about = f"{size} number{'s' * (size != 1)}{shape}"
         self.space = named(spaces.Box(-np.inf, np.inf, (size,)), about)
         self._is_vector = space.shape == self.space.shape
 
