@@ -40,6 +40,7 @@ NOT_RUN = {  # a pattern -> why a command is not run
 }
 AFTER = re.compile(r"checkpoint \./logdir/quickstart")  # which make demo has left
 TRAINS = re.compile(r"(dreamer|sweep)\.py(?!.*--(help|completion))|^make demo")
+LEARNED = {"model_loss", "vae_loss"}  # of Dreamer, and of what World Models learn first
 STOPPED = 128 + signal.SIGTERM
 PATIENCE = {"cheap": 900, "after": 900, "long": 1800}  # seconds
 
@@ -171,7 +172,7 @@ def has_learned(folder, before):
         with open(path) as file:
             file.seek(before.get(path, (0, 0))[0])
             whole = [line for line in file if line.endswith("\n")]
-        if any("model_loss" in json.loads(line) for line in whole):
+        if any(not LEARNED.isdisjoint(json.loads(line)) for line in whole):
             return True
     return False
 
