@@ -164,3 +164,12 @@ def test_the_compilers_advice_is_not_shown():
         warnings.warn("TensorFloat32 tensor cores for float32 matrix multiplication available but not", stacklevel=1)
         warnings.warn("something else", stacklevel=1)
     assert [str(each.message) for each in seen] == ["something else"]
+
+
+def test_convolutions_give_the_same_sums_in_every_process(monkeypatch):
+    """Trials of cuDNN, which may end otherwise next time, parted two runs of one seed."""
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    monkeypatch.setattr(cudnn, "deterministic", False)
+    machine.prepare(make_config("--device", "cpu"))
+    assert (cudnn.benchmark, cudnn.deterministic) == (False, True)
