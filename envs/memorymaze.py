@@ -31,10 +31,29 @@ def make(task: str, config: Any, place: Place) -> Env:
     if not choose_renderer():
         raise UserError(NO_RENDERER)
     import_suite()  # says in one line where MUJOCO_GL names what does not work
-    load = getattr(_import_tasks(), f"memory_maze_{task}")
     pixels = max(PIXELS, *config.size)
-    env = load(seed=place.seed, image_only_obs=True, camera_resolution=pixels)
+    env = load(task, seed=place.seed, image_only_obs=True, camera_resolution=pixels)
     return ActionRepeat(MemoryMaze(env, pixels), config.action_repeat)
+
+
+def load(task: str, **settings: Any) -> Any:
+    """Load the package's maze of a size, such as `9x9`, whose walls' pictures are there once.
+
+    The package has a copy of the eight for each of ten parts of a maze. All of them are decoded, and drawn smaller and
+    smaller for the renderer, whenever a maze is made: at every reset.
+    """
+    tasks = _import_tasks()
+    made = tasks.MazeWithTargetsArena
+
+    def shared(wall_textures: dict, **options: Any) -> Any:
+        parts = {part: textures for part, textures in wall_textures.items() if part.isdigit()}
+        return made(wall_textures=wall_textures | dict.fromkeys(parts, parts["0"]), **options)
+
+    tasks.MazeWithTargetsArena = shared
+    try:
+        return getattr(tasks, f"memory_maze_{task}")(**settings)
+    finally:
+        tasks.MazeWithTargetsArena = made
 
 
 class MemoryMaze:
