@@ -3,6 +3,7 @@
     python3 benchmarks/newcomer.py           # what takes seconds
     python3 benchmarks/newcomer.py --long    # trainings, too: each until its first update, then SIGTERM
     python3 benchmarks/newcomer.py --list    # what it would do with each command
+    python3 benchmarks/newcomer.py --long docs/sweeps.md    # those of a page
 
 The clone gets the packages of the Python that runs this as its .venv, which is not active before a page says so, and a
 home of its own. A command that ends with another exit status than it should, or a training that leaves no checkpoint,
@@ -185,10 +186,14 @@ def main(argv=None):
     )
     parser.add_argument("--list", action="store_true", help="only tell what would be done")
     parser.add_argument("--long", action="store_true", help="run trainings until their first update")
+    parser.add_argument("pages", nargs="*", metavar="PAGE", help="README.md or docs/NAME.md (default: all)")
     options = parser.parse_args(argv)
+    if unknown := set(options.pages) - set(PAGES):
+        parser.error(f"no page {', '.join(sorted(unknown))}")
     found: dict[str, Command] = {}
     for command in commands():
         found.setdefault(command.text, command)
+    found = {text: command for text, command in found.items() if command.page in (options.pages or PAGES)}
     wrong = 0
     with tempfile.TemporaryDirectory() as folder:
         place = None if options.list else clone(pathlib.Path(folder))

@@ -42,6 +42,16 @@ Text with `make demo SEED=3` and `code()`, then:
     assert found[-1].kind == "installs packages"
 
 
+def test_one_page_can_be_walked_alone(capsys):
+    assert newcomer.main(["--list", "docs/sweeps.md"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert all(line.startswith(("docs/sweeps.md:", "    ")) for line in told[:-1]) and len(told) > 2
+    with pytest.raises(SystemExit) as ended:
+        newcomer.main(["docs/sweep.md"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith("no page docs/sweep.md\n")
+
+
 def test_the_first_commands_need_no_environment_and_others_come_after_it_is_active():
     assert [command.text.split()[0] for command in COMMANDS[:2]] == ["make", "make"]
     for command in COMMANDS:
