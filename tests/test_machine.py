@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pathlib
 import warnings
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from agents.dreamer import capture_parts
 from envs import opengl
-from tests.factories import SPACES, make_config, make_dreamer, make_obs, one_line_error
+from tests.factories import SPACES, make_config, make_dreamer, make_obs, one_line_error, run_python
 from training import machine, rng
 from training.startup import machine as said
 
@@ -173,3 +174,20 @@ def test_convolutions_give_the_same_sums_in_every_process(monkeypatch):
     monkeypatch.setattr(cudnn, "deterministic", False)
     machine.prepare(make_config("--device", "cpu"))
     assert (cudnn.benchmark, cudnn.deterministic) == (False, True)
+
+
+HUGE = """
+    import pathlib, re
+    import torch
+    from training.machine import prepare_cpu
+    prepare_cpu(1)
+    tensor = torch.ones(2**24)
+    found = re.findall("AnonHugePages: +([0-9]+) kB", pathlib.Path("/proc/self/smaps").read_text())
+    print(sum(map(int, found)) // 1024 >= 32)  # of 64 MiB
+"""
+PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(not PAGES.exists() or "[never]" in PAGES.read_text(), reason="this kernel gives no large pages")
+def test_large_tensors_are_in_large_pages():
+    assert run_python(HUGE).stdout == "True\n"
