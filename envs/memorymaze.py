@@ -43,17 +43,17 @@ def load(task: str, **settings: Any) -> Any:
     smaller for the renderer, whenever a maze is made: at every reset.
     """
     tasks = _import_tasks()
-    made = tasks.MazeWithTargetsArena
+    arena = tasks.MazeWithTargetsArena
 
     def shared(wall_textures: dict, **options: Any) -> Any:
         parts = {part: textures for part, textures in wall_textures.items() if part.isdigit()}
-        return made(wall_textures=wall_textures | dict.fromkeys(parts, parts["0"]), **options)
+        return arena(wall_textures=wall_textures | dict.fromkeys(parts, parts["0"]), **options)
 
     tasks.MazeWithTargetsArena = shared
     try:
         return getattr(tasks, f"memory_maze_{task}")(**settings)
     finally:
-        tasks.MazeWithTargetsArena = made
+        tasks.MazeWithTargetsArena = arena
 
 
 class MemoryMaze:
