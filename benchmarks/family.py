@@ -48,8 +48,8 @@ LEARN = {  # flags of all versions, and of some
     --eval_every 2000 --log_every 1000""",
     "planet": """--action_repeat 4 --steps 20000 --train_ratio 128 --free_nats 0.3 --loss_scales.rec 100
     --loss_scales.reward 1""",
-    "dreamerv1": "--steps 24000 --free_nats 1 --loss_scales.rec 10 --critic_opt.lr 2e-3",
-    "dreamerv2": "--steps 24000 --loss_scales.rec 10 --critic_opt.lr 2e-3",
+    "dreamerv1": "--steps 32000 --free_nats 1 --loss_scales.rec 10",
+    "dreamerv2": "--steps 32000 --loss_scales.rec 10",
 }
 IMAGES = {
     "all": f"""{SHARED} --task custom_benchmarks.goal:Goal --steps 2400 --horizon 20 --eval_every 400
