@@ -84,7 +84,7 @@ def test_what_is_written_now_is_accepted(tmp_path):
 
 
 class Code:
-    """What runs a command when it is read from a pickle."""
+    """A pickle that runs a command when it is read."""
 
     def __reduce__(self):
         return os.system, ("touch executed",)

@@ -249,7 +249,7 @@ MAZES = """
 
 
 def test_memory_maze_holds_each_picture_once():
-    """What is drawn is what the package draws. Other users of the package in the same process get what they had."""
+    """Draw what the package draws. Other users of the package in the same process get what they had."""
     result = run_python(MAZES)
     assert result.stdout.splitlines() == ["88", "16", "88", "True True"], result.stderr
 

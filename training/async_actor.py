@@ -28,7 +28,7 @@ RESERVE = 0.002  # seconds before a tick that weights are left alone
 
 
 class Setup(NamedTuple):
-    """What the learner tells the actor once it knows the environments' spaces.
+    """The message of the learner to the actor once it knows the environments' spaces.
 
     agent: function without arguments that makes the agent on this machine's CPU; random: the agent before it.
     """

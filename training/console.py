@@ -34,7 +34,7 @@ class Harmless:
 
     @property
     def stream(self) -> IO[str] | None:
-        """What is written to."""
+        """The stream that is written to."""
         return self._given[0] if self._given else sys.stderr
 
     @property

@@ -215,7 +215,7 @@ def check_own_devices(ranks: Ranks, device: Any) -> None:
 
 
 class Agreed(NamedTuple):
-    """What holds for all ranks: whether every replay is ready, the steps in all, restarts of environments in all."""
+    """The state of all ranks: whether every replay is ready, the steps in all, restarts of environments in all."""
 
     ready: bool
     steps: int

@@ -125,7 +125,7 @@ def _joined(fields: Sequence[Field]) -> str:
 
 
 class Ahead(NamedTuple):
-    """What a run has before it: frames, updates, and how often each stage will come, such as evaluating."""
+    """The frames and updates that a run has before it, and how often each stage comes, such as evaluating."""
 
     frames: int = 0
     updates: int = 0
