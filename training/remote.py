@@ -25,7 +25,7 @@ TRIES = 3  # actors in a row that die in one place before they have done anythin
 
 
 class Chunk(NamedTuple):
-    """What an actor has collected in its E environments, L steps in each.
+    """Steps that an actor has collected in its E environments, L in each.
 
     version: number of the policy; steps: {key: (E, L, ...)} as a driver tells them; stored: the same of what the agent
     stores with them, {} for nothing; logs: {log_*: (E, L)}; restarts: of its environments so far; events: lines.
