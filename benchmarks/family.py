@@ -41,19 +41,20 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 VERSIONS = {"planet": "PlaNet", "dreamerv1": "Dreamer", "dreamerv2": "DreamerV2"}
 VERSIONS |= {"dreamerv3_2023": "DreamerV3, 2023", "": "DreamerV3"}
 # At the size of quickstart, so that a run takes minutes, with rates as much faster as there. docs/family.md says why.
-SHARED = """--video_pred_log false --batch_size 16 --batch_length 8 --train_ratio 64 --opt.lr 1e-3 --model_opt.lr 1e-3
+SHARED = """--video_pred_log false --train_ratio 64 --opt.lr 1e-3 --model_opt.lr 1e-3
 --actor_opt.lr 2e-4 --critic_opt.lr 5e-4 --cem.candidates 50 --cem.elites 8 --cem.iterations 4"""
 LEARN = {  # flags of all versions, and of some
-    "all": f"""{SHARED} --task gym_Pendulum-v1 --action_repeat 2 --steps 16000 --horizon 40 --imag_horizon 15
-    --eval_every 2000 --log_every 1000""",
+    "all": f"""{SHARED} --task gym_Pendulum-v1 --action_repeat 2 --steps 16000 --batch_size 8 --batch_length 32
+    --horizon 40 --imag_horizon 15 --eval_every 2000 --log_every 1000""",
     "planet": """--action_repeat 4 --steps 20000 --train_ratio 128 --free_nats 0.3 --loss_scales.rec 100
     --loss_scales.reward 1""",
-    "dreamerv1": "--steps 32000 --free_nats 1 --loss_scales.rec 10",
-    "dreamerv2": "--steps 32000 --loss_scales.rec 10",
+    "dreamerv1": "--steps 24000 --free_nats 1 --loss_scales.rec 10",
+    "dreamerv2": "--steps 24000 --train_ratio 128 --loss_scales.rec 10",
 }
 IMAGES = {
-    "all": f"""{SHARED} --task custom_benchmarks.goal:Goal --steps 2400 --horizon 20 --eval_every 400
-    --eval_episode_num 20 --encoder.depth 4 --decoder.depth 4""",
+    "all": f"""{SHARED} --task custom_benchmarks.goal:Goal --steps 2400 --batch_size 16 --batch_length 8
+    --horizon 20 --eval_every 400 --eval_episode_num 20
+    --encoder.depth 4 --decoder.depth 4""",
 }
 MISSING = "-"  # what is not finished
 EPISODES = 20  # of each of the baselines
