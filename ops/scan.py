@@ -9,7 +9,8 @@ Those of other weights, such as a norm's scale, are added up in one operation.
 import contextlib
 
 import torch
-import torch.nn.functional as F
+
+from ops.products import matmul, takes_onednn
 
 _multiply = _see = None  # within a step, they replace `multiply` and what `seen` does
 
@@ -63,7 +64,7 @@ def multiply(x, kernel, bias=None):
     """Compute `product` outside a scan."""
     bias = None if bias is None else bias.to(x.dtype)
     if kernel.ndim == 2:
-        return F.linear(x, kernel.to(x.dtype).T, bias)
+        return matmul(x, kernel.to(x.dtype), bias)
     return multiply_blocks(x, kernel.to(x.dtype), None if bias is None else bias[:, None])
 
 
@@ -73,7 +74,7 @@ def multiply_blocks(x, kernel, bias=None):
     bias: (blocks, N or 1, out) that is added, or None.
     """
     x = x.expand(len(kernel), *x.shape) if x.ndim == 2 else x.transpose(0, 1)
-    return (torch.bmm(x, kernel) if bias is None else torch.baddbmm(bias, x, kernel)).transpose(0, 1)
+    return matmul(x, kernel, bias).transpose(0, 1)
 
 
 class Scan:
@@ -164,17 +165,18 @@ class ConstantProduct(torch.autograd.Function):
         ctx.shared, ctx.has_offset = x.ndim < kernel.ndim, offset is not None
         if kernel.ndim == 3:
             return multiply_blocks(x, kernel, None if offset is None else offset.transpose(0, 1))
-        if offset is None:
-            return x @ kernel
+        if offset is None or takes_onednn(x, kernel):
+            out = matmul(x, kernel)
+            return out if offset is None else out + offset
         return torch.addmm(offset.flatten(0, -2), x.flatten(0, -2), kernel).unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(ctx, grad):
         (transposed,) = ctx.saved_tensors
         if ctx.shared:  # the sum over blocks is a part of one product
-            grad_x = grad.flatten(1) @ transposed.flatten(0, 1)
+            grad_x = matmul(grad.flatten(1), transposed.flatten(0, 1))
         else:
-            grad_x = grad @ transposed if transposed.ndim == 2 else multiply_blocks(grad, transposed)
+            grad_x = matmul(grad, transposed) if transposed.ndim == 2 else multiply_blocks(grad, transposed)
         return grad_x, None, None, grad if ctx.has_offset else None
 
 
@@ -198,11 +200,11 @@ class Offsets(torch.autograd.Function):
     def backward(ctx, grad):
         x, grad = torch.cat(ctx.inputs), grad.flatten(0, 1)
         if ctx.shared:
-            kernel = (x.T @ grad.flatten(1)).unflatten(1, grad.shape[1:]).transpose(0, 1)
+            kernel = matmul(x.T, grad.flatten(1)).unflatten(1, grad.shape[1:]).transpose(0, 1)
         elif ctx.blocks:
-            kernel = torch.bmm(x.permute(1, 2, 0), grad.transpose(0, 1))
+            kernel = matmul(x.permute(1, 2, 0), grad.transpose(0, 1))
         else:
             x, grad = x.flatten(0, -2), grad.flatten(0, -2)
-            kernel = x.T @ grad
+            kernel = matmul(x.T, grad)
         bias = grad.sum(0).to(ctx.dtype) if ctx.has_bias else None
         return None, kernel.to(ctx.dtype), bias, None, None
