@@ -48,7 +48,7 @@ LEARN = {  # flags of all versions, and of some
     --horizon 40 --imag_horizon 15 --eval_every 2000 --log_every 1000""",
     "planet": """--action_repeat 4 --steps 20000 --train_ratio 128 --free_nats 0.3 --loss_scales.rec 100
     --loss_scales.reward 1""",
-    "dreamerv1": "--steps 24000 --free_nats 1 --loss_scales.rec 10",
+    "dreamerv1": "--steps 24000 --free_nats 1 --loss_scales.rec 10 --actor.entropy 1",
     "dreamerv2": "--steps 24000 --train_ratio 128 --loss_scales.rec 10",
 }
 IMAGES = {

@@ -1,8 +1,8 @@
 """Matrix products of float32 on a CPU, each by the faster of the two libraries that PyTorch carries.
 
-PyTorch gives them to MKL, which uses half the width of the vector units of AMD's processors with AVX-512: products of
-1,024 rows reach 230 GFLOP/s on two cores of a Zen 5 there, and 500 by oneDNN (docs/performance.md). Large ones go to
-oneDNN on such a processor. Anywhere else, and for other dtypes, PyTorch's own choice stands.
+PyTorch gives them to MKL. On AMD's processors with AVX-512 it reaches less than half of what oneDNN does: 230 and 500
+GFLOP/s on two cores of a Zen 5, for 1,024 rows (docs/performance.md). Large products go to oneDNN there. Anywhere else,
+and for other dtypes, PyTorch's own choice stands.
 """
 
 import pathlib
