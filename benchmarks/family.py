@@ -295,7 +295,7 @@ def draw(out, curves, levels, xlabel, ylabel):
         axes.set_title(f"lines: means of {most} seeds; bands: from the lowest to the highest", fontsize=10)
     axes.grid(alpha=0.25, linewidth=0.5)
     if most:
-        axes.legend(loc="upper left", edgecolor="none", framealpha=1)
+        figure.legend(loc="outside lower center", ncols=5, edgecolor="none")
     figure.savefig(f"{out}.png", dpi=130)
 
 
