@@ -7,6 +7,8 @@ from benchmarks import timing
 from ops import products
 from ops.products import is_amd_with_avx512, matmul, takes_onednn
 from ops.scan import product
+from tests.factories import make_agent, make_batch, shake
+from tests.test_scan import losses_and_gradients
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
 
@@ -86,6 +88,17 @@ def test_compiled(shapes, onednn):
     found = compute(torch.compile(matmul, fullgraph=True))
     assert onednn
     torch.testing.assert_close(found, compute(torch.matmul), rtol=1e-4, atol=1e-4)
+
+
+def test_the_gradients_of_a_world_model_are_the_same(onednn, monkeypatch):
+    """Compare every kind of product in a scan and outside, with offsets and in blocks."""
+    agent, batch = shake(make_agent("proprio")), make_batch("proprio")
+    _, found = losses_and_gradients(agent, batch)
+    assert onednn
+    monkeypatch.setattr(products, "ONEDNN", False)
+    _, expected = losses_and_gradients(agent, batch)
+    for name, grad in found.items():
+        assert (grad - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max() + 1e-8, name
 
 
 def test_flops_are_counted(onednn):
