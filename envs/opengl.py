@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import logging
 import os
 import sys
@@ -32,6 +33,16 @@ def import_suite() -> ModuleType:
         backend = os.environ.get("MUJOCO_GL", "unset")
         raise UserError(f"dm_control cannot be imported (MUJOCO_GL is {backend}): {one_line(error)}") from error
     return suite
+
+
+def load_compiler_first() -> None:
+    """Load Triton's compiler, if it is installed, into a process that may compile: before anything that draws is.
+
+    Mesa, which draws without a GPU, brings an LLVM of its own, as Triton does. Triton's ends with a segmentation fault
+    where Mesa's was loaded before it; the other order works. A worker has no PyTorch, and needs nothing.
+    """
+    if "torch" in sys.modules and importlib.util.find_spec("triton"):
+        import triton  # noqa: F401
 
 
 def close_before_exit(env: Env) -> None:
@@ -77,6 +88,7 @@ def egl_works() -> bool:
 
 def egl_displays() -> list[bool]:
     """Return for each of EGL's devices whether a display opens there."""
+    load_compiler_first()
     name = find_library("EGL")
     if name is None or find_library("GL") is None:
         return []

@@ -39,6 +39,7 @@ from envs.checks import check_same
 from envs.env import Env
 from envs.errors import one_line
 from envs.foreign import Foreign
+from envs.opengl import load_compiler_first
 from envs.wrappers import AutoReset
 from specs import act_spec, step_layout
 from tools import UserError, guard_output
@@ -322,6 +323,7 @@ class Local:
     """
 
     def __init__(self, make: Callable[[int], Env], restart: int):
+        load_compiler_first()
         self._foreign = Foreign("an environment")
         with self._foreign:
             self._env = AutoReset(make(restart))

@@ -256,6 +256,25 @@ def test_mujoco_gl(backend):
         assert hint in result.stderr.splitlines()[-1]
 
 
+COMPILED = """
+    import torch
+    from envs import make_envs
+    from tests.test_envs import make_config
+    config = make_config("dmc_cartpole_balance", mlp_keys="$^", parallel=False, env_timeout=60)
+    envs = make_envs(config, "train", 1)
+    import triton
+    print(envs.obs_space["image"].shape)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is there for Linux alone")
+@pytest.mark.parametrize("backend", ["osmesa", None])
+def test_triton_is_loaded_before_mesa(backend):
+    """A process that draws by Mesa can compile by Triton, whose LLVM ends it where Mesa's was loaded first."""
+    result = run_python(COMPILED, **({"MUJOCO_GL": backend} if backend else {}))
+    assert result.stdout.split() and result.returncode == 0, result.stderr
+
+
 def test_no_renderer_is_one_line(monkeypatch):
     proprio = make_config("dmc_cartpole_balance", cnn_keys="$^")
     make_env(proprio, "train", 0).close()  # dm_control is imported with a renderer, if the machine has one
