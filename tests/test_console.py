@@ -390,6 +390,23 @@ def test_a_file_gets_a_plain_line_every_so_often(now):
     assert screen.getvalue().count("\n") == 3
 
 
+def test_a_few_milliseconds_tell_no_rate(now):
+    """The first updates end a stage, compiling: then two of them and some frames are there after no time."""
+    screen = Screen(terminal=False)
+    progress = Progress(150_000, ahead=lambda: Ahead(150_000 - progress.step, 36_988), stream=screen)
+    drive(progress, now, "prefill", 8, 256)
+    with progress.stage("compiling"):
+        now[0] += 60
+    progress.update("learning", 2048, 0)
+    now[0] += 0.004
+    progress.update("learning", 2052, 2)
+    progress.close()
+    dash = "\N{EN DASH}"
+    assert screen.getvalue().splitlines()[-1] == (
+        f"learning  1%  step 2,052/150,000  {dash} fps  {dash} updates/s  ETA {dash}"
+    )
+
+
 def test_rates_are_recent_and_those_of_the_stage(now):
     progress = Progress(10_000, stream=Screen(False))
     drive(progress, now, "prefill", 20, 400)

@@ -21,6 +21,7 @@ MARK = 1.0  # seconds between the counts that rates are made from
 RECENT = 10  # counts that a rate looks back on; what is left of the time looks back on all
 COUNTS = 300
 ENOUGH = 10  # updates that tell how long one takes
+LEAST = 0.1  # seconds that tell a rate: the first updates are made while they are compiled, where time does not count
 LONG = ("compiling", "evaluating", "filming")  # stages that a file hears of when they first begin
 
 Field = tuple[int, str]  # how important a text is, 0 most, and the text: where room is short, 0 stays longest
@@ -254,6 +255,8 @@ class Progress:
             return (1 - self.share) * (self._now() - self.begun[0]) / done if done > 0 else None
         ahead = self.ahead()
         seconds, frames, updates = self._since(COUNTS)
+        if (ahead.frames or ahead.updates) and seconds < LEAST:
+            return None
         if ahead.updates and updates and (updates >= ENOUGH or not frames):
             left = ahead.updates * seconds / updates
         elif frames and (updates or not ahead.updates):
@@ -276,8 +279,8 @@ class Progress:
             fields += [
                 (1, f"{100 * self.step // max(self.total, 1) if self.share is None else int(100 * self.share)}%"),
                 (7, f"step {self.step:,}/{self.total:,}"),
-                (4, f"{number(frames / seconds)} fps"),
-                (5, f"{number(updates / seconds)} updates/s"),
+                (4, f"{rate(frames, seconds)} fps"),
+                (5, f"{rate(updates, seconds)} updates/s"),
                 *([(3, f"return {number(self.last)}")] if self.last is not None else []),
                 *([(6, f"best {number(self.best)}")] if self.best is not None else []),
             ]
@@ -286,6 +289,11 @@ class Progress:
             elif self.share is None and (self.step < self.total or self.ahead().updates):
                 fields.append((2, f"ETA {clock(self.seconds_left())}"))
         self.line.show(fields)
+
+
+def rate(count: int, seconds: float) -> str:
+    """Return how many there were in a second; a dash for a time that tells nothing."""
+    return number(count / seconds) if seconds >= LEAST else "\N{EN DASH}"
 
 
 def number(value: float) -> str:
