@@ -141,6 +141,10 @@ class Dreamer:
         losses, outs = world.losses(states, post, batch)
         outs["model"] = list(losses)
 
+        if self.explorers and world.encoder.drop:  # what was left out is nothing new: explorers see all of it
+            with torch.no_grad():
+                batch["embed"] = world.encode(batch)
+
         # --- Imagination: act in the model from every state on, and learn from the rewards predicted there.
         with frozen(world), frozen(self.explorers):
             rollout = outs["rollout"] = behavior.rollout(world, states)  # (H + 1, B T, ...)
@@ -337,9 +341,7 @@ def compile_rest(agent):
 
     On a CPU they took 17 s more at every start, and no update took less time that could be seen: docs/performance.md.
     """
-    behaviors = [behavior for behavior in (agent.behavior, agent.expl_behavior) if behavior]
-    calls = [(agent.world, "encode"), (agent.world, "losses"), *((behavior, "replay_losses") for behavior in behaviors)]
-    for part, name in calls:
+    for part, name in [(agent.world, "encode"), (agent.world, "losses"), (agent.behavior, "replay_losses")]:
         setattr(part, name, torch.compile(getattr(part, name), dynamic=False))
 
 

@@ -39,13 +39,13 @@ class DreamerV1(DynamicsBehavior):
         feat = rollout.feat  # (H + 1, N, F)
         with torch.set_grad_enabled(self.share > 0):
             reward, cont, value = rewards(rollout), world.discounts(feat), self.values(feat)  # (H + 1, N)
-            ret = lambda_target(reward[1:], value[1:], cont[1:], self.lam)  # (H - 1, N)
+        ret = lambda_target(reward[1:], value[1:], cont[1:], self.lam)  # (H - 1, N)
         weight = torch.cat([torch.ones_like(cont[:1]), cont[1:-2]]).detach().cumprod(0)  # (H - 1, N)
         offset, scale = self.return_norm(ret.detach())
         adv = (ret - value[:-2]) / scale  # (H - 1, N)
         policy = self.actor(feat[:-2].detach())  # of the action that led to each return's state
         logpi, entropy = policy.log_prob(rollout.actions[:-1].detach()), policy.entropy()  # (H - 1, N)
-        objective = self.share * ret / scale + (1 - self.share) * logpi * adv.detach()
+        objective = self.share * ret / scale + (1 - self.share) * logpi * self.held(adv)
         critic = self.critic(feat[1:-1].detach())
         losses = {
             "policy": -weight * (objective + self.entropy * entropy),

@@ -35,14 +35,14 @@ class DreamerV2(DynamicsBehavior):
             if world.cont is not None:
                 cont = torch.cat([going[None] * self.discount, cont[1:]])  # the truth, where it is known
             value = self.slow(feat).mode()  # (H + 1, N)
-            target = lambda_target(reward, value, cont, self.lam)  # (H, N)
+        target = lambda_target(reward, value, cont, self.lam)  # (H, N)
         weight = torch.cat([torch.ones_like(cont[:1]), cont[:-1]]).cumprod(0).detach()  # (H + 1, N)
 
         # --- Actor: an action counts from the state on that it leads to. Where both gradients are mixed, that of the
         # log-probability also flows through the action, as in the code's `both`.
         policy, ret, adv = self.actor(feat[:-2].detach()), target[1:], target[1:] - value[:-2]  # (H - 1, N)
         logpi, entropy = policy.log_prob(rollout.actions[:-1]), policy.entropy()  # (H - 1, N)
-        objective = self.share * ret + (1 - self.share) * logpi * adv.detach()
+        objective = self.share * ret + (1 - self.share) * logpi * self.held(adv)
 
         # --- Critic
         critic = self.critic(feat[:-1].detach())

@@ -38,13 +38,13 @@ class DynamicsBehavior(ImagBehavior):
         with torch.set_grad_enabled(self.share > 0):
             reward, cont = rewards(rollout), self.discounts(world, feat)  # (H + 1, N)
             value = self.values(feat) if self.share else critic.mode()  # (H + 1, N)
-            ret = lambda_return(torch.zeros_like(cont.T), 1 - cont.T, reward.T, value.T, 1.0, self.lam).T  # (H, N)
+        ret = lambda_return(torch.zeros_like(cont.T), 1 - cont.T, reward.T, value.T, 1.0, self.lam).T  # (H, N)
         weight = self.weigh(cont.detach(), alive)  # (H + 1, N)
         offset, scale = self.return_norm(ret.detach())
         adv = (ret - value[:-1]) / scale  # (H, N)
         policy = self.actor(feat[:-1].detach())
         logpi, entropy = policy.log_prob(rollout.actions.detach()), policy.entropy()
-        objective = (1 - self.share) * logpi * adv.detach()
+        objective = (1 - self.share) * logpi * self.held(adv)
         if self.share:
             objective = objective + self.share * adv
         target = torch.cat([ret, value[-1:]]).detach()
@@ -55,6 +55,13 @@ class DynamicsBehavior(ImagBehavior):
         outs = {"reward": reward, "cont": cont, "weight": weight, "value": value, "slow": slow, "ret": ret, "adv": adv}
         outs |= {"logpi": logpi, "entropy": entropy, "ret_offset": offset, "ret_scale": scale}
         return losses, {name: out.detach() for name, out in outs.items()}
+
+    def held(self, adv):
+        """Return advantages that weigh a log-probability: without their gradient through the dynamics.
+
+        By REINFORCE alone they have none, except towards constants that learn (`behaviors/meta.py`).
+        """
+        return adv.detach() if self.share else adv
 
     def discounts(self, world, feat):
         """Return the discount (H + 1, N) of what follows each state."""

@@ -32,7 +32,8 @@ class MetaGradients(nn.Module):
         theta'(eta) = theta - lr P grad L(theta, eta; first half)
         d eta       = d L0(theta'; second half) / d eta = -(lr P grad L0(theta')) . d/d eta grad L(theta, eta)
 
-    P comes from the optimizer's second moment and is held constant, as are critic, normalizer and world model. Of eta
+    P comes from the optimizer's second moment, without the clip of gradients, and is held constant, as are critic,
+    normalizer and world model. Of eta
     there are the entropy's weight, lambda, and the weight of intrinsic rewards; L0 has the weight `meta.entropy`, the
     configured lambda, and the same rewards. Where the weight of intrinsic ones learns, L0 has the task's alone and a
     critic of these, `TaskCritic`. The numbers that eta is made of (a logarithm or a logit) are moved by Adam without
@@ -51,6 +52,10 @@ class MetaGradients(nn.Module):
             raise UserError(f"--meta.learn {' '.join(names)}: {what}")
         if "intr_scale" in names and not config.intrinsic:
             raise UserError("--meta.learn intr_scale: there is no intrinsic reward to weigh (--intrinsic)")
+        if "intr_scale" in names and config.behavior == "dreamerv1":
+            raise UserError("--meta.learn intr_scale: the judge wants a slow critic, and --behavior dreamerv1 has none")
+        if "lam" in names and not mixes_returns(behavior, config):
+            raise UserError(f"--meta.learn lam: no return mixes others at --imag_horizon {config.imag_horizon}")
         if config.batch_size % 2:
             raise UserError(f"--meta.learn {' '.join(names)}: halves the batch, so --batch_size has to be even")
         self.names, self.lr, self.limit = list(names), config.meta.lr, math.log(config.meta.limit)
@@ -180,7 +185,8 @@ class TaskCritic(nn.Module):
         self.opt.step((seen["weight"][:length].detach() * loss).mean())
         with torch.no_grad():
             slow, fast = list(self.slow.parameters()), list(self.critic.parameters())
-            torch._foreach_lerp_(slow, fast, [learner.slow_rate] * len(slow))
+            rate = learner.slow_rate * (learner.updates % learner.slow_every == 0)
+            torch._foreach_lerp_(slow, fast, [rate] * len(slow))
 
 
 class ActorLoss:
@@ -228,6 +234,12 @@ class Holder(nn.Module):
 def learner_of(behavior):
     """Return the part of a behavior whose constants learn: its manager, if it has one."""
     return getattr(behavior, "manager", behavior)
+
+
+def mixes_returns(behavior, config):
+    """True if lambda enters a return that the actor learns from: the last one is a reward and a value."""
+    choices = config.imag_horizon // (config.hierarchy.every if learner_of(behavior) is not behavior else 1)
+    return choices >= (3 if config.behavior in ("dreamerv1", "dreamerv2") else 2)  # there it skips the first return
 
 
 def with_gradient(rewards, rollout):

@@ -116,9 +116,11 @@ class PPO(ImagBehavior):
                 metrics, going = self.learn_part(part, going)
                 seen.append(torch.stack(list(metrics.values())))
         super().improve(None)
-        factors = {name: getattr(self, f"{name}_opt").factor for name in ("actor", "critic") if self.learns(name)}
-        factors = {f"{name}_factor": factor.clone() for name, factor in factors.items()}
-        return dict(zip(metrics, torch.stack(seen).mean(0), strict=True)) | factors
+        metrics = dict(zip(metrics, torch.stack(seen).mean(0), strict=True))
+        for name in filter(self.learns, ("actor", "critic")):
+            opt = getattr(self, f"{name}_opt")
+            metrics |= {f"{name}_lr": opt.lr * opt.factor, f"{name}_factor": opt.factor.clone()}
+        return metrics
 
     def learns(self, name):
         """True if the rate of the actor or the critic learns, too."""

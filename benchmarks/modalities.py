@@ -73,8 +73,8 @@ CASES = {
     ),
     "babyai": Case(
         """--configs minigrid quickstart --task minigrid_BabyAI-GoToLocal-v0 --steps 20000 --train_ratio 16
-        --horizon 333 --video_pred_log false --eval_every 0 --eval_episode_num 200 --eval_envs 10 --log_every 1000 --text.length 32
-        --encoder.depth 8 --decoder.depth 8 --opt.lr 1e-3""",
+        --horizon 333 --video_pred_log false --eval_every 0 --eval_episode_num 200 --eval_envs 10 --log_every 1000
+        --text.length 32 --encoder.depth 8 --decoder.depth 8 --opt.lr 1e-3""",
         TEXT,
         None,
         "mission_loss",
@@ -82,8 +82,8 @@ CASES = {
     ),
     "atari": Case(
         """--configs atari100k quickstart --task atari100k_pong --atari.sound true --audio.rate 30720 --steps 8000
-        --horizon 333 --train_ratio 64 --eval_every 0 --eval_episode_num 1 --eval_envs 1 --log_every 500 --encoder.depth 8
-        --decoder.depth 8""",
+        --horizon 333 --train_ratio 64 --eval_every 0 --eval_episode_num 1 --eval_envs 1 --log_every 500
+        --encoder.depth 8 --decoder.depth 8""",
         "",
         None,
         "sound_loss",

@@ -53,6 +53,10 @@ class LaProp:
         rate = torch.full_like(self.count, self.lr)
         return rate * (self.count / self.warmup).clamp(max=1) if self.warmup else rate
 
+    def rate(self, name):
+        """Return the rate of a parameter's next update: a 0-d tensor."""
+        return self.learning_rate()
+
     @torch.no_grad()
     def step(self):
         """Update from the gradients in place; return metrics as 0-d tensors."""
@@ -124,6 +128,10 @@ class Adams:
             weight_decay=settings.decay / settings.lr if settings.lr else 0.0,
             capturable=params[0].is_cuda,
         )
+
+    def rate(self, name):
+        """Return the rate of a parameter's next update."""
+        return next(self.settings[group].lr for group, params in self.groups.items() if name in params)
 
     def zero_grad(self):
         """Set all gradients to None."""

@@ -38,7 +38,9 @@ class LearnedRates:
             cosine = self.cosine(group)
             self.factors[group].mul_(1 - self.rate * cosine).clamp_(1 / self.limit, self.limit)
             torch._foreach_copy_(self.steps[group], params)
-            metrics |= {f"meta/{group}_factor": self.factors[group].clone(), f"meta/{group}_cosine": -cosine}
+            rate = self.factors[group] * self.opt.rate(self.names[group][0])
+            metrics |= {f"meta/{group}_lr": rate, f"meta/{group}_factor": self.factors[group].clone()}
+            metrics |= {f"meta/{group}_agreement": -cosine}
         metrics |= self.opt.step()
         for group, params in self.groups.items():
             before, step = self.steps[group], torch._foreach_sub(params, self.steps[group])

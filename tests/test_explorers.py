@@ -369,6 +369,23 @@ def test_a_planner_plans_for_what_is_new_only_to_collect():
     assert asked == [(3, 3 * 20, 6)] * 2
 
 
+@pytest.mark.parametrize("flags", [("--intrinsic", "rnd"), ("--expl_behavior", "rnd")])
+def test_explorers_see_what_learning_leaves_out(flags, monkeypatch):
+    """An observation that `encoder.drop` masks, at random, is no news."""
+    agent, batch = make_agent("mixed", "--encoder.drop", "0.9", *flags), make_batch("mixed")
+    explorer, seen = agent.explorers["rnd"], []
+    losses = explorer.losses
+
+    def recorded(world, states, batch):
+        seen.append(torch.equal(batch["embed"], world.encode(batch)))
+        return losses(world, states, batch)
+
+    monkeypatch.setattr(explorer, "losses", recorded)
+    for _ in range(3):
+        agent.update(dict(batch), initial(agent, len(batch["reward"])))
+    assert seen == [True] * 3
+
+
 @pytest.mark.parametrize("preset", ["curious_icm", "curious_rnd", "empowered", "hierarchical_full"])
 def test_an_agent_that_is_curious_can_be_loaded_elsewhere(preset, tmp_path):
     """Its configuration is read from a file there, where every key is given."""

@@ -55,6 +55,9 @@ class Wrapped:
     def __init__(self, opt):
         self.opt, self.zero_grad = opt, opt.zero_grad
 
+    def rate(self, name):
+        return self.opt.param_groups[0]["lr"]
+
     def step(self):
         self.opt.step()
         return {}
@@ -223,6 +226,9 @@ def test_constants_have_the_derivative_of_differences_in_double():
     assert meta.gradient(*args).tolist() == pytest.approx(differences(meta, 1e-4, *args), rel=1e-3)
 
 
+NORMAL = ["--loss_scales.repval", "0", "--reward_head.dist", "normal", "--critic.dist", "normal"]
+
+
 @pytest.mark.parametrize(
     "kind, flags",
     [
@@ -230,6 +236,9 @@ def test_constants_have_the_derivative_of_differences_in_double():
         ("pixels", ("--intrinsic", "icm")),
         ("proprio", ("--behavior", "ppo", "--intrinsic", "icm")),
         ("pixels", ("--behavior", "hierarchical_ppo", "--intrinsic", "icm", "--imag_horizon", "10")),
+        ("proprio", ("--behavior", "dreamerv1", "--loss_scales.repval", "0")),
+        ("proprio", ("--behavior", "dreamerv2", *NORMAL, "--intrinsic", "icm")),
+        ("proprio", ("--behavior", "dreamerv3_2023", "--loss_scales.repval", "0", "--intrinsic", "icm")),
     ],
 )
 def test_constants_have_the_derivative_of_differences_on_the_agent(kind, flags):
@@ -241,7 +250,8 @@ def test_constants_have_the_derivative_of_differences_on_the_agent(kind, flags):
     behavior, world = agent.behavior, agent.world
     rollout = behavior.rollout(world, batch_states(agent, batch).map(torch.Tensor.detach))
     learner = agent.meta.holders[0]
-    scales = {name: torch.full_like(param, 1.0) for name, param in learner.actor.named_parameters()}
+    scale = 0.1 if "dreamerv2" in flags else 1.0  # DreamerV2 divides its returns by nothing
+    scales = {name: torch.full_like(param, scale) for name, param in learner.actor.named_parameters()}
     learner.return_norm.rate = 1.0
     with frozen(world):
         _, outs = behavior.losses(world, rollout, batch, agent.rewards)
@@ -264,6 +274,18 @@ def test_the_losses_read_the_constants_that_were_learned():
     assert agent.behavior.entropy.data_ptr() == agent.meta.constants.data_ptr()
     assert float(agent.behavior.entropy) != pytest.approx(3e-4, rel=1e-4)
     assert 0 < float(agent.behavior.lam) < 1
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_slow_critic_of_the_task_moves_as_often_as_the_behaviors(steps):
+    flags = ("--intrinsic", "icm", "--critic.slow_every", str(steps), "--critic.slow_rate", "1")
+    agent, batch = learned("intr_scale", updates=1, flags=flags)
+    slow, moved = agent.meta.task_critic.slow, []
+    for _ in range(4):
+        before = [param.clone() for param in slow.parameters()]
+        agent.update(dict(batch), initial(agent, 4))
+        moved.append(any(not torch.equal(old, new) for old, new in zip(before, slow.parameters(), strict=True)))
+    assert sum(moved) == 4 // steps
 
 
 PAID = {"extr": 0.0, "icm": 5.0}
@@ -384,6 +406,9 @@ def test_an_agent_that_begins_to_learn_constants_starts_them_where_they_were():
     assert float(agent.behavior.entropy) == pytest.approx(3e-4) and float(agent.opt.factors["actor"]) == 1
 
 
+IMAGINED = "--loss_scales.repval", "0"  # Dreamer has no critic on replayed data
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -393,6 +418,10 @@ def test_an_agent_that_begins_to_learn_constants_starts_them_where_they_were():
         (("--intrinsic", "rnd", "--expl_critics", "separate", "--meta.learn", "lam"), "one critic"),
         (("--batch_size", "3", "--meta.learn", "lam"), "even"),
         (("--meta.learn", "intr_scale"), "no intrinsic reward"),
+        (("--intrinsic", "rnd", "--behavior", "dreamerv1", "--meta.learn", "intr_scale", *IMAGINED), "slow critic"),
+        (("--imag_horizon", "1", "--meta.learn", "lam"), "mixes"),
+        (("--imag_horizon", "2", "--behavior", "dreamerv2", "--meta.learn", "lam"), "mixes"),
+        (("--imag_horizon", "5", "--behavior", "hierarchical_ppo", "--meta.learn", "lam"), "mixes"),
         (("--lam", "1", "--meta.learn", "lam"), "nothing to start from"),
         (("--actor.entropy", "0", "--meta.learn", "entropy"), "nothing to start from"),
         (("--meta.learn", "actor_lr", "--meta.start", "0.01", "--meta.limit", "10"), "from 0.1 to 10"),
