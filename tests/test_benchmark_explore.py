@@ -58,4 +58,6 @@ def test_who_watches_television_is_told(tmp_path, capsys):
 @pytest.mark.parametrize("name", explore.EXPLORERS)
 def test_every_flag_is_known_to_dreamer(name):
     config = load_config(explore.flags_of(name, "dummy_maze_tv", 2), CONFIGS)
-    assert (config.task, config.seed, config.steps) == ("dummy_maze_tv", 2, 4000)
+    assert (config.task, config.seed, config.steps, config.horizon) == ("dummy_maze_tv", 2, 4000, 33)
+    config = load_config(explore.flags_of(name, "dummy_maze_stay", 2, explore.PLACES), CONFIGS)
+    assert (config.task, config.horizon, config.opt.lr) == ("dummy_maze_stay", 10, 1e-3)
