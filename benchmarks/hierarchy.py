@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from agents import make_agent
 from agents.random import Random
-from benchmarks.family import eval_curve, final_scores, is_done, lines, run_all
+from benchmarks.family import MISSING, eval_curve, final_scores, is_done, lines, run_all
 from benchmarks.pages import markdown, publish
 from envs import make_envs
 from modalities import obs_spec
@@ -83,6 +83,8 @@ def row(name, logdirs, least):
     """Return a line of a table: the last evaluation of each run, and in how many of them it is good enough."""
     finals = [float(np.mean(final_scores(logdir))) for logdir in logdirs]
     first = [next((step for step, score in zip(*eval_curve(d), strict=True) if score >= least), None) for d in logdirs]
+    if not finals:
+        return [name, *[MISSING] * 3]
     told = ", ".join("never" if step is None else f"{step:,}" for step in first)
     enough = sum(score >= least for score in finals)
     return [name, ", ".join(f"{score:.3g}" for score in finals), told, f"{enough} of {len(finals)}"]
