@@ -33,11 +33,10 @@ class MetaGradients(nn.Module):
         d eta       = d L0(theta'; second half) / d eta = -(lr P grad L0(theta')) . d/d eta grad L(theta, eta)
 
     P comes from the optimizer's second moment, without the clip of gradients, and is held constant, as are critic,
-    normalizer and world model. Of eta
-    there are the entropy's weight, lambda, and the weight of intrinsic rewards; L0 has the weight `meta.entropy`, the
-    configured lambda, and the same rewards. Where the weight of intrinsic ones learns, L0 has the task's alone and a
-    critic of these, `TaskCritic`. The numbers that eta is made of (a logarithm or a logit) are moved by Adam without
-    momentum.
+    normalizer and world model. Of eta there are the entropy's weight, lambda, and the weight of intrinsic rewards; L0
+    has the weight `meta.entropy`, the configured lambda, and the same rewards. Where the weight of intrinsic ones
+    learns, L0 has the task's alone and a critic of these, `TaskCritic`. The numbers that eta is made of (a logarithm or
+    a logit) are moved by Adam without momentum.
 
     Args:
       behavior: whose constants learn; names: of `LEARNED`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import logging
@@ -23,6 +24,7 @@ NO_RENDERER = "dm_control finds no headless OpenGL: apt-get install libosmesa6 (
 
 def import_suite() -> ModuleType:
     """Import `dm_control.suite`. Raises UserError where its renderer fails, ImportError where it is missing."""
+    load_compiler_first()
     # Of its own models it says, for each that is loaded, what MuJoCo will not read one day.
     logging.getLogger("absl").addFilter(lambda record: "is deprecated and will be removed" not in record.getMessage())
     try:
@@ -42,7 +44,8 @@ def load_compiler_first() -> None:
     where Mesa's was loaded before it; the other order works. A worker has no PyTorch, and needs nothing.
     """
     if "torch" in sys.modules and importlib.util.find_spec("triton"):
-        import triton  # noqa: F401
+        with contextlib.suppress(ImportError):  # one that cannot be loaded ends nothing
+            import triton  # noqa: F401
 
 
 def close_before_exit(env: Env) -> None:
