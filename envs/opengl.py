@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib.util
 import logging
 import os
 import sys
@@ -43,8 +42,8 @@ def load_compiler_first() -> None:
     Mesa, which draws without a GPU, brings an LLVM of its own, as Triton does. Triton's ends with a segmentation fault
     where Mesa's was loaded before it; the other order works. A worker has no PyTorch, and needs nothing.
     """
-    if "torch" in sys.modules and importlib.util.find_spec("triton"):
-        with contextlib.suppress(ImportError):  # one that cannot be loaded ends nothing
+    if "torch" in sys.modules:
+        with contextlib.suppress(ImportError):
             import triton  # noqa: F401
 
 

@@ -271,6 +271,7 @@ def test_the_runs_that_are_measured_are_valid():
     config = load_config(["--configs", "quickstart", "hierarchical", *measured.WORKER.split()], CONFIGS)
     assert config.imag_horizon == config.hierarchy.every and not config.replay_context
     assert load_config(["--configs", "quickstart", *measured.CARTPOLE.split()], CONFIGS).task == "gym_CartPole-v1"
+    assert measured.row("not run", [], 195) == ["not run", "-", "-", "-"]
 
 
 # ---------------------------------------------------------------------------

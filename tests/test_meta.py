@@ -323,6 +323,15 @@ def test_constants_and_rates_stay_within_their_limit():
 # Saving, errors
 
 
+@pytest.mark.parametrize("flags, rate", [(("--opt.warmup", "0"), 4e-3), (("--optimizer", "adam"), 2e-3)])
+def test_rates_that_learn_are_logged_themselves(flags, rate):
+    flags = ("--opt.lr", "4e-3", "--actor_opt.lr", "2e-3", "--meta.start", "0.5", "--meta.rate", "0", *flags)
+    agent, batch = learned("actor_lr", updates=0, flags=flags)
+    _, metrics = agent.update(dict(batch), initial(agent, 4))
+    assert float(metrics["meta/actor_lr"]) == pytest.approx(rate / 2)
+    assert float(metrics["meta/actor_factor"]) == 0.5
+
+
 @pytest.mark.parametrize("behavior", ["ppo", "hierarchical_ppo"])
 def test_rates_of_a_behavior_that_trains_itself_learn_too(behavior):
     flags = ("--behavior", behavior, "--imag_horizon", "10")
@@ -334,6 +343,7 @@ def test_rates_of_a_behavior_that_trains_itself_learn_too(behavior):
     )
     _, metrics = agent.update(dict(batch), initial(agent, 4))
     assert sum(name.endswith("actor_factor") for name in metrics) == len(own)
+    assert sum(name.endswith("actor_lr") for name in metrics) == len(own)
 
 
 def test_the_factor_of_an_own_adam_moves_as_that_of_learned_rates():
