@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import modalities
 from agents.older import modernize
 from agents.showing import pictures
-from behaviors import make_behavior
+from behaviors import EXPLORING, make_behavior
 from behaviors.meta import LEARNED, MetaGradients
 from explorers import EXPLORERS, explorer_rewards, make_explorers, perturb, received, task_rewards
 from models import WorldModel, frozen
@@ -43,12 +43,11 @@ RESERVED |= {"embed", "model"}  # what a batch gets besides, and the sum of the 
 
 
 class Carry(NamedTuple):
-    """Memory of acting: State (N, ...), the last action (N, A), and the carries of task and explorer themselves."""
+    """Memory of acting: State (N, ...), the last action (N, A), and the carry of the task's behavior itself."""
 
     state: State
     action: torch.Tensor
     task: Any = ()
-    explorer: Any = ()
 
 
 class Dreamer:
@@ -72,10 +71,11 @@ class Dreamer:
         self.explorer = self.expl_behavior = None
         nets = {"world": self.world, "behavior": self.behavior}
         if config.expl_behavior in EXPLORERS:
-            learned = config.behavior if self.behavior.policies() else "actor_critic"
             self.explorer = nets["explorer"] = self.explorers[config.expl_behavior]
             self.expl_rewards = explorer_rewards(self.world, self.explorer, config)
-            self.expl_behavior = nets["expl_behavior"] = make(learned, rewards=self.expl_rewards)
+            self.expl_behavior = nets["expl_behavior"] = make(
+                EXPLORING.get(config.behavior, config.behavior), rewards=self.expl_rewards
+            )
         added = {name: source for name, source in self.explorers.items() if source is not self.explorer}
         nets |= {"intrinsic": nn.ModuleDict(added)} if added else {}
         self.nets = nn.ModuleDict(nets).to(self.device)
@@ -220,8 +220,7 @@ class Dreamer:
         """Return the Carry before the first step of `count` environments."""
         state = self.world.rssm.initial(count, self.device, self.dtype)
         action = torch.zeros(count, self.act_spec.size, device=self.device)
-        pair = self.behavior, self.expl_behavior
-        return Carry(state, action, *(behavior.initial(count, self.device) if behavior else () for behavior in pair))
+        return Carry(state, action, self.behavior.initial(count, self.device))
 
     @eagerly
     @torch.no_grad()
@@ -256,16 +255,15 @@ class Dreamer:
         embed = world.encode(world.encoder.prepare(obs))  # (N, 1, E)
         states, _ = world.rssm.observe(embed, carry.action[:, None], obs["is_first"], carry.state)
         state = states.map(lambda x: x[:, 0])  # (N, ...)
-        fresh = self.initial(first.shape[0]) if tree_leaves(carry[2:]) else carry
+        fresh = self.initial(first.shape[0]) if tree_leaves(carry.task) else carry
         task = tree_map(functools.partial(restart, first), fresh.task, carry.task)
-        explorer = tree_map(functools.partial(restart, first), fresh.explorer, carry.explorer)
-        if mode == "explore" and self.expl_behavior:
-            action, explorer = self.expl_behavior.act(world, state, explorer, mode)
+        if mode == "explore" and self.expl_behavior:  # which carries nothing
+            action, _ = self.expl_behavior.act(world, state, (), mode)
         else:
             action, task = self.behavior.act(world, state, task, mode)
         if mode in COLLECTING and self.expl_noise:
             action = perturb(action, self.act_spec, self.expl_noise)
-        return Carry(state, action, task, explorer)
+        return Carry(state, action, task)
 
     @eagerly
     def report(self, arrays, seen, carry=None):

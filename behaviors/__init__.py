@@ -26,6 +26,9 @@ BEHAVIORS = {
     "ppo": ("behaviors.ppo", "PPO"),
     "hierarchical_ppo": ("behaviors.hierarchy", "HierarchicalPPO"),
 }
+# What an explorer's own behavior is where the task's plans, or has a manager: one policy finds as many cells of a maze
+# as a hierarchy of its own does, in less time (docs/motivation.md). A manager is curious by `intrinsic`.
+EXPLORING = dict.fromkeys(("cem", "hierarchical_ppo"), "actor_critic")
 
 
 class Behavior(Protocol):

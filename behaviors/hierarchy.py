@@ -31,7 +31,8 @@ class HierarchicalPPO(nn.Module):
 
         state       s_0        s_1   ...   s_k               s_k+1   ...   s_2k
         goal        g_0        g_0         g_k               g_k
-        worker      sees [s_t, g], is paid for how near deter_t+1 is to g; a piece ends with a value in s_k under its g
+        worker      sees [s_t, g], is paid for how near deter_t+1 is to g, in a terminal state for `staying` there;
+                    a piece ends with a value in s_k under its g
         manager     sees s_0 and s_k; a choice is paid sum_i (c_1 ... c_i-1) R_i over its k steps, and what follows it
                     counts c_1 ... c_k, with c the predicted continuation times the discount gamma = 1 - 1 / horizon
 
@@ -139,9 +140,10 @@ class HierarchicalPPO(nn.Module):
         mixed, weight = self.extr_scale * reward + self.expl_scale * self.novelty(error), cont.cumprod(0)
         manager = self.manager.estimate(feat[::k], rollout.codes, *decisions(mixed, cont, k), weight[::k])
         near = self.goals.near(rollout.goals.flatten(0, 1), pieces(deter, k))  # (k + 1, P N)
-        actions = pieces(rollout.actions, k, 0)
-        worker = self.worker.estimate(self.worker_feat(rollout), actions, near, pieces(cont, k), pieces(weight, k))
-        outs = {"reward": reward, "error": error}
+        lasting, own = pieces(cont, k), pieces(weight, k)
+        paid = staying(near, lasting, self.worker.discount)
+        worker = self.worker.estimate(self.worker_feat(rollout), pieces(rollout.actions, k, 0), paid, lasting, own)
+        outs = {"reward": reward, "error": error, "near": near[-1]}
         outs |= {f"manager_{name}": value for name, value in manager.items()}
         return {}, outs | {f"worker_{name}": value for name, value in worker.items()}
 
@@ -170,7 +172,7 @@ class HierarchicalPPO(nn.Module):
         metrics = {"imag_reward": outs["reward"].mean(), "goal_novelty": outs["error"].mean()}
         for name in ("worker", "manager"):
             metrics |= {f"{name}_{k}": v for k, v in getattr(self, name).metrics(part_of(outs, name)).items()}
-        near = outs["worker_reward"][-1]
+        near = outs["near"]
         return metrics | {"worker_cosine": near.mean(), "worker_success": (near > 0.7).float().mean()}
 
 
@@ -191,6 +193,17 @@ def pieces(x, every, more=1):
     """
     starts = range(0, len(x) - more, every)
     return torch.stack([x[start : start + every + more] for start in starts], 1).flatten(1, 2)
+
+
+def staying(reward, cont, discount):
+    """Return rewards (...) on arriving that pay in a terminal state at once what staying there for good would.
+
+        r + (discount - cont) (r + discount r + discount^2 r + ...),      cont the discount (...) of what follows
+
+    A worker is paid as long as it is near: else it would keep away from a goal that ends the episode, and where goals
+    are far, and max-cosines negative, an end anywhere would be as good as any.
+    """
+    return reward * (1 + (discount - cont) / (1 - discount))
 
 
 def decisions(reward, cont, every):

@@ -13,10 +13,10 @@ import benchmarks.hierarchy as measured
 from agents import make_agent as make_from
 from agents.acting import ActingStep, make_decoder
 from behaviors.goals import GoalAutoencoder, Novelty, max_cosine
-from behaviors.hierarchy import decisions, pieces
+from behaviors.hierarchy import decisions, pieces, staying
 from envs import make_envs
 from modalities import obs_spec
-from models import frozen
+from models import ImagBehavior, frozen
 from ops.random import drawing_from
 from specs import act_spec
 from tests.factories import (
@@ -123,14 +123,15 @@ def test_a_goal_is_chosen_at_the_start_and_every_k_steps_and_never_outlives_its_
     assert carry.task[1].tolist() == [2, 2 * K + 2 - 3 - K]
 
 
-def test_the_task_and_an_explorer_have_goals_of_their_own_side_by_side():
+def test_an_explorer_has_no_goals_and_the_hierarchy_takes_over_within_an_episode():
     agent = make("proprio", "--expl_behavior", "plan2explore")
+    assert type(agent.expl_behavior) is ImagBehavior
     obs = make_obs("proprio", count=2, is_first=True)
     _, first = act(agent, obs, None, "explore", seed=0)
-    assert first.explorer[0].any() and not first.task[0].any() and first.task[1].tolist() == [0, 0]
+    assert not first.task[0].any() and first.task[1].tolist() == [0, 0]
     obs["is_first"][:] = False
-    _, second = act(agent, obs, first, "mode")  # the task takes over within the episode, with a goal that is new
-    assert second.task[0].any() and torch.equal(second.explorer[0], first.explorer[0])
+    _, second = act(agent, obs, first, "mode")
+    assert second.task[0].any() and second.task[1].tolist() == [1, 1]
 
 
 def test_what_a_policy_is_asked_for_its_mode_depends_on_no_draw():
@@ -189,11 +190,14 @@ def test_the_worker_is_paid_for_nearness_and_the_manager_for_the_rewards_of_its_
     agent = make("proprio", "--hierarchy.expl_scale", "0", "--hierarchy.extr_scale", "2", "--ppo.advantage", "none")
     rollout, outs = imagined(agent)
     goals, deter = agent.behavior.goals, rollout.states.deter
-    near = goals.near(rollout.goals[1], deter[K + 1])  # on arriving in the second piece's first state
-    torch.testing.assert_close(outs["worker_reward"][1].view(2, 15)[1], near)
-    under_old = goals.near(rollout.goals[0], deter[K])  # where a piece ends, its own goal counts
-    torch.testing.assert_close(outs["worker_reward"][K].view(2, 15)[0], under_old)
     cont = agent.world.discounts(rollout.feat)
+    near = goals.near(rollout.goals[1], deter[K + 1])  # on arriving in the second piece's first state
+    paid = staying(near, cont[K + 1], agent.world.discount)
+    torch.testing.assert_close(outs["worker_reward"][1].view(2, 15)[1], paid)
+    under_old = goals.near(rollout.goals[0], deter[K])  # where a piece ends, its own goal counts
+    paid = staying(under_old, cont[K], agent.world.discount)
+    torch.testing.assert_close(outs["worker_reward"][K].view(2, 15)[0], paid)
+    torch.testing.assert_close(outs["near"].view(2, 15)[0], under_old)
     weight = cont.cumprod(0)
     torch.testing.assert_close(outs["worker_weight"].view(K + 1, 2, 15)[2, 1], weight[K + 2])
     paid = 2 * sum(cont[K + 1 : K + i].prod(0) for i in range(1, K + 1))  # rewards of 1
@@ -233,6 +237,12 @@ def test_all_parts_learn_and_no_gradient_of_theirs_reaches_the_world_model(versi
     for part in (*parts, "goals.encoder", "goals.decoder"):
         assert any(not torch.equal(after[n], before[n]) for n in after if n.startswith(f"behavior.{part}.")), part
     assert metrics.keys() >= {"worker_policy_loss", "manager_value_loss", "goal_loss", "worker_success"}
+
+
+def test_a_worker_is_paid_in_a_terminal_state_for_staying_there():
+    cont = torch.tensor([0.9, 0.0, 0.45, 0.0])
+    paid = staying(torch.tensor([0.5, 0.5, 0.5, -0.2]), cont, 0.9)
+    assert paid.tolist() == pytest.approx([0.5, 5.0, 0.5 + 0.5 * 0.9 * 5.0, -2.0])  # 0.5 / (1 - 0.9)
 
 
 def test_a_horizon_that_goals_do_not_divide_is_refused_in_one_line():
