@@ -1,5 +1,7 @@
 """Heads and the actor."""
 
+import math
+
 import torch
 import torch.nn as nn
 
@@ -78,6 +80,13 @@ class ActionHead(nn.Module):
             return dists.MultiOneHot(*outs, self.classes, self.config.unimix)
         return self.kind(*outs, self.config.min_std, self.config.max_std)
 
+    def entropy_ranges(self):
+        """Return the least and the greatest entropy of each variable: [(low, high)]."""
+        if self.classes:
+            return [(0.0, math.log(count)) for count in self.classes]
+        width = self.outs["mean"].kernel.shape[1]
+        return [self.kind.entropy_range(self.config.min_std, self.config.max_std)] * width
+
 
 class Actor(nn.Module):
     """Features -> distribution of the action vector: one head per action key."""
@@ -99,3 +108,7 @@ class Actor(nn.Module):
         """Draw the noise that the distribution's `sample` takes: (*shape, n)."""
         pairs = zip(self.heads, self.spec.variables.values(), strict=True)
         return torch.cat([head.kind.noise((*shape, width), device) for head, width in pairs], -1)
+
+    def entropy_ranges(self):
+        """Return the least and the greatest entropy of each variable of the action: [(low, high)]."""
+        return [pair for head in self.heads for pair in head.entropy_ranges()]

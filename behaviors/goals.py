@@ -9,11 +9,11 @@ import torch.nn as nn
 from ops import collectives
 from ops.distributions import OneHot
 from ops.layers import MLP, Linear, Style
+from ops.math import correction
 from ops.optim import OwnAdam
 from ops.random import rand
 
-ROOM, SPEED = 0.1, 0.1  # how far the KL may be from its target, and how fast its weight then moves
-LEAST, MOST = 1e-5, 1.0  # bounds of that weight
+LEAST, MOST = 1e-5, 1.0  # bounds of the weight of the KL
 RATE = 0.01  # of running means, once they are of as many batches
 
 
@@ -81,10 +81,7 @@ class GoalAutoencoder(nn.Module):
         errors, kls = self.loss(deter, rand((len(deter), self.shape[0]), deter.device))
         error, kl = errors.mean(), kls.mean()
         with torch.no_grad():
-            seen = collectives.mean(kl)
-            up, down = seen > self.target * (1 + ROOM), seen < self.target / (1 + ROOM)
-            factor = torch.where(up, 1 + SPEED, torch.where(down, 1 / (1 + SPEED), 1.0))
-            self.beta.mul_(factor).clamp_(LEAST, MOST)
+            self.beta.mul_(correction(collectives.mean(kl), self.target)).clamp_(LEAST, MOST)
             self.count += 1
             self.usual.lerp_(collectives.mean(deter.mean(0)), (1 / self.count).clamp(min=RATE))
         loss = error + self.beta * kl

@@ -3,12 +3,14 @@
 import functools
 
 import torch
+import torch.nn as nn
 
 from models import ImagBehavior
 from ops import collectives
-from ops.math import lambda_return
+from ops.math import correction, lambda_return
 from ops.optim import OwnAdam
 from ops.random import rand
+from tools import UserError
 
 
 class PPO(ImagBehavior):
@@ -38,6 +40,7 @@ class PPO(ImagBehavior):
         self.normalize = ADVANTAGES[c.advantage]
         meta = config.meta
         learned = dict.fromkeys(meta.learn, (meta.rate, meta.limit, meta.start))
+        self.adapted = AdaptedEntropy(self.actor, config) if c.entropy_target else None
         make = functools.partial(OwnAdam, eps=c.eps, clip=c.grad_clip)
         self.actor_opt = make(self.actor.parameters(), c.actor_lr, learned=learned.get("actor_lr"))
         self.critic_opt = make(self.critic.parameters(), c.critic_lr, learned=learned.get("critic_lr"))
@@ -45,6 +48,10 @@ class PPO(ImagBehavior):
     def optimized(self):
         """There is nothing for the agent's optimizer."""
         return {}
+
+    def bonus(self, policy):
+        """Return what the entropy of a policy adds to its gain, of its batch shape."""
+        return self.adapted(policy) if self.adapted else self.entropy * policy.entropy()
 
     def compile_parts(self):
         """Compile the policy's step in imagination, the estimates, and what a minibatch costs."""
@@ -88,7 +95,8 @@ class PPO(ImagBehavior):
         policy = self.actor(feat[:-1])
         logpi, entropy = policy.log_prob(actions), policy.entropy()  # (H, N)
         outs = {"reward": reward, "cont": cont, "weight": weight, "value": value, "slow": slow, "ret": ret, "adv": adv}
-        return outs | {"logpi": logpi, "entropy": entropy, "ret_offset": offset, "ret_scale": scale}
+        outs |= {"logpi": logpi, "entropy": entropy, "ret_offset": offset, "ret_scale": scale}
+        return outs | ({"entropy_share": self.adapted.shares(policy).flatten(0, 1).mean(0)} if self.adapted else {})
 
     def replay_losses(self, world, states, batch, outs):
         """Nothing is learned from replayed rewards."""
@@ -117,6 +125,7 @@ class PPO(ImagBehavior):
                 seen.append(torch.stack(list(metrics.values())))
         super().improve(None)
         metrics = dict(zip(metrics, torch.stack(seen).mean(0), strict=True))
+        metrics |= self.adapted.adapt(outs["entropy_share"]) if self.adapted else {}
         for name in filter(self.learns, ("actor", "critic")):
             opt = getattr(self, f"{name}_opt")
             metrics |= {f"{name}_lr": opt.lr * opt.factor, f"{name}_factor": opt.factor.clone()}
@@ -150,7 +159,7 @@ class PPO(ImagBehavior):
         change = policy.log_prob(actions) - logpi
         ratio = change.exp()
         gain = torch.minimum(ratio * adv, ratio.clamp(1 - self.clip, 1 + self.clip) * adv)
-        loss = -(weight * (gain + self.entropy * policy.entropy())).mean()
+        loss = -(weight * (gain + self.bonus(policy))).mean()
         with torch.no_grad():  # the KL by its estimate E[ratio - 1 - log ratio], which is never negative
             kl = (weight * (ratio - 1 - change)).sum() / weight.sum().clamp(min=1e-8)
             clipped = ((ratio - 1).abs() > self.clip).float().mean()
@@ -169,6 +178,49 @@ class PPO(ImagBehavior):
             clipped = value + (now - value).clamp(-self.value_clip, self.value_clip)
             loss = loss * ((now - ret).square() >= (clipped - ret).square())
         return (weight * loss).mean()
+
+
+class AdaptedEntropy(nn.Module):
+    """A bonus for entropy whose weights hold it near a share of the greatest (danijar/director, AutoAdapt).
+
+        share = (entropy - least) / (greatest - least)       of each variable of the action
+        bonus = sum of weight * share
+
+    A weight starts at 1 and is multiplied or divided by 1.1 in an update whose share is more than 10 % below or above
+    `ppo.entropy_target`, within [1e-5, 100].
+
+    Args:
+      actor: Actor; config: the whole configuration.
+    Raises UserError if meta-gradients move the weight, too, or a deviation of 0 is allowed.
+    """
+
+    LEAST, MOST = 1e-5, 100.0
+
+    def __init__(self, actor, config):
+        super().__init__()
+        self.target = config.ppo.entropy_target
+        low, high = torch.tensor(actor.entropy_ranges()).unbind(-1)
+        if "entropy" in config.meta.learn:
+            raise UserError("--meta.learn entropy: its weight is held to --ppo.entropy_target; 0 for a constant one")
+        if not torch.isfinite(low).all():
+            raise UserError("--ppo.entropy_target: --actor.min_std has to be above 0")
+        self.register_buffer("low", low, persistent=False)
+        self.register_buffer("extent", high - low, persistent=False)
+        self.register_buffer("weight", torch.ones_like(low))
+
+    def shares(self, policy):
+        """Return the share of the greatest entropy that a policy has, of each variable (..., n)."""
+        return (policy.entropies() - self.low) / self.extent
+
+    def forward(self, policy):
+        """Return the bonus of a policy, of its batch shape."""
+        return (self.weight * self.shares(policy)).sum(-1)
+
+    @torch.no_grad()
+    def adapt(self, share):
+        """Move the weights by the mean shares (n,) of a batch; return metrics as 0-d tensors."""
+        self.weight.mul_(correction(self.target, collectives.mean(share))).clamp_(self.LEAST, self.MOST)
+        return {"entropy_share": share.mean(), "entropy_weight": self.weight.mean()}
 
 
 def standardized(adv, weight, scale):

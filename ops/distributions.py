@@ -132,6 +132,10 @@ class MultiOneHot:
     def entropy(self):
         return sum(part.entropy() for part in self.parts)
 
+    def entropies(self):
+        """Return the entropy of each variable (..., n)."""
+        return torch.stack([part.entropy() for part in self.parts], -1)
+
 
 class Classes(MultiOneHot):
     """A vector of integers, as an observation: `log_prob` takes, and `mode` returns, indices (..., n)."""
@@ -177,13 +181,23 @@ class Normal:
         return (-0.5 * z.square() - self.stddev.log() - HALF_LOG_2PI).sum(-1)
 
     def entropy(self):
-        return (self.stddev.log() + 0.5 + HALF_LOG_2PI).sum(-1)
+        return Normal.entropies(self).sum(-1)
+
+    def entropies(self):
+        """Return the entropy of each number (..., n)."""
+        return self.stddev.log() + 0.5 + HALF_LOG_2PI
 
     def kl(self, other):
         """Return KL(self || other) in nats (...)."""
         ratio = (self.stddev / other.stddev).square()
         distance = ((self.mean - other.mean) / other.stddev).square()
         return 0.5 * (ratio + distance - 1 - ratio.log()).sum(-1)
+
+    @classmethod
+    def entropy_range(cls, min_std, max_std):
+        """Return the least and the greatest entropy of an action with mean 0, of a policy with these bounds."""
+        ends = cls(torch.zeros(2), torch.tensor([-math.inf, math.inf]), min_std, max_std)
+        return tuple(ends.entropies().tolist())
 
 
 class BoundedNormal(Normal):
@@ -230,8 +244,15 @@ class TruncatedNormal(Normal):
         return super().log_prob(value) - self.inside.log().sum(-1)
 
     def entropy(self):
+        return super().entropy() + self._cut().sum(-1)
+
+    def entropies(self):
+        return super().entropies() + self._cut()
+
+    def _cut(self):
+        """Return what cutting off the tails adds to each number's entropy (..., n)."""
         edges = [z * torch.exp(-0.5 * z.square() - HALF_LOG_2PI) for z in (self.low, self.high)]
-        return super().entropy() + (self.inside.log() + (edges[0] - edges[1]) / (2 * self.inside)).sum(-1)
+        return self.inside.log() + (edges[0] - edges[1]) / (2 * self.inside)
 
 
 class TanhNormal(Normal):
@@ -242,8 +263,10 @@ class TanhNormal(Normal):
     """
 
     SAMPLES = 100  # from which `mode` chooses
+    UNIFORM = math.log(2)  # entropy over [-1, 1], which none exceeds; wider normals pile up at the bounds
     # Nodes of Gaussian quadrature and their weights.
     NODES = list(zip(*(x.tolist() for x in np.polynomial.hermite_e.hermegauss(15)), strict=True))
+    ROOT = math.sqrt(2 * math.pi)  # the sum of the weights
 
     def __init__(self, mean, stddev, min_std, max_std):
         start = math.log(math.expm1(max_std))
@@ -268,10 +291,20 @@ class TanhNormal(Normal):
         """Return the log-probability (...) of tanh(z), exact even where tanh rounds to 1."""
         return super().log_prob(z) - log_slope_of_tanh(z).sum(-1)
 
+    @classmethod
+    def entropy_range(cls, min_std, max_std):
+        least = cls(torch.zeros(1), torch.tensor([-math.inf]), min_std, max_std)
+        return least.entropies().item(), cls.UNIFORM
+
     def entropy(self):
         """Return the normal's entropy plus the mean log-slope of tanh, which quadrature computes."""
-        slopes = (weight * log_slope_of_tanh(self.mean + self.stddev * node) for node, weight in self.NODES)
-        return super().entropy() + sum(slopes).sum(-1) / math.sqrt(2 * math.pi)
+        return super().entropy() + self._slopes().sum(-1) / self.ROOT
+
+    def entropies(self):
+        return super().entropies() + self._slopes() / self.ROOT
+
+    def _slopes(self):
+        return sum(weight * log_slope_of_tanh(self.mean + self.stddev * node) for node, weight in self.NODES)
 
 
 def log_slope_of_tanh(x):
@@ -304,6 +337,10 @@ class Joint:
 
     def entropy(self):
         return sum(part.entropy() for part in self.parts)
+
+    def entropies(self):
+        """Return the entropy of each variable of the action vector (..., n)."""
+        return torch.cat([part.entropies() for part in self.parts], -1)
 
 
 def symexp_bins(count):

@@ -1,4 +1,4 @@
-"""Mathematics that the versions share: symlog and returns."""
+"""Mathematics that the versions share: symlog, returns, and weights that hold something near its target."""
 
 import torch
 
@@ -68,3 +68,15 @@ def discounted_sums(base, decay, last):
         base, decay = (torch.cat(pair, -1) for pair in zip((base, decay), tails, strict=True))
         n *= 2
     return base[..., :-1]
+
+
+def correction(seen, target, room=0.1, speed=0.1):
+    """Return by what to multiply the weight of a loss that holds down what is `seen` (danijar/director, AutoAdapt).
+
+    1 + speed where it is above its target by more than `room`, a share; 1 / (1 + speed) where it is below; else 1. For
+    a loss that holds it up, change places.
+
+    Args: tensors that broadcast, or one of them a number above 0.
+    """
+    up, down = seen > target * (1 + room), seen * (1 + room) < target
+    return torch.where(up, 1 + speed, torch.where(down, 1 / (1 + speed), 1.0))

@@ -28,6 +28,14 @@ def test_conformance(task):
     check_conformance(make(task, (16, 32)), steps=105)
 
 
+def test_the_far_corner_of_the_maze_pays_once_and_ends_the_episode():
+    env = make("maze")
+    env.reset()
+    *way, there = play(env, "d" * 4 + "r" * 14 + "d" * 14 + "r" * 4)  # by two doors
+    assert there["reward"] == 1 and there["is_terminal"] and len(way) + 1 == 36
+    assert not any(obs["reward"] or obs["is_last"] for obs in way)
+
+
 def test_empowerment_of_a_cell_is_the_logarithm_of_the_cells_that_can_be_reached():
     maze, five = (MAZES[name](np.random.default_rng(0), (64, 64)) for name in ("maze", "maze_stay"))
     corner, wall, floor, door = (0, 0), (0, 4), (4, 5), (9, 4)

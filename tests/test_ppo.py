@@ -9,8 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from behaviors.ppo import PPO, standardized
+from behaviors.ppo import PPO, AdaptedEntropy, standardized
 from models import ImagBehavior, Rollout
+from networks import CONTINUOUS
+from ops.distributions import MultiOneHot
 from ops.optim import OwnAdam
 from specs import ActionSpec
 from tests.factories import (
@@ -22,6 +24,7 @@ from tests.factories import (
     parameters,
     shake,
 )
+from tools import UserError
 
 BOX, DISCRETE = ActionSpec({"action": 2}, {}), ActionSpec({"action": 5}, {"action": [2, 3]})
 every_spec = pytest.mark.parametrize("spec", [BOX, DISCRETE], ids=["continuous", "discrete"])
@@ -56,7 +59,9 @@ def test_advantages_are_discounted_sums_of_surprises():
     reward, cont = torch.tensor([9.0, 1.0, 0.0, 2.0])[:, None], torch.tensor([0.7, 0.9, 0.8, 0.5])[:, None]
     heads = {"critic": given(mode=value), "slow": given(mode=slow)}
     heads["actor"] = given(log_prob=torch.zeros(3, 1), entropy=torch.zeros(3, 1))
-    fake = SimpleNamespace(**heads, lam=0.5, return_norm=behavior.return_norm, normalize=behavior.normalize)
+    fake = SimpleNamespace(
+        **heads, adapted=None, lam=0.5, return_norm=behavior.return_norm, normalize=behavior.normalize
+    )
     outs = PPO.estimate(fake, torch.zeros(4, 1, F), torch.zeros(3, 1, 2), reward, cont, cont.cumprod(0))
     # delta: 1 + 0.9 * 1 - 0.5 = 1.4, 0 + 0.8 * -1 - 1 = -1.8, 2 + 0.5 * 0.25 + 1 = 3.125
     expected = [1.4 + 0.45 * (-1.8 + 0.4 * 3.125), -1.8 + 0.4 * 3.125, 3.125]  # 0.45 = lam * 0.9
@@ -73,10 +78,12 @@ def test_standardized_advantages_by_hand():
 
 
 def test_the_clipped_ratio_by_hand():
-    behavior = make_behavior(PPO, BOX, "--actor.entropy", "0.5")
+    behavior = make_behavior(PPO, BOX)
     ratio, adv = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.1]), torch.tensor([1.0, -1.0, 1.0, -1.0, 2.0])
     fake = SimpleNamespace(
-        clip=behavior.clip, entropy=0.5, actor=given(log_prob=ratio.log() - 3, entropy=torch.ones(5))
+        clip=behavior.clip,
+        bonus=lambda policy: 0.5 * policy.entropy(),
+        actor=given(log_prob=ratio.log() - 3, entropy=torch.ones(5)),
     )
     old, weight = torch.full((5,), -3.0), torch.tensor([1.0, 1.0, 1.0, 1.0, 0.5])
     loss, kl, clipped = PPO.policy_loss(fake, None, None, old, adv, weight)
@@ -179,8 +186,61 @@ def test_good_actions_become_more_likely_within_the_clip(spec):
     assert (before["weight"][:-1] * before["adv"] * change).sum() > 0 and 0 < metrics["actor_kl"] < 0.2
 
 
-def test_compiled_parts_equal_the_eager_ones(monkeypatch):
-    behaviors, compiled, results = [make_behavior(PPO, DISCRETE, "--ppo.minibatches", "1") for _ in range(2)], [], []
+# ---------------------------------------------------------------------------
+# Adapted entropy
+
+HELD = "--ppo.entropy_target", "0.5"
+
+
+def test_each_entropy_has_a_weight_that_holds_it_near_its_share_of_the_greatest():
+    adapted = AdaptedEntropy(make_behavior(PPO, DISCRETE).actor, make_config(*HELD))
+    policy = MultiOneHot(torch.tensor([0.0, 0.0, 0.0, 0.0, -99.0]), [2, 3])  # uniform over two of two, two of three
+    assert adapted.shares(policy).tolist() == pytest.approx([1, math.log(2) / math.log(3)])
+    adapted.weight.copy_(torch.tensor([0.2, 0.4]))
+    assert float(adapted(policy)) == pytest.approx(0.2 + 0.4 * math.log(2) / math.log(3))
+    metrics = adapted.adapt(torch.tensor([0.44, 0.56]))
+    assert adapted.weight.tolist() == pytest.approx([0.2 * 1.1, 0.4 / 1.1])
+    assert [float(value) for value in metrics.values()] == pytest.approx([0.5, (0.22 + 0.4 / 1.1) / 2])
+    adapted.adapt(torch.tensor([0.46, 0.54]))  # within a tenth
+    assert adapted.weight.tolist() == pytest.approx([0.2 * 1.1, 0.4 / 1.1])
+    adapted.weight.copy_(torch.tensor([100.0, 1e-5]))
+    adapted.adapt(torch.tensor([0.0, 1.0]))
+    assert adapted.weight.tolist() == pytest.approx([100, 1e-5])
+
+
+@pytest.mark.parametrize("dist", ["bounded_normal", "truncated_normal", "tanh_normal"])
+def test_shares_of_the_greatest_entropy_lie_between_the_ends(dist):
+    actor = make_behavior(PPO, BOX, "--actor.dist", dist).actor
+    adapted, policy = AdaptedEntropy(actor, make_config(*HELD)), CONTINUOUS[dist]
+    raw = torch.tensor([-60.0, -3.0, -1.0]), torch.full((3,), -60.0)
+    shares = [adapted.shares(policy(torch.zeros(1), raw[:1], 0.1, 1.0)) for raw in (*raw[0].split(1), raw[1])]
+    assert adapted.low.shape == (2,) and float(shares[0][0]) == pytest.approx(0, abs=1e-3)
+    assert 0 < float(shares[1][0]) < float(shares[2][0]) <= 1
+
+
+@pytest.mark.parametrize("target", [0.3, 0.7])
+def test_the_entropy_stays_near_its_share_while_what_is_good_is_learned(target):
+    behavior = make_behavior(PPO, DISCRETE, "--ppo.entropy_target", str(target), "--ppo.actor_lr", "0.01")
+    for _ in range(150):
+        rollout, world, _ = make_rollout(behavior)
+        reward = torch.cat([torch.zeros(1, N), rollout.actions[..., 0] + rollout.actions[..., 2]])
+        metrics = behavior.improve(rollout, behavior.losses(world, rollout, {}, lambda _, x=reward: x)[1])
+    assert float(metrics["entropy_share"]) == pytest.approx(target, abs=0.1)
+
+
+def test_what_moves_the_weight_of_the_entropy_is_one_thing():
+    with pytest.raises(UserError, match="learn entropy"):
+        make_behavior(PPO, BOX, *HELD, "--meta.learn", "entropy")
+    with pytest.raises(UserError, match="min_std"):
+        make_behavior(PPO, BOX, *HELD, "--actor.min_std", "0")
+    assert make_behavior(PPO, DISCRETE, *HELD, "--actor.min_std", "0").adapted
+    assert make_behavior(PPO, BOX).adapted is None
+
+
+@pytest.mark.parametrize("flags", [(), HELD], ids=["fixed entropy", "adapted entropy"])
+def test_compiled_parts_equal_the_eager_ones(monkeypatch, flags):
+    behaviors = [make_behavior(PPO, DISCRETE, "--ppo.minibatches", "1", *flags) for _ in range(2)]
+    compiled, results = [], []
 
     def traced(function, **options):  # without the compiler behind it, which takes minutes
         compiled.append(function.__name__)
