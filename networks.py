@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 
 import ops.distributions as dists
+from ops import normals
 from ops.layers import DREAMERV3, MLP, Linear
 
 
@@ -57,9 +58,9 @@ def scalar_head(inputs, config, style=DREAMERV3):
 
 
 CONTINUOUS = {
-    "bounded_normal": dists.BoundedNormal,
-    "truncated_normal": dists.TruncatedNormal,
-    "tanh_normal": dists.TanhNormal,
+    "bounded_normal": normals.BoundedNormal,
+    "truncated_normal": normals.TruncatedNormal,
+    "tanh_normal": normals.TanhNormal,
 }
 
 

@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import ops.distributions as dists
-from ops import kernels
+from ops import kernels, normals
 from ops.layers import DREAMERV3, MLP, Blend, BlockLinear, LayerNorm, Linear, Norm
 from ops.scan import call_step, scan
 from tools import UserError
@@ -245,11 +245,11 @@ class GaussianLatent:
     def dist(self, params):
         """(..., 2 S) -> distribution with batch shape (..., S)"""
         mean, stddev = params.float().unflatten(-1, (2, *self.shape)).unbind(-3)
-        return dists.Normal(mean, F.softplus(stddev) + self.min_std)
+        return normals.Normal(mean, F.softplus(stddev) + self.min_std)
 
     def noise(self, shape, device):
         """Draw noise for states of batch shape `shape`: (*shape, S, 1)."""
-        return dists.Normal.noise((*shape, *self.shape), device)
+        return normals.Normal.noise((*shape, *self.shape), device)
 
     def kl(self, post, prior):
         """Return KL(post || prior) summed over the variables: (...)."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import models
 import ops.distributions as dists
 import rssm
-from ops import layers
+from ops import layers, normals
 from ops.math import lambda_return, symexp, symlog
 from ops.optim import LaProp
 
@@ -185,7 +185,7 @@ def kl_balance(data):
 def bounded_normal(data):
     get = {key.split("/")[-1]: data[key] for key in data if key.startswith("bounded_normal/")}
     mean, stddev = leaf(get["raw_mean"]), leaf(get["raw_stddev"])
-    dist = dists.BoundedNormal(mean, stddev, float(get["minstd"]), float(get["maxstd"]))
+    dist = normals.BoundedNormal(mean, stddev, float(get["minstd"]), float(get["maxstd"]))
     logp, entropy = dist.log_prob(get["action"]), dist.entropy()
     (logp + 0.3 * entropy).sum().backward()
     results = {

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 import ops.distributions as dists
-from ops.distributions import BoundedNormal, Classes, Joint, MultiOneHot, OneHot, TwoHot, symexp_bins
+from ops.distributions import Classes, Joint, MultiOneHot, OneHot, TwoHot, symexp_bins
 from ops.math import symexp
+from ops.normals import BoundedNormal
 
 
 def log(*probs):

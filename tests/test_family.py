@@ -15,7 +15,7 @@ import dreamer
 from explorers import explorer_rewards
 from explorers.plan2explore import SPREADS
 from models import Rollout
-from ops.distributions import HALF_LOG_2PI
+from ops.normals import HALF_LOG_2PI
 from ops.optim import Adams, TFAdams
 from tests.factories import (
     FAMILY,

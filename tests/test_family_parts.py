@@ -17,6 +17,7 @@ from explorers import perturb
 from modalities.image.nets import ImageEncoder, TransposedDecoder, quantize
 from models import CLIPS, frozen, kl_losses
 from networks import Head
+from ops import normals
 from ops.layers import MLP, Conv2d, ConvTranspose2d, Linear, Style
 from replay.sampling import Replay
 from rssm import GRU, RSSM, DenseGRU, GaussianLatent, NormGRU, OneHotLatent, ResetFirstGRU, State, make_rssm
@@ -88,11 +89,11 @@ RAW = torch.tensor([[0.3, -1.0], [-2.0, 0.5], [6.0, -6.0]])  # mean and standard
 
 
 def truncated(raw):
-    return dists.TruncatedNormal(raw[..., :1], raw[..., 1:], 0.1, 2.0)
+    return normals.TruncatedNormal(raw[..., :1], raw[..., 1:], 0.1, 2.0)
 
 
 def squashed(raw):
-    return dists.TanhNormal(raw[..., :1], raw[..., 1:], 1e-4, 1.0)
+    return normals.TanhNormal(raw[..., :1], raw[..., 1:], 1e-4, 1.0)
 
 
 @pytest.mark.parametrize("make, room", [(truncated, 1.0), (squashed, 0.999999)])
@@ -107,9 +108,9 @@ def test_densities_of_actions_sum_to_one_and_entropies_are_theirs(make, room):
 
 
 def test_the_parameters_of_the_action_distributions():
-    start = dists.TanhNormal(torch.tensor([100.0]), torch.zeros(1), 1e-4, 5.0)
+    start = normals.TanhNormal(torch.tensor([100.0]), torch.zeros(1), 1e-4, 5.0)
     assert (start.mean.item(), start.stddev.item()) == pytest.approx((5, 5.0001))
-    cut = dists.TruncatedNormal(torch.tensor([0.5, 9.0]), torch.tensor([0.0, -99.0]), 0.1, 2.0)
+    cut = normals.TruncatedNormal(torch.tensor([0.5, 9.0]), torch.tensor([0.0, -99.0]), 0.1, 2.0)
     assert cut.mean.tolist() == pytest.approx([math.tanh(0.5), 1]) and cut.stddev.tolist() == pytest.approx([1.1, 0.1])
     assert torch.equal(cut.mode(), cut.mean)
 
@@ -412,7 +413,7 @@ def test_the_best_action_of_a_wide_squashed_normal_is_nearly_a_bound():
     raw = torch.tensor([0.3, -0.3]).repeat(200, 1)
 
     def best(stddev):
-        dist = dists.TanhNormal(raw, torch.zeros_like(raw), 0.0, stddev)
+        dist = normals.TanhNormal(raw, torch.zeros_like(raw), 0.0, stddev)
         return dist.mode()
 
     wide, narrow = best(1.0), best(0.05)
