@@ -20,6 +20,7 @@ from models import ImagBehavior, frozen
 from ops.random import drawing_from
 from specs import act_spec
 from tests.factories import (
+    VERSIONS,
     act,
     family_agent,
     initial,
@@ -237,6 +238,18 @@ def test_all_parts_learn_and_no_gradient_of_theirs_reaches_the_world_model(versi
     for part in (*parts, "goals.encoder", "goals.decoder"):
         assert any(not torch.equal(after[n], before[n]) for n in after if n.startswith(f"behavior.{part}.")), part
     assert metrics.keys() >= {"worker_policy_loss", "manager_value_loss", "goal_loss", "worker_success"}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_an_explorer_beside_a_hierarchy_learns_in_every_version(version):
+    kind = {"dreamerv2": "pixels"}.get(version, "proprio")
+    agent = family_agent(version, kind, {**CHANGES, "expl_behavior": "plan2explore"})
+    before = parameters(agent)
+    _, metrics = agent.update(make_sequences(kind), initial(agent))
+    assert all(value.isfinite() for value in metrics.values())
+    after = parameters(agent)
+    for part in ("behavior.worker.actor", "expl_behavior.actor", "expl_behavior.critic"):
+        assert any(not torch.equal(after[n], before[n]) for n in after if n.startswith(part)), part
 
 
 def test_a_worker_is_paid_in_a_terminal_state_for_staying_there():

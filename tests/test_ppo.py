@@ -208,14 +208,19 @@ def test_each_entropy_has_a_weight_that_holds_it_near_its_share_of_the_greatest(
     assert adapted.weight.tolist() == pytest.approx([100, 1e-5])
 
 
-@pytest.mark.parametrize("dist", ["bounded_normal", "truncated_normal", "tanh_normal"])
-def test_shares_of_the_greatest_entropy_lie_between_the_ends(dist):
-    actor = make_behavior(PPO, BOX, "--actor.dist", dist).actor
-    adapted, policy = AdaptedEntropy(actor, make_config(*HELD)), CONTINUOUS[dist]
-    raw = torch.tensor([-60.0, -3.0, -1.0]), torch.full((3,), -60.0)
-    shares = [adapted.shares(policy(torch.zeros(1), raw[:1], 0.1, 1.0)) for raw in (*raw[0].split(1), raw[1])]
-    assert adapted.low.shape == (2,) and float(shares[0][0]) == pytest.approx(0, abs=1e-3)
-    assert 0 < float(shares[1][0]) < float(shares[2][0]) <= 1
+# Beside each the raw deviation that is the most random, and its share: a wider tanh_normal piles up at the bounds.
+WIDEST = [("bounded_normal", 60.0, 1.0), ("truncated_normal", 60.0, 1.0), ("tanh_normal", -0.3, 0.99)]
+
+
+@pytest.mark.parametrize("dist, widest, share", WIDEST)
+def test_shares_of_the_greatest_entropy_grow_with_the_deviation_from_0_to_1(dist, widest, share):
+    adapted = AdaptedEntropy(make_behavior(PPO, BOX, "--actor.dist", dist).actor, make_config(*HELD))
+    stddev = torch.tensor([-60.0, -3.0, -1.0, widest])[:, None].expand(4, 2)
+    policy = CONTINUOUS[dist](torch.zeros(4, 2), stddev, 0.1, 1.0)
+    torch.testing.assert_close(policy.entropies().sum(-1), policy.entropy())
+    least, small, large, most = adapted.shares(policy)[:, 0].tolist()
+    assert least == pytest.approx(0, abs=1e-3) and 0 < small < large < most
+    assert most == pytest.approx(share, abs=0.01)
 
 
 @pytest.mark.parametrize("target", [0.3, 0.7])
